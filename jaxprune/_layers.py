@@ -1,0 +1,136 @@
+"""What a rule sees of each prunable leaf, and the strength that belongs to it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import GetAttrKey
+
+from jaxprune._paths import flatten, spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A prunable leaf as a rule sees it: an array of scores, with what the array alone does not tell.
+
+    To ``jax.tree.map`` a layer is a node around its `score`, so that a rule of your own may treat the tree of scores
+    as a tree of arrays.
+
+    Attributes:
+        path: the normalised path, ``block/dense/kernel``.
+        name: the leaf's name in messages, ``params['block']['dense']['kernel']``.
+        values: the scores, or the weights themselves where their magnitude is the score; any floating dtype.
+        magnitude: whether `values` are weights, ranked by magnitude. Keeping the weights spares a copy of the tree
+            in float32 and lets a rule measure them (a standard deviation needs their signs).
+        stack: how many leading axes count layers.
+        pooled: the shape of one layer's weights where `values` are scores of groups of them (channels, blocks).
+    """
+
+    path: str
+    name: str
+    values: jax.Array
+    magnitude: bool = False
+    stack: int = 0
+    pooled: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one layer's weights."""
+        return self.values.shape[self.stack :] if self.pooled is None else self.pooled
+
+    @property
+    def score(self) -> jax.Array:
+        """The scores in float32 (float64 stays), larger = keep."""
+        values = jnp.asarray(self.values)
+        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+        return jnp.abs(values) if self.magnitude else values
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of one layer."""
+        return tuple(range(self.stack, len(self.values.shape)))
+
+    @property
+    def size(self) -> int:
+        """The number of scores of one layer."""
+        return math.prod(self.values.shape[self.stack :])
+
+
+def _flatten_layer(layer: Layer) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], tuple[str, str, int, tuple[int, ...] | None]]:
+    return ((GetAttrKey("value"), layer.score),), (layer.path, layer.name, layer.stack, layer.pooled)
+
+
+def _unflatten_layer(
+    aux: tuple[str, str, int, tuple[int, ...] | None], children: Sequence[jax.Array]
+) -> Layer:
+    path, name, stack, pooled = aux
+    return Layer(path, name, children[0], stack=stack, pooled=pooled)
+
+
+jax.tree_util.register_pytree_with_keys(Layer, _flatten_layer, _unflatten_layer)
+
+
+def read_layers(scores: Any) -> tuple[list[Layer], Callable[[Sequence[jax.Array]], Any]]:
+    """Read a tree of scores (bare arrays or Layers) and return its layers and the way to build a tree of masks."""
+    flat = flatten(scores, "scores", is_leaf=lambda node: isinstance(node, Layer))
+    layers = [
+        leaf if isinstance(leaf, Layer) else Layer(path, name, jnp.asarray(leaf))
+        for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True)
+    ]
+    for layer in layers:
+        if not jnp.issubdtype(layer.values.dtype, jnp.floating):
+            raise TypeError(f"{layer.name} has dtype {layer.values.dtype}; scores are floating-point numbers.")
+    return layers, lambda masks: jax.tree.unflatten(flat.treedef, masks)
+
+
+def strengths(k: Any, layers: Sequence[Layer], rule: str, low: float = 0.0, high: float = math.inf) -> list[Any]:
+    """Give each layer its `k`, checked as far as its value is known, in the shape of the layer's stack.
+
+    Args:
+        k: a number, a scalar array (may be traced), or a tree prefix of these; an entry for stacked layers may also
+            have the shape of the stack.
+        layers: the layers it is for.
+        rule: the rule's name for messages.
+        low: the smallest k allowed.
+        high: the largest k allowed; infinity itself is refused.
+
+    Returns:
+        One entry a layer: a Python float where k was a number, else an array of shape ``()`` or the stack's.
+    """
+    if is_scalar(k):
+        entries = [k] * len(layers)
+    else:
+        entries = spread(k, [layer.path for layer in layers], "k")
+    return [_strength(entry, layer, rule, low, high) for entry, layer in zip(entries, layers, strict=True)]
+
+
+def is_scalar(k: Any) -> bool:
+    """Whether k is one strength rather than a tree of them; raise a TypeError for what can be neither."""
+    if isinstance(k, str | bytes | bool) or k is None:
+        raise TypeError(f"k is a number, a scalar array or a tree prefix of these, not {k!r}.")
+    return isinstance(k, int | float | np.ndarray | np.generic | jax.Array)
+
+
+def _strength(k: Any, layer: Layer, rule: str, low: float, high: float) -> Any:
+    if k is None:
+        raise ValueError(f"k has no entry for {layer.name}; it must be one number or a tree prefix that covers it.")
+    if isinstance(k, str | bytes | bool) or not is_scalar(k):
+        raise TypeError(f"k for {layer.name} is a number or a scalar array, not {k!r}.")
+    stack = layer.values.shape[: layer.stack]
+    if np.shape(k) not in ((), stack):
+        raise ValueError(
+            f"k for {layer.name} has shape {np.shape(k)}; it must be a scalar"
+            + (f" or of shape {stack}, one for each stacked layer." if stack else ".")
+        )
+    if not isinstance(k, jax.core.Tracer):
+        values = np.asarray(k, np.float64)
+        if not ((low <= values) & (values <= high) & np.isfinite(values)).all():
+            allowed = f"k >= {low:g}" if math.isinf(high) else f"{low:g} <= k <= {high:g}"
+            raise ValueError(f"{rule} takes {allowed}, finite; got k = {k} for {layer.name}.")
+        if values.ndim == 0:
+            return float(values)
+    return jnp.asarray(k)

@@ -1,0 +1,199 @@
+"""Masks from parameters, parameters under masks, and how much is gone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import rules
+from jaxprune._layers import Layer, is_scalar
+from jaxprune._paths import Flat, align, flatten, is_floating, require_arrays, spread
+from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
+
+Rule = Callable[[Any, Any], Any]
+
+
+def make_masks(
+    params: Any,
+    k: Any,
+    *,
+    rule: Rule = rules.std_threshold,
+    scores: Any = None,
+    prunable: Predicate | Any = None,
+    stacked: Stacked | None = None,
+) -> Any:
+    """Say which weights stay: a tree of boolean masks shaped like `params`, True = keep.
+
+    By default a weight stays whose magnitude is at least k standard deviations of its layer. No layer is emptied, a
+    leaf that is not prunable is kept whole, the result depends on nothing but the arguments. Works under ``jit``,
+    under ``vmap`` over k, inside ``lax.scan``, on sharded arrays (masks are sharded like the parameters), and on any
+    pytree: a Linen dict or FrozenDict, an ``nnx.State``, an Equinox module filtered to its arrays, a Haiku dict.
+
+    Args:
+        params: a pytree of arrays of any shape. Leaves that are not floating-point are kept whole.
+        k: the rule's strength: a number, a scalar array (may be traced), or a tree prefix of `params`, one k for each
+            layer or subtree. For the default rule k >= 0.
+        rule: ``(scores, k) -> masks``, one of `jaxprune.rules` or your own: it is given a tree of float32 scores that
+            has None where a leaf is not prunable, and returns a tree of boolean masks of the same shapes.
+        scores: a tree of scores like `params`, larger = keep; None ranks by magnitude.
+        prunable: ``(path, leaf) -> bool`` or a tree (prefix) of bools; None prunes what `is_kernel` names. Static.
+        stacked: names the leaves that hold one layer for each index of their first axis (by ``nn.scan`` or ``vmap``):
+            a glob pattern of paths or of modules above the leaf, several of them, or ``(path, leaf) -> number of layer
+            axes``. Every statistic, threshold, count and guard is then per layer. Static.
+
+    Returns:
+        Masks of the treedef of `params`, of its shapes, ``bool``.
+
+    Raises:
+        ValueError: nothing is prunable, or k, scores or a pattern does not fit; the message names the leaf.
+        TypeError: a leaf is no array, or k is no number.
+
+    Warns:
+        PruningWarning: outside jit, when a layer would have been emptied.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"dense": {"kernel": jnp.array([[3.0, -1.0], [1.0, -3.0]]), "bias": jnp.zeros(2)}}
+    >>> masks = make_masks(params, 1.0)  # std = sqrt(5)
+    >>> masks["dense"]["kernel"].tolist(), masks["dense"]["bias"].tolist()
+    ([[True, False], [False, True]], [True, True])
+
+    Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015.
+    """
+    flat = flatten(params, "params")
+    require_arrays(flat)
+    stacks = stack_axes(stacked, flat)
+    chosen = choose(prunable, params, flat, stacks)
+    layers = _layers(flat, scores, chosen, stacks)
+    if not is_scalar(k):
+        entries = spread(k, flat.paths, "k")
+        k = flat.treedef.unflatten([entry if fits else None for entry, fits in zip(entries, chosen, strict=True)])
+    pruned = iter(_read_masks(rule(flat.treedef.unflatten(layers), k), layers, rule))
+    return flat.treedef.unflatten(
+        [next(pruned) if fits else _all_true(leaf) for leaf, fits in zip(flat.leaves, chosen, strict=True)]
+    )
+
+
+def _all_true(leaf: Any) -> jax.Array:
+    # ones_like keeps the sharding of an array; PRNG keys and numbers have none that matters.
+    return jnp.ones_like(leaf, dtype=bool) if is_floating(leaf) else jnp.ones(np.shape(leaf), bool)
+
+
+def _layers(flat: Flat, scores: Any, chosen: list[bool], stacks: list[int]) -> list[Layer | None]:
+    """Pair every prunable leaf with its scores; None for the others."""
+    given = [None] * len(flat.paths) if scores is None else _given_scores(flat, scores, chosen)
+    return [
+        Layer(path, name, jnp.asarray(leaf if score is None else score), scores is None, stack) if fits else None
+        for path, name, leaf, score, fits, stack in zip(
+            flat.paths, flat.names, flat.leaves, given, chosen, stacks, strict=True
+        )
+    ]
+
+
+def _given_scores(flat: Flat, scores: Any, chosen: list[bool]) -> list[Any]:
+    given = align(flatten(scores, "scores", is_leaf=lambda x: x is None), flat, "scores", "params")
+    for name, leaf, score, fits in zip(flat.names, flat.leaves, given, chosen, strict=True):
+        if not fits:
+            continue
+        if score is None or not is_floating(score) or np.shape(score) != np.shape(leaf):
+            found = "None" if score is None else f"{jnp.asarray(score).dtype}{list(np.shape(score))}"
+            raise ValueError(
+                f"scores for {name} are {found}, not floating-point numbers of its shape {list(np.shape(leaf))}."
+            )
+        if not isinstance(score, jax.core.Tracer) and bool(jnp.isnan(score).any()):
+            raise ValueError(f"scores for {name} hold NaN; a score says how much a weight matters (-inf: not at all).")
+    return given
+
+
+def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.Array]:
+    """Check what a rule returned; one mask for each layer, in order."""
+    leaves = jax.tree.leaves(masks)
+    expected = [layer for layer in layers if layer is not None]
+    title = getattr(rule, "__name__", repr(rule))
+    if len(leaves) != len(expected):
+        raise ValueError(f"rule {title} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
+    for mask, layer in zip(leaves, expected, strict=True):
+        _check_mask(mask, f"rule {title} returned for {layer.name} a mask", layer.values)
+    return leaves
+
+
+def _check_mask(mask: Any, what: str, leaf: Any) -> None:
+    dtype, shape = getattr(mask, "dtype", type(mask).__name__), np.shape(mask)
+    if dtype != bool or shape != np.shape(leaf):
+        raise ValueError(f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.")
+
+
+def keeps_all(node: Any) -> bool:
+    """Whether a node of a tree of masks stands for "keep the whole leaf": None, or optax's empty MaskedNode."""
+    return node is None or (isinstance(node, tuple) and not node)
+
+
+def align_masks(masks: Any, flat: Flat) -> list[Any]:
+    """Return for each leaf of `flat` its mask (None keeps the leaf whole), checked for dtype and shape."""
+    found = align(flatten(masks, "masks", is_leaf=keeps_all), flat, "masks", "params")
+    for mask, name, leaf in zip(found, flat.names, flat.leaves, strict=True):
+        if not keeps_all(mask):
+            _check_mask(mask, f"masks has for {name} an array", leaf)
+    return [None if keeps_all(mask) else mask for mask in found]
+
+
+def apply_masks(params: Any, masks: Any) -> Any:
+    """Set to zero what the masks do not keep: ``where(mask, param, 0)``.
+
+    Pruned weights become exactly ``+0.0``, whatever they were (NaN and infinity included); kept ones are untouched,
+    bit for bit; dtypes, treedef and sharding are those of `params`. Differentiable: the gradient of a pruned weight
+    is zero. Besides pruning once, this in the forward pass is the form that holds in any optimizer.
+
+    Args:
+        params: a pytree of arrays; leaves that are not floating-point are returned as they are.
+        masks: a tree with the same paths, of boolean arrays of the same shapes, True = keep; its containers may be of
+            other classes (a FrozenDict's masks fit a dict). A leaf that is None keeps the parameter whole.
+
+    Returns:
+        The parameters, of the treedef of `params`.
+
+    Raises:
+        ValueError: a mask is missing, is not bool, or has another shape; the message names the leaf.
+
+    >>> import jax.numpy as jnp
+    >>> apply_masks([jnp.array([1.0, jnp.nan])], [jnp.array([True, False])])[0].tolist()
+    [1.0, 0.0]
+    """
+    flat = flatten(params, "params")
+    require_arrays(flat)
+    return flat.treedef.unflatten(
+        [
+            leaf if mask is None or not is_floating(leaf) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+            for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)
+        ]
+    )
+
+
+def sparsity(masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None) -> jax.Array:
+    """Return the fraction removed of the prunable weights, ``1 - nnz / size``.
+
+    Args:
+        masks: a tree of boolean masks, True = keep.
+        prunable: which leaves count, as in `make_masks`; ``lambda path, leaf: True`` gives the overall sparsity.
+        stacked: as in `make_masks`.
+
+    Returns:
+        A float32 scalar in [0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> masks = {"kernel": jnp.array([[True, False], [False, False]]), "bias": jnp.ones(4, bool)}
+    >>> float(sparsity(masks)), float(sparsity(masks, prunable=lambda path, leaf: True))
+    (0.75, 0.375)
+    """
+    flat = flatten(masks, "masks")
+    chosen = choose(prunable, masks, flat, stack_axes(stacked, flat), eligible=lambda leaf: True)
+    leaves = [leaf for leaf, fits in zip(flat.leaves, chosen, strict=True) if fits]
+    removed = sum((_count_false(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))
+    return removed / max(1, sum(leaf.size for leaf in leaves))
+
+
+def _count_false(mask: jax.Array) -> jax.Array:
+    # Rows are counted in integers and added as floats: no overflow for any size, and exact below 2**24 rows.
+    rows = jnp.sum(~mask, axis=-1, dtype=jnp.int32) if mask.ndim else (~mask).astype(jnp.int32)
+    return jnp.sum(rows.astype(jnp.float32))

@@ -1,0 +1,11 @@
+"""Strict settings for every test: eight CPU devices, no silent rank promotion, warnings are errors."""
+
+import os
+
+# Before jax starts its backend.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
