@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -65,16 +65,17 @@ def _flatten_layer(layer: Layer) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], t
 
 
 def _unflatten_layer(
-    aux: tuple[str, str, int, tuple[int, ...] | None], children: Sequence[jax.Array]
+    aux: tuple[str, str, int, tuple[int, ...] | None], children: Iterable[Any]
 ) -> Layer:
     path, name, stack, pooled = aux
-    return Layer(path, name, children[0], stack=stack, pooled=pooled)
+    (values,) = children
+    return Layer(path, name, values, stack=stack, pooled=pooled)
 
 
 jax.tree_util.register_pytree_with_keys(Layer, _flatten_layer, _unflatten_layer)
 
 
-def read_layers(scores: Any) -> tuple[list[Layer], Callable[[Sequence[jax.Array]], Any]]:
+def read_layers(scores: Any) -> tuple[list[Layer], Callable[[Sequence[Any]], Any]]:
     """Read a tree of scores (bare arrays or Layers) and return its layers and the way to build a tree of masks."""
     flat = flatten(scores, "scores", is_leaf=lambda node: isinstance(node, Layer))
     layers = [

@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.tree_util import GetAttrKey, KeyPath, keystr
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey, keystr
+
+
+KeyPath = tuple[Any, ...]
 
 
 class Flat(NamedTuple):
@@ -84,4 +87,4 @@ def require_arrays(flat: Flat) -> None:
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf holds floating-point numbers; integers, booleans and PRNG keys do not."""
     dtype = getattr(leaf, "dtype", None)
-    return isinstance(leaf, float) if dtype is None else jax.dtypes.issubdtype(dtype, np.floating)
+    return isinstance(leaf, float) if dtype is None else bool(jnp.issubdtype(dtype, jnp.floating))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxprune._paths import Flat, is_floating, spread
+from jaxprune._paths import Flat, KeyPath, is_floating, spread
 
 Predicate = Callable[[str, Any], bool]
 Stacked = str | Sequence[str] | Callable[[str, Any], int]
@@ -62,7 +62,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
     )
 
 
-def _owner(params: Any, path: jax.tree_util.KeyPath) -> str:
+def _owner(params: Any, path: KeyPath) -> str:
     """Name the class that holds the leaf: Equinox calls kernels, norms and embeddings all ``weight``."""
     owner = params
     for key in path[:-1]:

@@ -58,7 +58,8 @@ def _count_false(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def _threshold(scores: Any, k: Any, statistic: _Statistic, rule: str, max_sparsity: float) -> Any:
     layers, build = read_layers(scores)
     _guard.check_max_sparsity(max_sparsity, rule)
-    masks, lines = [], []
+    masks: list[jax.Array] = []
+    lines: list[str] = []
     for layer, strength in zip(layers, strengths(k, layers, rule), strict=True):
         if layer.values.size == 0:
             masks.append(jnp.ones_like(layer.values, dtype=bool))
@@ -90,13 +91,13 @@ def _acted(
     """Say in a line a layer where the guard acted; nothing where values are not known (under jit)."""
     if not all(_guard.is_known(array) for array in (k, asked, largest, removed)):
         return
-    asked, largest, removed = (np.asarray(array) for array in (asked, largest, removed))
-    strength = np.broadcast_to(np.reshape(k, (*np.shape(k), *[1] * (asked.ndim - np.ndim(k)))), asked.shape)
-    for index in map(tuple, np.argwhere((asked > largest) | (removed > allowed))):
+    threshold, most, gone = (np.asarray(array) for array in (asked, largest, removed))
+    strength = np.broadcast_to(np.reshape(k, (*np.shape(k), *[1] * (threshold.ndim - np.ndim(k)))), threshold.shape)
+    for index in map(tuple, np.argwhere((threshold > most) | (gone > allowed))):
         where = layer.name + "".join(f"[{i}]" for i in index[: layer.stack])
         yield (
-            f"  {where}: k = {strength[index]:g} asks for |w| >= {asked[index]:.4g}, which {removed[index]:,.0f} of "
-            f"{layer.size:,} do not reach; the largest is {largest[index]:.4g}"
+            f"  {where}: k = {strength[index]:g} asks for |w| >= {threshold[index]:.4g}, which {gone[index]:,.0f} of "
+            f"{layer.size:,} do not reach; the largest is {most[index]:.4g}"
         )
 
 

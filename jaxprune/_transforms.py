@@ -11,10 +11,14 @@ from jaxprune._masks import align_masks, keeps_all
 from jaxprune._paths import Flat, align, flatten, is_floating
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
 
-_NO_PARAMS = (
-    "{} needs the parameters to set pruned weights to zero: call update(grads, state, params), "
-    "as optax.apply_updates' callers, Linen's TrainState and nnx.Optimizer do."
-)
+
+def require_params(params: Any, title: str) -> None:
+    """Raise a ValueError when an update comes without the parameters."""
+    if params is None:
+        raise ValueError(
+            f"{title} needs the parameters to set pruned weights to zero: call update(grads, state, params), "
+            "as Linen's TrainState and nnx.Optimizer do."
+        )
 
 
 class KeepPrunedState(NamedTuple):
@@ -61,8 +65,7 @@ def keep_pruned(masks: Any) -> optax.GradientTransformationExtraArgs:
         updates: Any, state: KeepPrunedState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KeepPrunedState]:
         del extra_args
-        if params is None:
-            raise ValueError(_NO_PARAMS.format("keep_pruned"))
+        require_params(params, "keep_pruned")
         return enforce(updates, params, state.masks), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -104,8 +107,7 @@ def keep_zeros(
         updates: Any, state: optax.EmptyState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.EmptyState]:
         del extra_args
-        if params is None:
-            raise ValueError(_NO_PARAMS.format("keep_zeros"))
+        require_params(params, "keep_zeros")
         flat = flatten(params, "params")
         chosen = choose(prunable, params, flat, stack_axes(stacked, flat))
         masks = [leaf != 0 if fits else None for leaf, fits in zip(flat.leaves, chosen, strict=True)]
@@ -164,9 +166,6 @@ def _land_on_zero(update: Any, param: Any, mask: Any) -> Any:
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
 
 
-_States = (KeepPrunedState,)
-
-
 def masks_in(opt_state: Any) -> Any:
     """Find the masks in an optimizer state, in any nesting of chains and wrappers.
 
@@ -187,14 +186,18 @@ def masks_in(opt_state: Any) -> Any:
     >>> masks_in(tx.init([jnp.array([1.0, 2.0])]))[0].tolist()
     [True, False]
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _States))
-    found = [node.masks for node in nodes if isinstance(node, _States)]
+    found = [node.masks for node in jax.tree.leaves(opt_state, is_leaf=_holds_masks) if _holds_masks(node)]
     if not found:
         raise ValueError("This optimizer state holds no masks. Put keep_pruned(masks) last in the chain.")
     merged, *others = found
     for other in others:
         merged = _intersect(merged, other)
     return merged
+
+
+def _holds_masks(node: Any) -> bool:
+    """Whether a node is a state of jaxprune's: they all are NamedTuples with a field of this name."""
+    return "masks" in getattr(type(node), "_fields", ())
 
 
 def _intersect(a: Any, b: Any) -> Any:

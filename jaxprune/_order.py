@@ -1,0 +1,75 @@
+"""Whole numbers that order the entries of arrays: a key by the value, then the position."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+WORD = 2**32
+FIRST_POSITION = -(2**31)
+
+
+class Order:
+    """Keys that order the floating-point numbers of a dtype: bit patterns, read so that a larger number has a larger key.
+
+    A NaN has the lowest key; minus zero has that of zero. From one power of two to the next there are `octave` keys.
+    """
+
+    def __init__(self, dtype: Any, magnitude: bool):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"only floating-point numbers can be ranked, but these are {dtype}.")
+        # The eight-bit formats are all contained in float32.
+        self.dtype = np.dtype(dtype if np.dtype(dtype).itemsize > 1 else np.float32)
+        self.bits = np.dtype(f"i{self.dtype.itemsize}")
+        self.key = np.dtype(f"i{max(self.dtype.itemsize, 4)}")
+        self.magnitude = magnitude
+        self.infinity = self.key_of(np.inf)
+        self.lowest = -1 if magnitude else -self.infinity - 1
+        self.octave = self.key_of(2.0) - self.key_of(1.0)
+
+    def key_of(self, number: float) -> int:
+        """The key of a number that is not negative."""
+        return int(np.asarray(number, self.dtype).view(self.bits))
+
+    def keys(self, values: jax.Array) -> jax.Array:
+        """The key of every entry."""
+        bits = lax.bitcast_convert_type(values.astype(self.dtype), self.bits).astype(self.key)
+        size = bits & np.iinfo(self.bits).max
+        key = size if self.magnitude else jnp.where(bits < 0, -size, size)
+        return jnp.where(size > self.infinity, self.lowest, key)
+
+
+def trailing(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The last of `axes` that have few enough entries together to number or count them in one word."""
+    first, size = len(axes), 1
+    while first > 0 and size * shape[axes[first - 1]] < WORD - 1:
+        first -= 1
+        size *= shape[axes[first]]
+    if axes and first == len(axes):
+        raise ValueError(
+            f"entries are numbered in 32 bits along an axis, but axis {axes[-1]} of an array of shape {shape} is longer."
+            " Reshape it to two axes."
+        )
+    return axes[first:]
+
+
+def words(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The groups of `axes`, major first, of which each is one word of a position."""
+    groups: list[tuple[int, ...]] = []
+    while axes:
+        groups.insert(0, trailing(shape, axes))
+        axes = axes[: -len(groups[0])]
+    return groups
+
+
+def from_end(shape: tuple[int, ...], axes: tuple[int, ...], one: jax.Array) -> jax.Array:
+    """The row-major position along `axes` counted from the end, `FIRST_POSITION` for the last entry, times `one`."""
+    sizes = [shape[axis] for axis in axes]
+    position = one * np.uint32(math.prod(sizes) - 1)
+    for i, axis in enumerate(axes):
+        stride = one * np.uint32(math.prod(sizes[i + 1 :]))
+        position = position - lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+    return lax.bitcast_convert_type(position ^ np.uint32(WORD // 2), jnp.int32)

@@ -1,0 +1,325 @@
+"""Sparse from the start: wrappers that mask the gradient, and drop and grow weights while training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune import _counts, _selection
+from jaxprune._counts import Count
+from jaxprune._masks import align_masks
+from jaxprune._paths import Flat, flatten, is_floating
+from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._prune import check_steps, is_due
+from jaxprune._transforms import enforce, masks_for, require_params
+
+# Where new weights grow: (gradient of one leaf, number of the leaf, number of the update) -> scores, larger = first.
+_Growth = Callable[[jax.Array, int, jax.Array], jax.Array]
+
+
+class SparseTrainingState(NamedTuple):
+    """State of the wrappers: updates seen (int32), the masks, True = keep, and the inner optimizer's state."""
+
+    count: jax.Array
+    masks: Any
+    inner_state: Any
+
+
+def static_sparse(inner: optax.GradientTransformation, masks: Any) -> optax.GradientTransformationExtraArgs:
+    """Train under fixed masks, and hide pruned weights from the optimizer altogether.
+
+    Gradients are masked before `inner` sees them, so that its moments, norms and clipping know only kept weights; and
+    pruned weights are exactly ``+0.0`` after every ``optax.apply_updates``. (`keep_pruned` leaves the moments alone.)
+
+    Placement: outermost, around the whole optimizer.
+
+    Args:
+        inner: the optimizer.
+        masks: a tree of boolean masks with the paths of the parameters, True = keep, or a function of the parameters
+            that makes one (evaluated by ``init``).
+
+    Returns:
+        A transform whose state is a `SparseTrainingState`.
+
+    Raises:
+        ValueError: by ``init`` for masks of other paths, shapes or dtype; by ``update`` without params.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = static_sparse(optax.sgd(0.1), [jnp.array([True, False])])
+    >>> params = [jnp.array([1.0, 2.0])]
+    >>> updates, _ = tx.update([jnp.array([10.0, 10.0])], tx.init(params), params)
+    >>> optax.apply_updates(params, updates)[0].tolist()
+    [0.0, 0.0]
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(
+        updates: Any, state: SparseTrainingState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SparseTrainingState]:
+        require_params(params, "static_sparse")
+        return _inner_update(inner, updates, state, params, extra_args)
+
+    return optax.GradientTransformationExtraArgs(_init(inner, masks), update_fn)
+
+
+def rigl(
+    inner: optax.GradientTransformation,
+    masks: Any,
+    *,
+    every: int = 100,
+    until: int,
+    drop_fraction: optax.ScalarOrSchedule | None = None,
+    prunable: Predicate | Any = None,
+    stacked: Stacked | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Train a sparse network from the start: drop the smallest weights, grow where the gradient is largest.
+
+    Every so often each layer loses the fraction `drop_fraction` of its weights, those of the smallest magnitude, and
+    gains as many at the positions of the largest gradients; its number of weights never changes. That update changes
+    masks only; at all others `inner` steps with the masked gradient. New weights start at zero with the optimizer's
+    state fresh. A weight that is dropped and grown at once just stays. Pruned weights are exactly ``+0.0``.
+
+    Placement: outermost, around the whole optimizer, since growing needs the gradient before the optimizer sees it. It
+    needs the dense gradient: do not mask it in the loss (weights at zero need no mask in the forward pass).
+
+    Args:
+        inner: the optimizer, any.
+        masks: the masks to start from, as in `static_sparse` (`scores.random` under ``rules.erk_sparsity``, say).
+        every: updates from one change of masks to the next, >= 1.
+        until: the number of the update at which masks change last.
+        drop_fraction: the share of a layer's weights to replace, in [0, 1], a number or an optax schedule of the
+            update's number; None falls from 0.3 to 0 at `until` along a cosine.
+        prunable: which leaves take part, as in `make_masks`. A leaf kept whole stays whole.
+        stacked: as in `make_masks`.
+
+    Returns:
+        A transform whose state is a `SparseTrainingState`; `masks_in` finds the masks.
+
+    Raises:
+        ValueError: every < 1, until < 0, drop_fraction outside [0, 1]; by ``init`` for masks of another tree; by
+            ``update`` without params.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = rigl(optax.sgd(1.0), {"kernel": jnp.array([[True, True, False]])}, every=1, until=9, drop_fraction=0.5)
+    >>> params = {"kernel": jnp.array([[3.0, 1.0, 0.0]])}
+    >>> updates, state = tx.update({"kernel": jnp.array([[0.0, 0.0, 5.0]])}, tx.init(params), params)
+    >>> state.masks["kernel"].tolist(), optax.apply_updates(params, updates)["kernel"].tolist()
+    ([[True, False, True]], [[3.0, 0.0, 0.0]])
+
+    Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020, algorithm 1.
+    """
+
+    def by_gradient(gradient: jax.Array, leaf: int, count: jax.Array) -> jax.Array:
+        del leaf, count
+        return jnp.abs(gradient.astype(jnp.float32))
+
+    return _drop_and_grow("rigl", by_gradient, inner, masks, every, until, drop_fraction, prunable, stacked)
+
+
+def sparse_evolution(
+    inner: optax.GradientTransformation,
+    masks: Any,
+    key: jax.Array,
+    *,
+    every: int = 100,
+    until: int,
+    drop_fraction: optax.ScalarOrSchedule | None = 0.3,
+    prunable: Predicate | Any = None,
+    stacked: Stacked | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Train a sparse network from the start: drop the smallest weights, grow at random (SET).
+
+    As `rigl` in all else, but new weights grow anywhere, so no dense gradient is needed.
+
+    Args:
+        inner: as in `rigl`.
+        masks: as in `rigl`.
+        key: a PRNG key; which weights grow depends on it and on the update's number alone, so that a resumed run grows
+            the same ones.
+        every: as in `rigl`.
+        until: as in `rigl`.
+        drop_fraction: as in `rigl`; the paper's is constant.
+        prunable: as in `rigl`.
+        stacked: as in `rigl`.
+
+    Returns:
+        A transform whose state is a `SparseTrainingState`.
+
+    Raises:
+        ValueError: as in `rigl`.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> masks = {"kernel": jnp.array([[True, True, False, False]])}
+    >>> tx = sparse_evolution(optax.sgd(1.0), masks, jax.random.key(0), every=1, until=9, drop_fraction=0.5)
+    >>> params = {"kernel": jnp.array([[3.0, 1.0, 0.0, 0.0]])}
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> int(state.masks["kernel"].sum()), bool(state.masks["kernel"][0, 0])
+    (2, True)
+
+    Reference: Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity Inspired
+    by Network Science", 2018, algorithm 1.
+    """
+
+    def at_random(gradient: jax.Array, leaf: int, count: jax.Array) -> jax.Array:
+        # In float32 whatever the dtype: bfloat16 has so few values that ties would favour low indices.
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, count), leaf), gradient.shape, jnp.float32)
+
+    return _drop_and_grow("sparse_evolution", at_random, inner, masks, every, until, drop_fraction, prunable, stacked)
+
+
+def _init(inner: optax.GradientTransformationExtraArgs, masks: Any) -> Callable[[Any], SparseTrainingState]:
+    def init_fn(params: Any) -> SparseTrainingState:
+        held = masks_for(masks(params) if callable(masks) else masks, params)
+        return SparseTrainingState(jnp.zeros([], jnp.int32), held, inner.init(params))
+
+    return init_fn
+
+
+def _inner_update(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: SparseTrainingState,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, SparseTrainingState]:
+    """Step the inner optimizer with the masked gradient and hold pruned weights at zero."""
+    masked = _masked(updates, state.masks)
+    updates, inner_state = inner.update(masked, state.inner_state, params, **extra_args)
+    count = optax.safe_increment(state.count)
+    return enforce(updates, params, state.masks), SparseTrainingState(count, state.masks, inner_state)
+
+
+def _masked(updates: Any, masks: Any) -> Any:
+    flat = flatten(updates, "updates")
+    held = align_masks(masks, flat)
+    return flat.treedef.unflatten(
+        [
+            leaf if mask is None else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+            for leaf, mask in zip(flat.leaves, held, strict=True)
+        ]
+    )
+
+
+def _drop_and_grow(
+    title: str,
+    growth: _Growth,
+    inner: optax.GradientTransformation,
+    masks: Any,
+    every: int,
+    until: int,
+    drop_fraction: optax.ScalarOrSchedule | None,
+    prunable: Predicate | Any,
+    stacked: Stacked | None,
+) -> optax.GradientTransformationExtraArgs:
+    check_steps(title, every, until)
+    if isinstance(drop_fraction, int | float) and not 0 <= drop_fraction <= 1:
+        raise ValueError(f"{title} takes a drop_fraction in [0, 1]; got {drop_fraction}.")
+    inner = optax.with_extra_args_support(inner)
+    # The paper's equation 1: alpha / 2 * (1 + cos(pi * t / T_end)).
+    fraction = optax.cosine_decay_schedule(0.3, max(1, until)) if drop_fraction is None else drop_fraction
+
+    def update_fn(
+        updates: Any, state: SparseTrainingState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SparseTrainingState]:
+        require_params(params, title)
+
+        def step(state: SparseTrainingState) -> tuple[Any, SparseTrainingState]:
+            return _inner_update(inner, updates, state, params, extra_args)
+
+        shapes = jax.eval_shape(step, state)[0]
+
+        def change(state: SparseTrainingState) -> tuple[Any, SparseTrainingState]:
+            share = fraction(state.count) if callable(fraction) else fraction
+            changed = _change(state, updates, params, share, growth, prunable, stacked)
+            still = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+            grown = jax.tree.map(lambda new, old: new & ~old, changed, state.masks)
+            inner_state = _refresh(state.inner_state, inner.init(params), flatten(grown, "masks"))
+            count = optax.safe_increment(state.count)
+            return enforce(still, params, changed), SparseTrainingState(count, changed, inner_state)
+
+        return jax.lax.cond(is_due(state.count, every, until), change, step, state)
+
+    return optax.GradientTransformationExtraArgs(_init(inner, masks), update_fn)
+
+
+def _change(
+    state: SparseTrainingState,
+    updates: Any,
+    params: Any,
+    share: Any,
+    growth: _Growth,
+    prunable: Predicate | Any,
+    stacked: Stacked | None,
+) -> Any:
+    """Return new masks, in the treedef of the old ones."""
+    flat = flatten(params, "params")
+    stacks = stack_axes(stacked, flat)
+    chosen = choose(prunable, params, flat, stacks)
+    gradients = flatten(updates, "updates")
+    by_path = dict(zip(gradients.paths, gradients.leaves, strict=True))
+    held = align_masks(state.masks, flat)
+    changed = {
+        path: _change_leaf(leaf, by_path[path], mask, share, growth, i, stack, state.count)
+        if fits and path in by_path
+        else mask
+        for i, (path, leaf, mask, fits, stack) in enumerate(
+            zip(flat.paths, flat.leaves, held, chosen, stacks, strict=True)
+        )
+    }
+    old = flatten(state.masks, "masks")
+    return old.treedef.unflatten([changed[path] for path in old.paths])
+
+
+def _change_leaf(
+    weight: jax.Array,
+    gradient: jax.Array,
+    mask: jax.Array,
+    share: Any,
+    growth: _Growth,
+    number: int,
+    stack: int,
+    count: jax.Array,
+) -> jax.Array:
+    batch = tuple(range(stack))
+    axes = tuple(range(stack, weight.ndim))
+    size = 1
+    for axis in axes:
+        size *= weight.shape[axis]
+    kept = _counts.count_true(mask, axes)
+    dropped = _counts.minimum(_counts.from_float(share * _counts.to_float(kept)), kept)
+    whole = _counts.from_int(size)
+    # Pruned weights rank below all others (NaN), then the smallest ones go.
+    standing = jnp.where(mask, weight, jnp.full_like(weight, jnp.nan))
+    gone = _counts.add(_counts.subtract(whole, kept), dropped)
+    survivors = mask & _selection.keep_largest(standing, gone, batch=batch, magnitude=True)
+    # Survivors rank above all others, then the largest gradients are kept.
+    wanted = jnp.clip(jnp.nan_to_num(growth(gradient, number, count)), 0, jnp.finfo(jnp.float32).max)
+    wanted = jnp.where(survivors, jnp.full_like(wanted, jnp.inf), wanted)
+    return _selection.keep_largest(wanted, _counts.subtract(whole, kept), batch=batch, magnitude=False)
+
+
+def _refresh(state: Any, fresh: Any, grown: Flat) -> Any:
+    """Give grown weights the optimizer state they would have had at the start, whatever the optimizer.
+
+    A leaf of the state belongs to a parameter when its path ends in the parameter's path and it has its shape: so the
+    moments of Adam, the accumulators of MultiSteps and the branches of a partition are found alike. (Optax's own
+    ``tree.map_params`` needs an ``init`` that runs on a placeholder, which labels made by a function do not allow.)
+    """
+    by_path = dict(zip(grown.paths, grown.leaves, strict=True))
+    entries = flatten(state, "state")
+
+    def refreshed(path: Sequence[str], leaf: Any, start: Any) -> Any:
+        suffixes = ("/".join(path[i:]) for i in range(len(path)))
+        mask = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
+        if mask is None or getattr(leaf, "shape", None) != mask.shape or not is_floating(leaf):
+            return leaf
+        return jnp.where(mask, start, leaf)
+
+    leaves = [
+        refreshed(path.split("/"), leaf, start)
+        for path, leaf, start in zip(entries.paths, entries.leaves, jax.tree.leaves(fresh), strict=True)
+    ]
+    return entries.treedef.unflatten(leaves)
+
