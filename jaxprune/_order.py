@@ -68,8 +68,9 @@ def words(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]
 def from_end(shape: tuple[int, ...], axes: tuple[int, ...], one: jax.Array) -> jax.Array:
     """The row-major position along `axes` counted from the end, `FIRST_POSITION` for the last entry, times `one`."""
     sizes = [shape[axis] for axis in axes]
-    position = one * np.uint32(math.prod(sizes) - 1)
+    # Modulo 2**32, which makes signed numbers of unsigned ones, too.
+    position = one * np.uint32((math.prod(sizes) - 1 + FIRST_POSITION) % WORD)
     for i, axis in enumerate(axes):
         stride = one * np.uint32(math.prod(sizes[i + 1 :]))
         position = position - lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    return lax.bitcast_convert_type(position ^ np.uint32(WORD // 2), jnp.int32)
+    return lax.bitcast_convert_type(position, jnp.int32)

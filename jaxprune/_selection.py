@@ -287,16 +287,21 @@ class _Pools:
         return jax.tree.map(lambda *words: jnp.stack(words, axis=1), *counts)
 
     def _numbers(self, i: int, operand: _Operand, border: _Border, one: jax.Array) -> jax.Array:
-        """What the stage compares: the keys, or a word of the position of the entries which are tied so far."""
-        keys = self.order.keys(operand[0])
+        """What the stage compares: the keys, or a word of the position of the entries that are still undecided."""
         never = np.iinfo(self.order.key).max
-        numbers = jnp.where(border.stage == 0, keys, never)
-        tied = (keys == self._spread(i, border.cuts[0])) & (self._spread(i, border.array) == i)
+        keys = self.order.keys(operand[0])
+        numbers = jnp.maximum(keys, jnp.where(border.stage == 0, np.iinfo(self.order.key).min, never))
         for stage, axes in enumerate(self.words[i], start=1):
-            position = from_end(self.shapes[i], axes, one).astype(self.order.key)
-            numbers = jnp.where((border.stage == stage) & tied, position, numbers)
-            tied &= position == self._spread(i, border.cuts[stage])
+            # Choices of one number for all entries are free; those for every entry cost.
+            wanted = jnp.where((border.stage == stage) & (border.array == i), border.cuts[0], never)
+            undecided = keys == self._spread(i, wanted)
+            for major, cut in zip(self.words[i][: stage - 1], border.cuts[1:], strict=False):
+                undecided &= self._position(i, major, one) == self._spread(i, cut)
+            numbers = jnp.where(undecided, self._position(i, axes, one), numbers)
         return jnp.where(operand[1], never, numbers) if len(operand) > 1 else numbers
+
+    def _position(self, i: int, axes: tuple[int, ...], one: jax.Array) -> jax.Array:
+        return from_end(self.shapes[i], axes, one).astype(self.order.key)
 
     def _spread(self, i: int, of_pools: jax.Array) -> jax.Array:
         """Shape what belongs to pools so that it combines with the entries of an array."""
@@ -344,7 +349,7 @@ class _Pools:
         cuts = [self._spread(i, cut) for cut in border.cuts]
         last = jnp.zeros_like(cuts[0], dtype=bool)
         for axes, cut in reversed(list(zip(self.words[i], cuts[1:], strict=False))):
-            position = from_end(self.shapes[i], axes, jnp.uint32(1)).astype(cut.dtype)
+            position = self._position(i, axes, jnp.uint32(1))
             last = (position < cut) | ((position == cut) & last)
         keys = self.order.keys(operand[0])
         removed = (keys < cuts[0]) | ((keys == cuts[0]) & ((i > array) | ((i == array) & last)))

@@ -171,7 +171,7 @@ def sparse_evolution(
 
 def _init(inner: optax.GradientTransformationExtraArgs, masks: Any) -> Callable[[Any], SparseTrainingState]:
     def init_fn(params: Any) -> SparseTrainingState:
-        held = masks_for(masks(params) if callable(masks) else masks, params)
+        held = masks_for(masks, params)
         return SparseTrainingState(jnp.zeros([], jnp.int32), held, inner.init(params))
 
     return init_fn

@@ -59,7 +59,7 @@ def keep_pruned(masks: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def init_fn(params: Any) -> KeepPrunedState:
-        return KeepPrunedState(masks_for(masks(params) if callable(masks) else masks, params))
+        return KeepPrunedState(masks_for(masks, params))
 
     def update_fn(
         updates: Any, state: KeepPrunedState, params: Any = None, **extra_args: Any
@@ -117,15 +117,17 @@ def keep_zeros(
 
 
 def masks_for(masks: Any, params: Any) -> Any:
-    """Return a copy of the masks in the tree of the parameters; None where optax has masked a leaf away.
+    """Return a copy of the masks, or of what a function makes of the parameters, in the tree of the parameters.
 
     A copy, because an optimizer state is often donated, which would delete the caller's masks. Masks of more leaves
     than `params` has are right where `optax.masked` or `optax.partition` hides some; without that they are an error.
     """
     flat = flatten(params, "params")
+    if not flat.leaves:  # optax.tree.map_params initialises with a placeholder that has no leaves
+        return params
+    masks = masks(params) if callable(masks) else masks
     given = flatten(masks, "masks", is_leaf=keeps_all)
-    hidden = any(isinstance(node, optax.MaskedNode) for node in _nodes(params))
-    if hidden or not flat.leaves:
+    if any(isinstance(node, optax.MaskedNode) for node in _nodes(params)):
         known = set(flat.paths)
         shown = [i for i, path in enumerate(given.paths) if path in known]
         masks = {given.paths[i]: given.leaves[i] for i in shown}
@@ -144,7 +146,7 @@ def _nodes(tree: Any) -> Sequence[Any]:
 def enforce(updates: Any, params: Any, masks: Any) -> Any:
     """Replace the updates of pruned weights by what takes them to zero; trees are aligned by path."""
     flat = flatten(params, "params")
-    return _enforce(updates, flat, align(flatten(masks, "masks"), flat, "masks", "params"))
+    return _enforce(updates, flat, align_masks(masks, flat))
 
 
 def _enforce(updates: Any, params: Flat, masks: Sequence[Any]) -> Any:

@@ -92,6 +92,22 @@ def test_a_large_layer_equals_the_oracle(mean: float) -> None:
     check_against_oracle(weights, 1.0, rules.mean_threshold)
 
 
+@pytest.mark.parametrize("deviations", [1e4, 1e5, 1e6])
+def test_a_mean_far_from_zero_equals_the_oracle(deviations: float) -> None:
+    weights = jnp.asarray(deviations + np.random.default_rng(0).normal(size=(64, 33)), jnp.float32)
+    exact = np.asarray(weights, np.float64)
+    check_against_oracle(weights, float(np.median(exact) / np.std(exact)), rules.std_threshold)
+
+
+@pytest.mark.parametrize("rule", [rules.std_threshold, rules.mean_threshold])
+def test_rounding_errors_do_not_pile_up(rule: Rule) -> None:
+    """Sums of 2,176 equal magnitudes, whose rounding errors do not cancel: still right within 1e-6."""
+    weights = np.tile([0.1, -0.1], (64, 17)).astype(np.float32)
+    weights[5, 5] *= 1 + 3e-6
+    mask = make_masks({"kernel": jnp.asarray(weights)}, 1 + 1.5e-6, rule=rule)["kernel"]
+    assert np.argwhere(mask).tolist() == [[5, 5]]
+
+
 @pytest.mark.parametrize(
     ("rule", "k", "kept"),
     [
