@@ -60,13 +60,13 @@ class Layer:
         return math.prod(self.values.shape[self.stack :])
 
 
-def _flatten_layer(layer: Layer) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], tuple[str, str, int, tuple[int, ...] | None]]:
+def _flatten_layer(
+    layer: Layer,
+) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], tuple[str, str, int, tuple[int, ...] | None]]:
     return ((GetAttrKey("value"), layer.score),), (layer.path, layer.name, layer.stack, layer.pooled)
 
 
-def _unflatten_layer(
-    aux: tuple[str, str, int, tuple[int, ...] | None], children: Iterable[Any]
-) -> Layer:
+def _unflatten_layer(aux: tuple[str, str, int, tuple[int, ...] | None], children: Iterable[Any]) -> Layer:
     path, name, stack, pooled = aux
     (values,) = children
     return Layer(path, name, values, stack=stack, pooled=pooled)
@@ -102,10 +102,8 @@ def strengths(k: Any, layers: Sequence[Layer], rule: str, low: float = 0.0, high
     Returns:
         One entry a layer: a Python float where k was a number, else an array of shape ``()`` or the stack's.
     """
-    if is_scalar(k):
-        entries = [k] * len(layers)
-    else:
-        entries = spread(k, [layer.path for layer in layers], "k")
+    paths = [layer.path for layer in layers]
+    entries = [k] * len(layers) if is_scalar(k) else spread(k, paths, "k")
     return [_strength(entry, layer, rule, low, high) for entry, layer in zip(entries, layers, strict=True)]
 
 

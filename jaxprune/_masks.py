@@ -1,6 +1,6 @@
 """Masks from parameters, parameters under masks, and how much is gone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -120,7 +120,7 @@ def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.
 
 def _check_mask(mask: Any, what: str, leaf: Any) -> None:
     dtype, shape = getattr(mask, "dtype", type(mask).__name__), np.shape(mask)
-    if dtype != bool or shape != np.shape(leaf):
+    if dtype != np.bool_ or shape != np.shape(leaf):
         raise ValueError(f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.")
 
 
@@ -131,11 +131,15 @@ def keeps_all(node: Any) -> bool:
 
 def align_masks(masks: Any, flat: Flat) -> list[Any]:
     """Return for each leaf of `flat` its mask (None keeps the leaf whole), checked for dtype and shape."""
-    found = align(flatten(masks, "masks", is_leaf=keeps_all), flat, "masks", "params")
-    for mask, name, leaf in zip(found, flat.names, flat.leaves, strict=True):
+    return check_masks(align(flatten(masks, "masks", is_leaf=keeps_all), flat, "masks", "params"), flat)
+
+
+def check_masks(masks: Sequence[Any], flat: Flat) -> list[Any]:
+    """Check the masks of the leaves of `flat` for dtype and shape; None stands for one that keeps its leaf whole."""
+    for mask, name, leaf in zip(masks, flat.names, flat.leaves, strict=True):
         if not keeps_all(mask):
             _check_mask(mask, f"masks has for {name} an array", leaf)
-    return [None if keeps_all(mask) else mask for mask in found]
+    return [None if keeps_all(mask) else mask for mask in masks]
 
 
 def apply_masks(params: Any, masks: Any) -> Any:

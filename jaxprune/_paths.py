@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, keystr
 
-
 KeyPath = tuple[Any, ...]
 
 

@@ -16,9 +16,12 @@ Stacked = str | Sequence[str] | Callable[[str, Any], int]
 _KERNEL = re.compile(r"kernel|w|w_?\d+|w_[a-z]+")
 # Words in a leaf's own name, in its module's name, and anywhere on its path, that rule it out otherwise.
 _NOT_NAMED = frozenset(
-    "bias biases b scale offset gamma beta g gain mean var log lora table token tokens logits".split()
+    {"bias", "biases", "b", "scale", "offset", "gamma", "beta", "g", "gain", "mean", "var", "log", "lora", "table"}
+    | {"token", "tokens", "logits"}
 )
-_EMBEDDING = frozenset("embed embedding embeddings embedder emb wte wpe pos position positional cls".split())
+_EMBEDDING = frozenset(
+    {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "pos", "position", "positional", "cls"}
+)
 _NORM = re.compile(r"\w*norm|ln|bn|gn")
 
 
@@ -54,7 +57,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
     *modules, name = parts
     if _KERNEL.fullmatch(name):
         return True
-    nearest = modules[-1:] + [name]
+    nearest = [*modules[-1:], name]
     return not (
         _NOT_NAMED.intersection(_words(name))
         or any(_EMBEDDING.intersection(_words(part)) for part in parts)
@@ -135,8 +138,7 @@ def choose(
         ]
     elif callable(prunable):
         chosen = [
-            fits and bool(prunable(path, layer))
-            for fits, path, layer in zip(allowed, flat.paths, layers, strict=True)
+            fits and bool(prunable(path, layer)) for fits, path, layer in zip(allowed, flat.paths, layers, strict=True)
         ]
     else:
         chosen = [fits and bool(b) for fits, b in zip(allowed, spread(prunable, flat.paths, "prunable"), strict=True)]

@@ -100,9 +100,7 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def summarize(
-    params: Any, masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None
-) -> Summary:
+def summarize(params: Any, masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None) -> Summary:
     """Summarize what the masks keep of the parameters, layer by layer and in total.
 
     Counts are exact for any size. Reads values: not for use under jit.

@@ -43,9 +43,7 @@ def mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Mean of the finite entries along `axes`, kept as axes of size 1, in float32."""
     x = _wide(x)
     plain = jnp.mean(x, axes, keepdims=True)
-    return lax.cond(
-        jnp.all(jnp.isfinite(plain)), lambda: plain, lambda: _finite_mean(x, jnp.isfinite(x), axes)
-    )
+    return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, lambda: _finite_mean(x, jnp.isfinite(x), axes))
 
 
 def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._masks import align_masks, keeps_all
+from jaxprune._masks import align_masks, check_masks, keeps_all
 from jaxprune._paths import Flat, align, flatten, is_floating
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
 
@@ -146,7 +146,7 @@ def _nodes(tree: Any) -> Sequence[Any]:
 def enforce(updates: Any, params: Any, masks: Any) -> Any:
     """Replace the updates of pruned weights by what takes them to zero; trees are aligned by path."""
     flat = flatten(params, "params")
-    return _enforce(updates, flat, align_masks(masks, flat))
+    return _enforce(updates, flat, check_masks(align(flatten(masks, "masks"), flat, "masks", "params"), flat))
 
 
 def _enforce(updates: Any, params: Flat, masks: Sequence[Any]) -> Any:

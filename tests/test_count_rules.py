@@ -154,7 +154,9 @@ def test_row_sparsity_of_attention_projections_is_per_head_and_unit():
 def test_stacked_layers_are_pruned_one_by_one(rule):
     layers = [jax.random.normal(jax.random.fold_in(KEY, i), (4, 6)) * (1 + i) for i in range(3)]
     stack = {"layers": {"kernel": jnp.stack(layers)}, "head": {"kernel": jax.random.normal(KEY, (6, 3))}}
-    loose = {f"layer{i}": {"kernel": layer} for i, layer in enumerate(layers)} | {"out": {"kernel": stack["head"]["kernel"]}}
+    loose = {f"layer{i}": {"kernel": layer} for i, layer in enumerate(layers)} | {
+        "out": {"kernel": stack["head"]["kernel"]}
+    }
     if rule is rules.global_sparsity:  # leaves in the same order: head first there, out last here
         loose = {"a": loose.pop("out")} | loose
     masks = jaxprune.make_masks(stack, 0.6, rule=rule, stacked="layers")

@@ -64,7 +64,12 @@ def test_n_may_be_traced_and_differ_between_layers():
 
 @pytest.mark.parametrize(
     ("m", "k", "message"),
-    [(4, 5, "1 <= k <= 4"), (4, 0, "1 <= k <= 4"), (4, 1.5, "whole number"), (7, 2, r"params\['kernel'\] has shape \(8, 6\)")],
+    [
+        (4, 5, "1 <= k <= 4"),
+        (4, 0, "1 <= k <= 4"),
+        (4, 1.5, "whole number"),
+        (7, 2, r"params\['kernel'\] has shape \(8, 6\)"),
+    ],
 )
 def test_n_m_bad_input(m, k, message):
     with pytest.raises(ValueError, match=message):
@@ -148,7 +153,9 @@ def test_blocks_may_be_scored_by_their_largest_weight():
 
 
 @pytest.mark.parametrize(
-    "inner", [rules.std_threshold, rules.global_sparsity, rules.erk_sparsity, rules.layer_sparsity], ids=lambda r: r.__name__
+    "inner",
+    [rules.std_threshold, rules.global_sparsity, rules.erk_sparsity, rules.layer_sparsity],
+    ids=lambda r: r.__name__,
 )
 def test_granularities_compose_with_any_rule(inner):
     params = {"a": {"kernel": jax.random.normal(KEY, (8, 12))}, "b": {"kernel": jax.random.normal(KEY, (12, 4))}}

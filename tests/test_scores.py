@@ -399,6 +399,11 @@ def test_lamp_of_many_weights_is_accurate_and_in_order():
     assert (np.diff(found.ravel()[order]) <= 0).all()
 
 
+def test_lamp_of_many_equal_weights_falls_with_the_index():
+    found = scores.lamp([jnp.full(300_000, 0.3).at[0].set(1.0)])[0]
+    assert (jnp.diff(found) <= 0).all()
+
+
 def test_lamp_by_hand():
     # weights, scores
     table = [
