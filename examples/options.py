@@ -39,8 +39,8 @@ class Settings:
 
 
 # Defaults that --small changes; a number given on the command line wins over both.
-FULL = {"epochs": 30, "fine_tune_epochs": 15, "ks": (0.5, 1.0, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0)}
-SMALL = {"epochs": 2, "fine_tune_epochs": 1, "ks": (1.0, 2.0)}
+FULL: dict[str, Any] = {"epochs": 30, "fine_tune_epochs": 15, "ks": (0.5, 1.0, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0)}
+SMALL: dict[str, Any] = {"epochs": 2, "fine_tune_epochs": 1, "ks": (1.0, 2.0)}
 
 
 def parse(description: str, out: str, arguments: Sequence[str] | None = None) -> Settings:
@@ -54,9 +54,7 @@ def parse(description: str, out: str, arguments: Sequence[str] | None = None) ->
     Returns:
       The settings, complete and in range.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description)
     add_options(parser, out)
     return settings(parser.parse_args(arguments))
 
@@ -64,26 +62,21 @@ def parse(description: str, out: str, arguments: Sequence[str] | None = None) ->
 def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     """Add the options of a run to a parser, for `settings` to read."""
     add = parser.add_argument
-    add("--dataset", default="digits", help="digits, mnist, fashion_mnist, cifar10 or another of TFDS")
+    default = "(default: %(default)s)"
+    add("--dataset", default="digits", help=f"digits, mnist, fashion_mnist, cifar10 or another of TFDS {default}")
     add("--data-dir", type=Path, help="folder of prepared data sets (default: the user's cache)")
-    add("--out", type=Path, default=Path(out), help="folder for results, figures and checkpoints")
+    add("--out", type=Path, default=Path(out), help=f"folder for results, figures and checkpoints {default}")
     add("--resume", action="store_true", help="continue the run in --out; otherwise it is replaced")
-    add("--small", action="store_true", help="a few images and epochs, to see that everything runs")
-    add("--seed", type=_count(0), default=0, help="of the initial weights and the order of the images")
-    add("--epochs", type=_count(1), default=argparse.SUPPRESS, help=_help("of dense training", "epochs"))
-    add(
-        "--fine-tune-epochs", type=_count(1), default=argparse.SUPPRESS,
-        help=_help("after each pruning", "fine_tune_epochs"),
-    )  # fmt: skip
-    add("--batch-size", type=_count(1), default=32, help="images per step")
-    add("--learning-rate", type=_number(low=0), default=0.01, help="of stochastic gradient descent")
-    add("--momentum", type=_number(low=0, high=1), default=0.9, help="of stochastic gradient descent")
-    add("--k", type=_number(low=0), default=1.0, help="prune weights below k standard deviations of their layer")
-    add(
-        "--ks", type=_number(low=0), nargs="+", default=argparse.SUPPRESS, metavar="K",
-        help=_help("of the sweep, rising", "ks"),
-    )  # fmt: skip
-    add("--save-every", type=_count(1), default=10, help="epochs between checkpoints")
+    add("--small", action="store_true", help="few images, epochs and strengths, to see that everything runs")
+    add("--seed", type=_count(0), default=0, help=f"of the first weights and the images' order {default}")
+    add("--epochs", type=_count(1), help=f"of dense training {_presets('epochs')}")
+    add("--fine-tune-epochs", type=_count(1), help=f"after each pruning {_presets('fine_tune_epochs')}")
+    add("--batch-size", type=_count(1), default=32, help=f"images per step {default}")
+    add("--learning-rate", type=_number(), default=0.01, help=f"of the gradient descent {default}")
+    add("--momentum", type=_number(high=1), default=0.9, help=f"of the gradient descent {default}")
+    add("--k", type=_number(), default=1.0, help=f"prune below k standard deviations of a layer {default}")
+    add("--ks", type=_number(), nargs="+", metavar="K", help=f"of the sweep, rising {_presets('ks')}")
+    add("--save-every", type=_count(1), default=10, metavar="EPOCHS", help=f"between checkpoints {default}")
 
 
 def settings(options: argparse.Namespace) -> Settings:
@@ -92,18 +85,20 @@ def settings(options: argparse.Namespace) -> Settings:
     Raises:
       UsageError: the strengths of the sweep do not rise.
     """
-    chosen = {**(SMALL if options.small else FULL), **vars(options)}
-    chosen = {field.name: chosen[field.name] for field in dataclasses.fields(Settings)}
+    preset = SMALL if options.small else FULL
+    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
+    chosen.update({name: value for name, value in preset.items() if chosen[name] is None})
     chosen["ks"] = tuple(chosen["ks"])
     if any(low >= high for low, high in zip(chosen["ks"], chosen["ks"][1:], strict=False)):
         raise UsageError(f"--ks must rise, since each prunes what the one before has left; got {chosen['ks']}")
     return Settings(**chosen)
 
 
-def _help(text: str, name: str) -> str:
-    full, small = (" ".join(map(str, value)) if isinstance(value, tuple) else value
-                   for value in (FULL[name], SMALL[name]))  # fmt: skip
-    return f"{text} (default: {full}; with --small: {small})"
+def _presets(name: str) -> str:
+    full, small = FULL[name], SMALL[name]
+    if isinstance(full, tuple):
+        full, small = (" ".join(map(str, strengths)) for strengths in (full, small))
+    return f"(default: {full}, with --small {small})"
 
 
 def _count(low: int) -> Any:
@@ -116,14 +111,12 @@ def _count(low: int) -> Any:
     return count
 
 
-def _number(*, low: float, high: float = math.inf) -> Any:
+def _number(high: float = math.inf) -> Any:
     def number(text: str) -> float:
         value = float(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a number between {low} and {high}" if high < math.inf
-                else f"{text} is not a finite number of at least {low}"
-            )  # fmt: skip
+        if not 0 <= value <= high or math.isinf(value):
+            limit = "of at least 0" if math.isinf(high) else f"between 0 and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {limit}")
         return value
 
     return number

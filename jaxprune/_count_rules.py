@@ -110,14 +110,14 @@ def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     Args:
         scores: a tree of scores, comparable between layers; as `make_masks` hands it to a rule.
         k: the sparsity, in [0, 1]: one number or scalar array (may be traced).
-        max_sparsity: the most that may be removed of any layer, in [0, 1]: at most ``floor(max_sparsity * n)`` of it go,
-            and never its last weight (static).
+        max_sparsity: the most that may be removed of any layer, in [0, 1]: at most ``floor(max_sparsity * n)`` go, and
+            never the last weight (static).
 
     Returns:
         A tree of bool masks, True = keep.
 
     Raises:
-        ValueError: k is outside [0, 1], NaN or a tree; or more than max_sparsity allows (a traced k is lowered to that).
+        ValueError: k is outside [0, 1], NaN or a tree; or above what max_sparsity allows (a traced k is lowered).
 
     >>> import jax.numpy as jnp, jaxprune
     >>> params = {"a": {"kernel": jnp.array([[1.0, 9.0]])}, "b": {"kernel": jnp.array([[2.0, 3.0]])}}
@@ -178,7 +178,7 @@ def erk_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     >>> int(masks["a"]["kernel"].sum()), int(masks["b"]["kernel"].sum())
     (4, 12)
 
-    Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020, section 3 (1).
+    Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020, section 3.
     """
     layers, build = read_layers(scores)
     removed = _total_removed(layers, k, "rules.erk_sparsity", max_sparsity)

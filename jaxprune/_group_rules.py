@@ -22,8 +22,8 @@ Norm = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 def n_m(m: int, *, axis: int | None = None) -> Rule:
     """Make the rule that keeps the k largest of every m consecutive weights along the inputs (N:M, N = k).
 
-    Exact: every group keeps k weights, whatever the ties (among equals the lower index is kept) and the dtype; NaN ranks
-    lowest. Groups run along the contraction, as sparse matrix units need: axis -2 of a Flax or Haiku kernel, the input
+    Exact: every group keeps k weights, whatever the ties (among equals the lower index is kept) and the dtype; NaN
+    ranks lowest. Groups run along the contraction, as sparse matrix units need: axis -2 of a Flax or Haiku kernel, the input
     of an attention projection, axis 1 of an Equinox ``weight``. Costs m (m - 1) / 2 compares and no sort.
 
     Args:
@@ -148,8 +148,8 @@ def blocks(rule: Rule, shape: tuple[int, ...], *, reduce: Callable[..., jax.Arra
     """Make the rule that keeps or removes blocks of weights, chosen by `rule` from one score a block.
 
     Blocks tile the last axes of each layer (of a Flax kernel: inputs and outputs, at every tap of a convolution; of an
-    Equinox ``weight`` with a block of two: outputs and inputs). Where an axis does not divide, the blocks at its end are
-    smaller and scored over the weights they have. Every guarantee of `rule` holds for blocks.
+    Equinox ``weight`` with a block of two: outputs and inputs). Where an axis does not divide, the blocks at its end
+    are smaller and scored over the weights they have. Every guarantee of `rule` holds for blocks.
 
     Args:
         rule: any rule; it sees an array of block scores where the kernel was.

@@ -60,13 +60,17 @@ class Layer:
         return math.prod(self.values.shape[self.stack :])
 
 
+# What a layer is besides its scores: path, name, stack, pooled.
+_Known = tuple[str, str, int, tuple[int, ...] | None]
+
+
 def _flatten_layer(
     layer: Layer,
-) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], tuple[str, str, int, tuple[int, ...] | None]]:
+) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], _Known]:
     return ((GetAttrKey("value"), layer.score),), (layer.path, layer.name, layer.stack, layer.pooled)
 
 
-def _unflatten_layer(aux: tuple[str, str, int, tuple[int, ...] | None], children: Iterable[Any]) -> Layer:
+def _unflatten_layer(aux: _Known, children: Iterable[Any]) -> Layer:
     path, name, stack, pooled = aux
     (values,) = children
     return Layer(path, name, values, stack=stack, pooled=pooled)

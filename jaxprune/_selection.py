@@ -297,7 +297,9 @@ class _Pools:
             undecided = keys == self._spread(i, wanted)
             for major, cut in zip(self.words[i][: stage - 1], border.cuts[1:], strict=False):
                 undecided &= self._position(i, major, one) == self._spread(i, cut)
-            numbers = jnp.where(undecided, self._position(i, axes, one), numbers)
+            # Adding nothing gives the positions the sharding of the values, as explicit meshes demand.
+            position = self._position(i, axes, one) + jnp.zeros_like(keys)
+            numbers = jnp.where(undecided, position, numbers)
         return jnp.where(operand[1], never, numbers) if len(operand) > 1 else numbers
 
     def _position(self, i: int, axes: tuple[int, ...], one: jax.Array) -> jax.Array:

@@ -21,7 +21,9 @@ def _finite_mean(x: jax.Array, finite: jax.Array, axes: tuple[int, ...]) -> jax.
 def _careful_variance(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     finite = jnp.isfinite(x)
     centred = x - _finite_mean(x, finite, axes)
-    return _finite_mean(centred * centred, finite, axes)
+    # The mean is rounded; what is left of it after centring counts where it is large.
+    rest = _finite_mean(centred, finite, axes)
+    return _finite_mean(jnp.square(centred), finite, axes) - jnp.square(rest)
 
 
 def std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -42,7 +44,9 @@ def std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Mean of the finite entries along `axes`, kept as axes of size 1, in float32."""
     x = _wide(x)
-    plain = jnp.mean(x, axes, keepdims=True)
+    rough = jnp.mean(x, axes, keepdims=True)
+    # The rounding errors of a sum of equal signs do not cancel; those of its remainder are a million times smaller.
+    plain = rough + jnp.mean(x - rough, axes, keepdims=True)
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, lambda: _finite_mean(x, jnp.isfinite(x), axes))
 
 

@@ -309,9 +309,8 @@ def lamp(params: Any, *, stacked: Stacked | None = None) -> Any:
     goes last. Among equal weights the lower row-major index scores higher, the one that rules keep. Infinite
     weights score infinity and are left out of the sums; a layer of zeros scores zeros.
 
-    The definition needs the weights in order, so this score sorts, at about half a second for a million
-    weights on a CPU, and a sharded layer is gathered. The sums run from the largest weight on and are
-    accurate in float32 at any size.
+    The definition needs the weights in order, so this score sorts (several seconds for ten million weights on
+    a CPU), and a sharded layer is gathered. The sums run from the largest weight on, accurate in float32.
 
     Args:
         params: a pytree of arrays, a layer of less than 2**31 weights each.

@@ -65,6 +65,8 @@ def test_k_is_a_prefix_that_does_not_fit(k: object, named: str) -> None:
 def test_an_empty_tree(params: object) -> None:
     with pytest.raises(ValueError, match="empty tree"):
         make_masks(params, 1.0)
+    with pytest.raises(ValueError, match="empty tree|no path"):
+        make_masks(params, 1.0, stacked="layers")
 
 
 @pytest.mark.parametrize("leaf", ["text", jnp.tanh, object(), {1, 2}])

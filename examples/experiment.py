@@ -1,0 +1,193 @@
+"""What the runs share besides the network: data, phases of training with checkpoints, results on disk, exit codes."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from examples import data
+from examples.checkpoints import Checkpoints, History, State
+from examples.options import Settings, UsageError
+
+# Steps that one compiled call takes. On CPUs XLA runs the gradient of a convolution ten times slower inside a loop
+# than outside one (github.com/jax-ml/jax/issues/12868), so the scan over these steps is unrolled and must be short.
+STEPS_PER_CALL = 4
+IMAGES_PER_VALIDATION = 1000
+
+# (state, images, labels, batches of indices [steps, batch]) -> state, metrics by name, each [steps]
+TrainSteps = Callable[[State, jax.Array, jax.Array, np.ndarray], tuple[State, dict[str, jax.Array]]]
+# (state, images, labels) -> mean metrics by name
+Evaluate = Callable[[State, jax.Array, jax.Array], dict[str, jax.Array]]
+
+
+class Experiment:
+    """One run in one folder: trains in phases that survive being killed, and keeps `results.json` up to date."""
+
+    def __init__(self, settings: Settings, console: Console | None = None) -> None:
+        """Load the data and open the folder, before any training.
+
+        Args:
+          settings: the run.
+          console: where the run reports; the standard output when None.
+
+        Raises:
+          UsageError: the folder cannot be written, holds nothing to resume, or holds a run with other settings.
+          DataError: the data set cannot be had.
+        """
+        self.settings = settings
+        self.console = console or Console(highlight=False)
+        self.results: dict[str, Any] = {"settings": settings.to_dict()}
+        self._epochs_before = 0
+        _check_writable(settings.out)
+        if settings.resume:
+            self.results = _read_results(settings)
+        dataset = data.load(settings.dataset, settings.data_dir)
+        if settings.small:
+            dataset = dataset._replace(
+                train_images=dataset.train_images[:256], train_labels=dataset.train_labels[:256],
+                test_images=dataset.test_images[:128], test_labels=dataset.test_labels[:128],
+            )  # fmt: skip
+        if settings.batch_size * STEPS_PER_CALL > len(dataset.train_images):
+            raise UsageError(
+                f"--batch-size {settings.batch_size} is too large: {STEPS_PER_CALL} batches must fit into the "
+                f"{len(dataset.train_images)} training images"
+            )
+        self.classes = dataset.classes
+        self._train = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+        self._test = dataset.test_images, dataset.test_labels
+        self.sample_images = self._train[0][:1]
+        self._introduce(dataset)
+        if not settings.resume:
+            (settings.out / "results.json").unlink(missing_ok=True)
+            shutil.rmtree(settings.out / "checkpoint", ignore_errors=True)
+        self.record("settings", self.results["settings"])
+
+    def train(self, phase: str, state: State, train_steps: TrainSteps, epochs: int) -> State:
+        """Train for some epochs, from the newest checkpoint of this phase if there is one.
+
+        The order of the images depends on the seed and on the number of epochs trained since the run's beginning,
+        so a resumed run takes the same steps as one that was never interrupted.
+
+        Args:
+          phase: its name, of the progress bar and of the folder of its checkpoints.
+          state: where the phase begins.
+          train_steps: takes STEPS_PER_CALL steps at once.
+          epochs: how many.
+
+        Returns:
+          The state after the last epoch.
+        """
+        with Checkpoints(self.settings.out / "checkpoint" / phase) as checkpoints, self._progress() as progress:
+            done, state, history = checkpoints.restore(state)
+            bar = progress.add_task(phase, total=epochs, completed=done, metrics=_last(history))
+            for epoch in range(done + 1, epochs + 1):
+                state, metrics = self._train_epoch(state, train_steps, self._epochs_before + epoch)
+                for name, value in metrics.items():
+                    history.setdefault(name, []).append(value)
+                if epoch % self.settings.save_every == 0 or epoch == epochs:
+                    checkpoints.save(epoch, state, history)
+                progress.update(bar, completed=epoch, metrics=_last(history))
+        self._epochs_before += epochs
+        self.record("training", {**self.results.get("training", {}), phase: history})
+        return state
+
+    def validate(self, state: State, evaluate: Evaluate) -> dict[str, float]:
+        """Return the mean of each metric over the test images."""
+        images, labels = self._test
+        total: dict[str, float] = {}
+        for start in range(0, len(images), IMAGES_PER_VALIDATION):
+            part = slice(start, start + IMAGES_PER_VALIDATION)
+            for name, mean in evaluate(state, jnp.asarray(images[part]), jnp.asarray(labels[part])).items():
+                total[name] = total.get(name, 0.0) + float(mean) * len(labels[part])
+        return {name: value / len(images) for name, value in total.items()}
+
+    def record(self, key: str, value: Any) -> None:
+        """Put a finding into `results.json`, which is replaced in one step."""
+        self.results[key] = value
+        target = self.settings.out / "results.json"
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=2) + "\n")
+        os.replace(temporary, target)
+
+    def say(self, *parts: Any) -> None:
+        """Print for the user."""
+        self.console.print(*parts)
+
+    def _train_epoch(self, state: State, train_steps: TrainSteps, epoch: int) -> tuple[State, dict[str, float]]:
+        size = self.settings.batch_size
+        groups = data.epoch_indices(
+            len(self._train[0]), size * STEPS_PER_CALL, seed=self.settings.seed, epoch=epoch
+        )
+        calls = []
+        for batches in groups.reshape(-1, STEPS_PER_CALL, size):
+            state, metrics = train_steps(state, *self._train, batches)
+            calls.append(metrics)
+        means = jax.tree.map(lambda *values: float(np.mean(values)), *calls)
+        return state, means
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description:<12}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+            TextColumn("epochs"), TimeElapsedColumn(), TextColumn("{task.fields[metrics]}"), console=self.console,
+        )  # fmt: skip
+
+    def _introduce(self, dataset: data.Dataset) -> None:
+        train, test, device = dataset.train_images, dataset.test_images, jax.devices()[0]
+        shape = " x ".join(map(str, train.shape[1:]))
+        self.say(
+            f"data    {dataset.name}: {len(train):,} images to train on, {len(test):,} to test on, {shape}\n"
+            f"device  {device.platform} ({device.device_kind}), jax {jax.__version__}"
+        )
+
+
+def main(program: Callable[[], None]) -> int:
+    """Run a program; return its exit code: 0, 2 for what the user can mend (one line on stderr), 130 if stopped."""
+    try:
+        program()
+    except (UsageError, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _last(history: History) -> str:
+    form = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}", "gradient_norm": "gradient norm {:.3f}"}
+    return "  ".join(form[name].format(values[-1]) for name, values in history.items())
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"the folder {folder} cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _read_results(settings: Settings) -> dict[str, Any]:
+    path = settings.out / "results.json"
+    try:
+        results = json.loads(path.read_text())
+        before = results["settings"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{settings.out} holds no run to resume ({path.name} cannot be read)") from error
+    for name, value in settings.to_dict().items():
+        if before.get(name) != value:
+            raise UsageError(
+                f"the run in {settings.out} has {name.replace('_', '-')} {before.get(name)}, not {value}; resume it "
+                "with its own settings, or choose another --out"
+            )
+    return results
