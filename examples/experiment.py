@@ -1,5 +1,6 @@
 """What the runs share besides the network: data, phases of training with checkpoints, results on disk, exit codes."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+import jaxprune
 from examples import data
 from examples.checkpoints import Checkpoints, History, State
 from examples.options import Settings, UsageError
@@ -22,7 +24,7 @@ from examples.options import Settings, UsageError
 # Steps that one compiled call takes. On CPUs XLA runs the gradient of a convolution ten times slower inside a loop
 # than outside one (github.com/jax-ml/jax/issues/12868), so the scan over these steps is unrolled and must be short.
 STEPS_PER_CALL = 4
-IMAGES_PER_VALIDATION = 1000
+IMAGES_PER_CALL = 1000  # of validation
 
 # (state, images, labels, batches of indices [steps, batch]) -> state, metrics by name, each [steps]
 TrainSteps = Callable[[State, jax.Array, jax.Array, np.ndarray], tuple[State, dict[str, jax.Array]]]
@@ -45,8 +47,9 @@ class Experiment:
           DataError: the data set cannot be had.
         """
         self.settings = settings
-        self.console = console or Console(highlight=False)
-        self.results: dict[str, Any] = {"settings": settings.to_dict()}
+        # A file or a pipe has no width of its own, and rich would fold the tables into 80 columns.
+        self.console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+        self.results: dict[str, Any] = {}
         self._epochs_before = 0
         _check_writable(settings.out)
         if settings.resume:
@@ -70,7 +73,7 @@ class Experiment:
         if not settings.resume:
             (settings.out / "results.json").unlink(missing_ok=True)
             shutil.rmtree(settings.out / "checkpoint", ignore_errors=True)
-        self.record("settings", self.results["settings"])
+        self.record("settings", value=settings.to_dict())
 
     def train(self, phase: str, state: State, train_steps: TrainSteps, epochs: int) -> State:
         """Train for some epochs, from the newest checkpoint of this phase if there is one.
@@ -89,31 +92,39 @@ class Experiment:
         """
         with Checkpoints(self.settings.out / "checkpoint" / phase) as checkpoints, self._progress() as progress:
             done, state, history = checkpoints.restore(state)
-            bar = progress.add_task(phase, total=epochs, completed=done, metrics=_last(history))
+            bar = progress.add_task(phase, total=epochs, completed=done, metrics=_newest(history))
             for epoch in range(done + 1, epochs + 1):
                 state, metrics = self._train_epoch(state, train_steps, self._epochs_before + epoch)
                 for name, value in metrics.items():
                     history.setdefault(name, []).append(value)
                 if epoch % self.settings.save_every == 0 or epoch == epochs:
                     checkpoints.save(epoch, state, history)
-                progress.update(bar, completed=epoch, metrics=_last(history))
+                progress.update(bar, completed=epoch, metrics=_newest(history))
         self._epochs_before += epochs
-        self.record("training", {**self.results.get("training", {}), phase: history})
+        self.record("training", phase, value=history)
         return state
 
     def validate(self, state: State, evaluate: Evaluate) -> dict[str, float]:
-        """Return the mean of each metric over the test images."""
+        """Return the mean of each metric over the test images, and the sparsity of the prunable weights."""
         images, labels = self._test
         total: dict[str, float] = {}
-        for start in range(0, len(images), IMAGES_PER_VALIDATION):
-            part = slice(start, start + IMAGES_PER_VALIDATION)
+        for start in range(0, len(images), IMAGES_PER_CALL):
+            part = slice(start, start + IMAGES_PER_CALL)
             for name, mean in evaluate(state, jnp.asarray(images[part]), jnp.asarray(labels[part])).items():
                 total[name] = total.get(name, 0.0) + float(mean) * len(labels[part])
-        return {name: value / len(images) for name, value in total.items()}
+        means = {name: value / len(images) for name, value in total.items()}
+        return {**means, "sparsity": float(jaxprune.sparsity(jaxprune.masks_in(state.opt_state)))}
 
-    def record(self, key: str, value: Any) -> None:
-        """Put a finding into `results.json`, which is replaced in one step."""
-        self.results[key] = value
+    def note(self, name: str, found: dict[str, float]) -> None:
+        """Print and record what `validate` found."""
+        self.record("validation", name, value=found)
+        self.say(f"{name:<10} on the test images: {_metrics(found)}; {found['sparsity']:.1%} sparse")
+
+    def record(self, *keys: str, value: Any) -> None:
+        """Put a finding into `results.json` under its keys, from the outermost; the file is replaced in one step."""
+        *outer, name = keys
+        place = functools.reduce(lambda within, key: within.setdefault(key, {}), outer, self.results)
+        place[name] = value
         target = self.settings.out / "results.json"
         temporary = target.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.results, indent=2) + "\n")
@@ -137,8 +148,8 @@ class Experiment:
 
     def _progress(self) -> Progress:
         return Progress(
-            TextColumn("{task.description:<12}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-            TextColumn("epochs"), TimeElapsedColumn(), TextColumn("{task.fields[metrics]}"), console=self.console,
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=8), MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"), console=self.console,
         )  # fmt: skip
 
     def _introduce(self, dataset: data.Dataset) -> None:
@@ -150,8 +161,8 @@ class Experiment:
         )
 
 
-def main(program: Callable[[], None]) -> int:
-    """Run a program; return its exit code: 0, 2 for what the user can mend (one line on stderr), 130 if stopped."""
+def exit_code(program: Callable[[], None]) -> int:
+    """Run a program and return its exit code: 0, 2 for what the user can mend (one line on stderr), 130 if stopped."""
     try:
         program()
     except (UsageError, data.DataError) as error:
@@ -163,9 +174,13 @@ def main(program: Callable[[], None]) -> int:
     return 0
 
 
-def _last(history: History) -> str:
+def _metrics(values: dict[str, float]) -> str:
     form = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.2%}", "gradient_norm": "gradient norm {:.3f}"}
-    return "  ".join(form[name].format(values[-1]) for name, values in history.items())
+    return ", ".join(text.format(values[name]) for name, text in form.items() if name in values)
+
+
+def _newest(history: History) -> str:
+    return _metrics({name: values[-1] for name, values in history.items()})
 
 
 def _check_writable(folder: Path) -> None:

@@ -39,7 +39,7 @@ class Settings:
 
 
 # Defaults that --small changes; a number given on the command line wins over both.
-FULL: dict[str, Any] = {"epochs": 30, "fine_tune_epochs": 15, "ks": (0.5, 1.0, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0)}
+FULL: dict[str, Any] = {"epochs": 25, "fine_tune_epochs": 10, "ks": (0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5)}
 SMALL: dict[str, Any] = {"epochs": 2, "fine_tune_epochs": 1, "ks": (1.0, 2.0)}
 
 

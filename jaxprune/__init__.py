@@ -1,6 +1,7 @@
 """Functional pruning for JAX: masks from parameters, optax transforms that keep them, honest reports."""
 
 from jaxprune import rules as rules
+from jaxprune import scores as scores
 from jaxprune._guard import PruningWarning as PruningWarning
 from jaxprune._masks import apply_masks as apply_masks
 from jaxprune._masks import make_masks as make_masks

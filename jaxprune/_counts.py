@@ -102,7 +102,7 @@ def count_true(mask: jax.Array, axes: tuple[int, ...]) -> Count:
     return total(Count(jnp.zeros_like(low), low), axes, math.prod(mask.shape[axis] for axis in axes))
 
 
-def rounded(k: float | jax.Array, n: int) -> Count:
+def rounded(k: int | float | jax.Array, n: int) -> Count:
     """`round(k * n)`, half to even: how many of `n` entries a sparsity of `k` removes.
 
     A Python float gives exactly what Python's own `round(k * n)` gives. An array is taken at its word: the float32
@@ -132,7 +132,7 @@ def rounded(k: float | jax.Array, n: int) -> Count:
     return add(quotient, Count(jnp.zeros_like(up), up))
 
 
-def floored(k: float | jax.Array, n: int) -> Count:
+def floored(k: int | float | jax.Array, n: int) -> Count:
     """`floor(k * n)`: how many of `n` entries may be removed under a cap of `k`.
 
     A Python float is read as the decimal it prints as, so a cap of 0.29 on 100 entries is 29, although the nearest

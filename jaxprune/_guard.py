@@ -14,7 +14,7 @@ class PruningWarning(UserWarning):
 
 def check_max_sparsity(max_sparsity: float, rule: str) -> None:
     """Raise a ValueError unless max_sparsity is a number in [0, 1]."""
-    if isinstance(max_sparsity, bool | str) or not 0 <= max_sparsity <= 1:
+    if isinstance(max_sparsity, bool) or not isinstance(max_sparsity, int | float) or not 0 <= max_sparsity <= 1:
         raise ValueError(f"{rule} takes 0 <= max_sparsity <= 1, a number; got {max_sparsity!r}.")
 
 

@@ -67,7 +67,9 @@ _Known = tuple[str, str, int, tuple[int, ...] | None]
 def _flatten_layer(
     layer: Layer,
 ) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], _Known]:
-    return ((GetAttrKey("value"), layer.score),), (layer.path, layer.name, layer.stack, layer.pooled)
+    # Mapped over by a rule, a layer holds its mask.
+    child = layer.score if jnp.issubdtype(layer.values.dtype, jnp.floating) else layer.values
+    return ((GetAttrKey("value"), child),), (layer.path, layer.name, layer.stack, layer.pooled)
 
 
 def _unflatten_layer(aux: _Known, children: Iterable[Any]) -> Layer:
@@ -115,13 +117,21 @@ def is_scalar(k: Any) -> bool:
     """Whether k is one strength rather than a tree of them; raise a TypeError for what can be neither."""
     if isinstance(k, str | bytes | bool) or k is None:
         raise TypeError(f"k is a number, a scalar array or a tree prefix of these, not {k!r}.")
-    return isinstance(k, int | float | np.ndarray | np.generic | jax.Array)
+    if isinstance(k, np.ndarray | np.generic | jax.Array):
+        if not (jnp.issubdtype(k.dtype, jnp.integer) or jnp.issubdtype(k.dtype, jnp.floating)):
+            raise TypeError(f"k is a number, a scalar array or a tree prefix of these, not an array of {k.dtype}.")
+        return True
+    return isinstance(k, int | float)
 
 
 def _strength(k: Any, layer: Layer, rule: str, low: float, high: float) -> Any:
     if k is None:
         raise ValueError(f"k has no entry for {layer.name}; it must be one number or a tree prefix that covers it.")
-    if isinstance(k, str | bytes | bool) or not is_scalar(k):
+    try:
+        number = is_scalar(k)
+    except TypeError:
+        number = False
+    if not number:
         raise TypeError(f"k for {layer.name} is a number or a scalar array, not {k!r}.")
     stack = layer.values.shape[: layer.stack]
     if np.shape(k) not in ((), stack):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._masks import apply_masks
-from jaxprune._paths import flatten
+from jaxprune._paths import align, flatten
 
 
 class Round(NamedTuple):
-    """One round: its strength, the masks made at its end, and the trained parameters under them."""
+    """One round: its strength, the masks made at its start, and the parameters trained under them."""
 
     k: Any
     masks: Any
@@ -31,18 +31,18 @@ def iterate(
     One-shot pruning and fine-tuning is a single k; rising ks are iterative magnitude pruning; with `rewind_to` each
     round's survivors start from earlier weights: those of the initialisation (the lottery ticket) or of an early step
     (weight rewinding). For learning-rate rewinding leave `rewind_to` out and let `train` begin its schedule anew.
-    Lazy: a round runs when it is asked for, and only one is held. `train` gets masks as arguments, so that, jitted, it is
-    compiled once for all rounds.
+    Lazy: a round runs when it is asked for, and only one is held. `train` gets masks as an argument, so that, jitted,
+    it is compiled once for all rounds.
 
     Args:
         train: ``(params, masks) -> params``; it must keep pruned weights at zero (`keep_pruned`).
         make: ``(params, k) -> masks``. A pruned weight, being zero, ranks lowest, so that rising ks are nested.
-        params: trained parameters.
+        params: trained parameters. (Untrained ones, with a k that prunes nothing first, train in the first round.)
         ks: the strengths, one for each round.
         rewind_to: parameters of the same tree to start every round's training from; None goes on from the current ones.
 
-    Yields:
-        A `Round` for each k; its params are those after training.
+    Returns:
+        An iterator of a `Round` for each k; its params are those after training.
 
     Raises:
         ValueError: `rewind_to` has other paths or shapes than `params`; whatever `make` raises.
@@ -61,6 +61,10 @@ def iterate(
     """
     if rewind_to is not None:
         _require_same(rewind_to, params)
+    return _rounds(train, make, params, ks, rewind_to)
+
+
+def _rounds(train: Any, make: Any, params: Any, ks: Iterable[Any], rewind_to: Any) -> Iterator[Round]:
     for k in ks:
         masks = make(params, k)
         params = train(apply_masks(params if rewind_to is None else rewind_to, masks), masks)
@@ -68,16 +72,17 @@ def iterate(
 
 
 def _require_same(rewind_to: Any, params: Any) -> None:
-    early, late = flatten(rewind_to, "rewind_to"), flatten(params, "params")
-    shapes = dict(zip(early.paths, map(jnp.shape, early.leaves), strict=True))
-    for path, name, leaf in zip(late.paths, late.names, late.leaves, strict=True):
-        if shapes.get(path) != jnp.shape(leaf):
-            raise ValueError(f"rewind_to has {shapes.get(path)} for {name} of shape {jnp.shape(leaf)}.")
+    late = flatten(params, "params")
+    early = align(flatten(rewind_to, "rewind_to"), late, "rewind_to", "params")
+    for name, leaf, start in zip(late.names, late.leaves, early, strict=True):
+        if jnp.shape(start) != jnp.shape(leaf):
+            raise ValueError(
+                f"rewind_to has for {name} an array of shape {list(jnp.shape(start))}, not {list(jnp.shape(leaf))}. "
+                "Rewind to earlier parameters of the same model."
+            )
 
 
-def recalibrate(
-    update: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Any]
-) -> Any:
+def recalibrate(update: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Any]) -> Any:
     """Replace running statistics by their averages over some batches: batch-norm recalibration after pruning.
 
     Pruning shifts the activations that batch norms have statistics of; a few batches set them right, without labels and
@@ -109,10 +114,12 @@ def recalibrate(
 
     @jax.jit
     def of_batch(statistics: Any, batch: Any) -> tuple[Any, Any]:
-        # new = m * old + (1 - m) * batch: from old = 0 and old = 1 follow m and the batch's statistic.
+        # new = m * old + (1 - m) * batch: two old values tell m and the batch's statistic. The second old value is of
+        # the size of what is added to it, so that m is precise for small and large statistics alike.
         zero = update(jax.tree.map(jnp.zeros_like, statistics), batch)
-        one = update(jax.tree.map(jnp.ones_like, statistics), batch)
-        weight = jax.tree.map(lambda a, b: 1 - (b - a), zero, one)
+        probe = jax.tree.map(lambda a: 1 + jnp.abs(a), zero)
+        probed = update(jax.tree.map(jnp.asarray, probe), batch)  # a copy: NNX would update its variables in place
+        weight = jax.tree.map(lambda new, a, old: 1 - (new - a) / old, probed, zero, probe)
         return jax.tree.map(lambda a, w: a / jnp.where(w == 0, 1, w), zero, weight), weight
 
     total, weight, count = None, None, 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune import rules
 from jaxprune._layers import Layer, is_scalar
-from jaxprune._paths import Flat, align, flatten, is_floating, require_arrays, spread
+from jaxprune._paths import Flat, align, flatten, is_floating, is_nothing, require_arrays, spread
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
 
 Rule = Callable[[Any, Any], Any]
@@ -124,29 +124,24 @@ def _check_mask(mask: Any, what: str, leaf: Any) -> None:
         raise ValueError(f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.")
 
 
-def keeps_all(node: Any) -> bool:
-    """Whether a node of a tree of masks stands for "keep the whole leaf": None, or optax's empty MaskedNode."""
-    return node is None or (isinstance(node, tuple) and not node)
-
-
 def align_masks(masks: Any, flat: Flat) -> list[Any]:
     """Return for each leaf of `flat` its mask (None keeps the leaf whole), checked for dtype and shape."""
-    return check_masks(align(flatten(masks, "masks", is_leaf=keeps_all), flat, "masks", "params"), flat)
+    return check_masks(align(flatten(masks, "masks", is_leaf=is_nothing), flat, "masks", "params"), flat)
 
 
 def check_masks(masks: Sequence[Any], flat: Flat) -> list[Any]:
     """Check the masks of the leaves of `flat` for dtype and shape; None stands for one that keeps its leaf whole."""
     for mask, name, leaf in zip(masks, flat.names, flat.leaves, strict=True):
-        if not keeps_all(mask):
+        if not is_nothing(mask):
             _check_mask(mask, f"masks has for {name} an array", leaf)
-    return [None if keeps_all(mask) else mask for mask in masks]
+    return [None if is_nothing(mask) else mask for mask in masks]
 
 
 def apply_masks(params: Any, masks: Any) -> Any:
     """Set to zero what the masks do not keep: ``where(mask, param, 0)``.
 
     Pruned weights become exactly ``+0.0``, whatever they were (NaN and infinity included); kept ones are untouched,
-    bit for bit; dtypes, treedef and sharding are those of `params`. Differentiable: the gradient of a pruned weight
+    bit for bit (but for a NaN's payload); dtypes, treedef and sharding are those of `params`. Differentiable: the gradient of a pruned weight
     is zero. Besides pruning once, this in the forward pass is the form that holds in any optimizer.
 
     Args:
@@ -191,6 +186,9 @@ def sparsity(masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked |
     (0.75, 0.375)
     """
     flat = flatten(masks, "masks")
+    for name, leaf in zip(flat.names, flat.leaves, strict=True):
+        if getattr(leaf, "dtype", None) != np.bool_:
+            raise TypeError(f"{name} is {leaf!r:.40}, not an array of bool; sparsity counts masks.")
     chosen = choose(prunable, masks, flat, stack_axes(stacked, flat), eligible=lambda leaf: True)
     leaves = [leaf for leaf, fits in zip(flat.leaves, chosen, strict=True) if fits]
     removed = sum((_count_false(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))

@@ -10,6 +10,8 @@ from jax import lax
 
 WORD = 2**32
 FIRST_POSITION = -(2**31)
+# The most entries that one word numbers or counts; it leaves room for one number beyond the last.
+MOST = WORD - 2
 
 
 class Order:
@@ -45,7 +47,7 @@ class Order:
 def trailing(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     """The last of `axes` that have few enough entries together to number or count them in one word."""
     first, size = len(axes), 1
-    while first > 0 and size * shape[axes[first - 1]] < WORD - 1:
+    while first > 0 and size * shape[axes[first - 1]] <= MOST:
         first -= 1
         size *= shape[axes[first]]
     if axes and first == len(axes):
@@ -57,11 +59,10 @@ def trailing(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def words(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The groups of `axes`, major first, of which each is one word of a position."""
-    groups: list[tuple[int, ...]] = []
-    while axes:
-        groups.insert(0, trailing(shape, axes))
-        axes = axes[: -len(groups[0])]
+    """The groups of `axes`, major first, of which each is one word of a position; at least one, even of no axes."""
+    groups = [trailing(shape, axes)]
+    while rest := axes[: len(axes) - sum(map(len, groups))]:
+        groups.insert(0, trailing(shape, rest))
     return groups
 
 

@@ -43,14 +43,17 @@ def flatten(tree: Any, what: str, is_leaf: Callable[[Any], bool] | None = None) 
 
 
 def align(flat: Flat, like: Flat, what: str, like_what: str) -> list[Any]:
-    """Return the leaves of `flat` in the order of `like`; a path that only one of them has is an error."""
+    """Return the leaves of `flat` in the order of `like`; a path that only one of them has is an error.
+
+    An entry of `flat` that is None (or optax's empty MaskedNode) may be one of no leaf: `like` may have None there, too.
+    """
     by_path = dict(zip(flat.paths, flat.leaves, strict=True))
     known = set(like.paths)
     for path, name in zip(like.paths, like.names, strict=True):
         if path not in by_path:
             raise ValueError(f"{what} has no entry for {name}. Make {what} from the same tree as {like_what}.")
-    for path, name in zip(flat.paths, flat.names, strict=True):
-        if path not in known:
+    for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
+        if path not in known and not is_nothing(leaf):
             raise ValueError(f"{name} has no counterpart in {like_what}. Make {what} from the same tree.")
     return [by_path[path] for path in like.paths]
 
@@ -66,6 +69,11 @@ def spread(prefix: Any, paths: Sequence[str], what: str) -> list[Any]:
         for i in below:
             found[i] = entry
     return found
+
+
+def is_nothing(node: Any) -> bool:
+    """Whether a node stands for "nothing here": None, or optax's empty MaskedNode."""
+    return node is None or (isinstance(node, tuple) and not node)
 
 
 def is_array(leaf: Any) -> bool:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxprune._paths import Flat, KeyPath, is_floating, spread
 
@@ -49,7 +50,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
     >>> is_kernel("Dense_0/kernel", np.ones((3, 2))), is_kernel("attention/query/bias", np.ones((4, 8)))
     (True, False)
     """
-    if len(leaf.shape) < 2:
+    if np.ndim(leaf) < 2:
         return False
     parts = [part for part in path.split("/") if not part.isdigit()]
     if not parts:
@@ -94,15 +95,15 @@ def stack_axes(stacked: Stacked | None, flat: Flat) -> list[int]:
         patterns = [stacked] if isinstance(stacked, str) else list(stacked)
         for pattern in patterns:
             if not any(_names(pattern, path) for path in flat.paths):
+                found = f"Paths look like {flat.paths[0]!r}" if flat.paths else "There is none"
                 raise ValueError(
-                    f"stacked={pattern!r} matches no path. Paths look like {flat.paths[0]!r}; a pattern names a "
-                    "leaf or a module above it."
+                    f"stacked={pattern!r} matches no path. {found}; a pattern names a leaf or a module above it."
                 )
         counts = [int(any(_names(pattern, path) for pattern in patterns)) for path in flat.paths]
         asked = repr(stacked)
     for count, name, leaf in zip(counts, flat.names, flat.leaves, strict=True):
-        if not 0 <= count <= len(getattr(leaf, "shape", ())):
-            raise ValueError(f"stacked={asked} gives {count} layer axes to {name} of shape {leaf.shape}.")
+        if not 0 <= count <= np.ndim(leaf):
+            raise ValueError(f"stacked={asked} gives {count} layer axes to {name} of shape {np.shape(leaf)}.")
     return counts
 
 
@@ -141,7 +142,7 @@ def choose(
             fits and bool(prunable(path, layer)) for fits, path, layer in zip(allowed, flat.paths, layers, strict=True)
         ]
     else:
-        chosen = [fits and bool(b) for fits, b in zip(allowed, spread(prunable, flat.paths, "prunable"), strict=True)]
+        chosen = [fits and verdict for fits, verdict in zip(allowed, _verdicts(prunable, flat), strict=True)]
     if not any(chosen):
         shown = ", ".join(flat.names[:4]) + (", ..." if len(flat.names) > 4 else "")
         raise ValueError(
@@ -149,3 +150,14 @@ def choose(
             "Pass prunable=, a function (path, leaf) -> bool or a tree of bools."
         )
     return chosen
+
+
+def _verdicts(prunable: Any, flat: Flat) -> list[bool]:
+    """Read a tree of bools; what it does not cover is not pruned."""
+    verdicts = spread(prunable, flat.paths, "prunable")
+    for verdict, name in zip(verdicts, flat.names, strict=True):
+        if not (verdict is None or isinstance(verdict, bool | np.bool_)):
+            raise TypeError(
+                f"prunable is a function (path, leaf) -> bool or a tree of bools; for {name} it says {verdict!r}."
+            )
+    return [bool(verdict) for verdict in verdicts]

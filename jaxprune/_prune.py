@@ -8,19 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune._mask_log import Log, tell
 from jaxprune._masks import align_masks
 from jaxprune._paths import flatten, is_floating
 from jaxprune._transforms import enforce, require_params
 
 Make = Callable[[Any, Any], Any]
-# What a logging hook is told each time masks change: scalars by name.
-Log = Callable[[dict[str, Any]], None]
+# (weights as they will be, masks so far, k) -> masks.
+_Remask = Callable[[Any, Any, Any], Any]
+
+# How many values of a schedule are looked at before training, at most; and how many where it never ends.
+_MOST_LOOKED_AT = 100_000
+_LOOKED_AHEAD = 10_000
 
 
 class PruneState(NamedTuple):
-    """State of `prune`: updates seen so far (int32) and the masks, True = keep."""
+    """State of `prune` and `prune_and_regrow`: updates seen so far (int32) and the masks, True = keep."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax names it so, and a tuple has a method of that name
     masks: Any
 
 
@@ -34,22 +39,26 @@ def prune(
     ``optax.apply_updates``, as with `keep_pruned`. A pruned weight stays pruned: it enters `make` as zero, below any
     weight that is kept, and comes back under no schedule (`prune_and_regrow` lets it).
 
-    Placement: last in the chain, as `keep_pruned`. Inside ``optax.MultiSteps`` it counts mini-steps.
+    Placement: last in the chain, as `keep_pruned`. Inside ``optax.MultiSteps`` it counts the updates that are emitted
+    (what it makes of the others is thrown away); after it, every mini-step.
 
     Args:
         make: ``(params, k) -> masks``, for example ``functools.partial(make_masks, rule=rules.global_sparsity)``.
-        schedule: k as an optax schedule of the update's number (from 0), or a number. The cubic of Zhu & Gupta is
+        schedule: k as an optax schedule of the update's number (from 0), or a number; one for all layers (to give each
+            its own, scale k inside `make`). The cubic of Zhu & Gupta is
             ``optax.polynomial_schedule(0.0, final, power=3, transition_steps=n, transition_begin=start)``.
         every: updates from one change of masks to the next, >= 1.
         until: the number of the update that makes the last masks, with ``schedule(until)`` exactly, whether or not
             `every` divides it; None never ends.
-        log: called from inside the compiled step with a dict of scalars each time masks change: ``step``, ``k``,
+        log: called from inside the compiled step with a dict of numbers each time masks change: ``step``, ``k``,
             ``sparsity`` (of the leaves that are pruned at all), ``churn`` (the fraction of their weights whose mask
-            changed) and ``dead_units`` (output units, along the last axis, without any weight).
+            changed), ``dead_units`` (output units without any weight; in a stack of layers, without one in any of
+            them), ``escaped`` (pruned weights that were no longer zero: this transform does not stand last) and, by
+            leaf, ``threshold/<path>`` (the smallest magnitude kept).
 
     Returns:
-        A transform whose state is a `PruneState`; `masks_in` finds the masks. Under ``optax.inject_hyperparams`` name
-        ``make`` and ``log`` in ``static_args``.
+        A transform whose state is a `PruneState`; `masks_in` finds the masks. Under ``optax.inject_hyperparams`` all
+        arguments but ``schedule`` are to be named in ``static_args``.
 
     Raises:
         ValueError: every < 1, until < 0; by ``init`` where `make` refuses a k of the schedule or makes masks of another
@@ -72,11 +81,11 @@ def prune(
     Reference: Zhu, Gupta, "To Prune, or Not to Prune", 2017.
     """
 
-    def remask(params: Any, updates: Any, masks: Any, k: jax.Array) -> Any:
-        made = make(_as_they_will_be(params, updates, masks), k)
-        return _combine(made, masks, params, lambda new, old: new & old)
+    def remask(weights: Any, masks: Any, k: Any) -> Any:
+        made = _like(masks, make(_pruned_lowest(weights, masks), k), weights)
+        return jax.tree.map(jnp.logical_and, made, masks)
 
-    return _scheduled(remask, make, schedule, every, until, log, "prune")
+    return _scheduled("prune", remask, make, schedule, every, until, log)
 
 
 def prune_and_regrow(
@@ -85,8 +94,9 @@ def prune_and_regrow(
     """Prune as `prune` does, but let pruned weights come back: masks are made anew each time.
 
     `make` sees ``p + u`` with pruned weights at what the optimizer's update would make of them, so a weight that the
-    optimizer wants far from zero returns; with a schedule that falls, weights return in any case. A schedule that jumps
-    between 0 and a sparsity is AC/DC (see `ac_dc_schedule`).
+    optimizer wants far from zero returns; with a schedule that falls, weights return in any case, starting at that
+    update. The optimizer's moments of pruned weights are left alone. A schedule that jumps between 0 and a sparsity is
+    AC/DC (see `ac_dc_schedule`).
 
     Placement, arguments, state and errors as in `prune`.
 
@@ -102,23 +112,23 @@ def prune_and_regrow(
     [[3.0, 5.0]]
     """
 
-    def remask(params: Any, updates: Any, masks: Any, k: jax.Array) -> Any:
-        made = make(optax.apply_updates(params, updates), k)
-        return _combine(made, masks, params, lambda new, old: new)
+    def remask(weights: Any, masks: Any, k: Any) -> Any:
+        return _like(masks, make(weights, k), weights)
 
-    return _scheduled(remask, make, schedule, every, until, log, "prune_and_regrow")
+    return _scheduled("prune_and_regrow", remask, make, schedule, every, until, log)
 
 
 def ac_dc_schedule(sparsity: float, *, period: int, begin: int = 0, finish: int) -> optax.Schedule:
-    """Alternate between dense and sparse phases, ending sparse: AC/DC, for `prune_and_regrow` with every=period.
+    """Alternate between sparse and dense phases, ending sparse (AC/DC), for `prune_and_regrow`.
 
     Dense before `begin`; then phases of `period` updates, sparse and dense in turn, the first one sparse; sparse from
-    `finish` on.
+    `finish` on. To be used as ``prune_and_regrow(make, schedule, every=period, until=finish)``: the masks of a phase
+    are made at its first update.
 
     Args:
         sparsity: k in the sparse phases, in [0, 1].
         period: updates in a phase, >= 1.
-        begin: the update at which the first sparse phase begins.
+        begin: the update at which the first sparse phase begins, a multiple of `period`.
         finish: the update at which the last sparse phase begins, > begin.
 
     Returns:
@@ -134,9 +144,9 @@ def ac_dc_schedule(sparsity: float, *, period: int, begin: int = 0, finish: int)
     Reference: Peste, Iofinova, Vladu, Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
     Networks", 2021, algorithm 1.
     """
-    if not 0 <= sparsity <= 1 or period < 1 or not 0 <= begin < finish:
+    if not 0 <= sparsity <= 1 or period < 1 or not 0 <= begin < finish or begin % period:
         raise ValueError(
-            "ac_dc_schedule takes 0 <= sparsity <= 1, period >= 1 and 0 <= begin < finish; "
+            "ac_dc_schedule takes 0 <= sparsity <= 1, period >= 1 and 0 <= begin < finish, begin a multiple of period; "
             f"got {sparsity=}, {period=}, {begin=}, {finish=}."
         )
 
@@ -148,22 +158,19 @@ def ac_dc_schedule(sparsity: float, *, period: int, begin: int = 0, finish: int)
 
 
 def _scheduled(
-    remask: Callable[[Any, Any, Any, jax.Array], Any],
+    title: str,
+    remask: _Remask,
     make: Make,
     schedule: optax.ScalarOrSchedule,
     every: int,
     until: int | None,
     log: Log | None,
-    title: str,
 ) -> optax.GradientTransformationExtraArgs:
     check_steps(title, every, until)
 
-    def strength(count: Any) -> Any:
-        return schedule(count) if callable(schedule) else schedule
-
     def init_fn(params: Any) -> PruneState:
-        if jax.tree.leaves(params):
-            _try_out(make, strength, params, every, until)
+        if jax.tree.leaves(params):  # optax.tree.map_params initialises with a placeholder that has none
+            _try_out(make, params, range_of(title, schedule, every, until))
         masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params)
         return PruneState(jnp.zeros([], jnp.int32), masks)
 
@@ -172,10 +179,11 @@ def _scheduled(
         require_params(params, title)
 
         def change(masks: Any) -> Any:
-            k = strength(state.count)
-            changed = remask(params, updates, masks, k)
+            k = schedule(state.count) if callable(schedule) else schedule
+            weights = optax.apply_updates(params, updates)
+            changed = remask(weights, masks, k)
             if log is not None:
-                jax.debug.callback(log, _figures(state.count, k, masks, changed))
+                tell(log, {"step": state.count, "k": k}, params, weights, masks, changed)
             return changed
 
         masks = jax.lax.cond(is_due(state.count, every, until), change, lambda masks: masks, state.masks)
@@ -185,11 +193,11 @@ def _scheduled(
 
 
 def check_steps(title: str, every: int, until: int | None) -> None:
-    """Raise a ValueError unless every >= 1 and until >= 0, as far as they are known."""
-    if isinstance(every, int) and every < 1:
+    """Raise a ValueError unless every >= 1 and until >= 0."""
+    if every < 1:
         raise ValueError(f"{title} takes every >= 1, the updates from one change of masks to the next; got {every}.")
-    if isinstance(until, int) and until < 0:
-        raise ValueError(f"{title} takes until >= 0, the number of the update that changes masks last; got {until}.")
+    if until is not None and until < 0:
+        raise ValueError(f"{title} takes until >= 0, the number of the last update that changes masks; got {until}.")
 
 
 def is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:
@@ -198,62 +206,57 @@ def is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:
     return due if until is None else (due & (count < until)) | (count == until)
 
 
-def _try_out(make: Make, strength: Callable[[Any], Any], params: Any, every: int, until: int | None) -> None:
-    """Let `make` see the extremes of the schedule and the tree, without computing: its errors come before training."""
-    if not all(isinstance(n, int) for n in (every, until or 0)):
-        return
-    steps = np.unique([*range(0, (until if until is not None else 100 * every) + 1, every)[:1000], until or 0])
-    ks = [strength(int(step)) for step in (steps if callable(strength) else steps[:1])]
-    if any(isinstance(k, jax.core.Tracer) or np.ndim(k) for k in ks):
-        return
-    for k in {float(min(ks)), float(max(ks))}:
-        masks = jax.eval_shape(lambda params, k=k: make(params, k), params)
-        align_masks(masks, flatten(params, "params"))
+def range_of(
+    title: str, schedule: optax.ScalarOrSchedule, every: int, until: int | None
+) -> tuple[float, float] | None:
+    """Return the least and the largest value of a schedule where masks change; None where it is not known yet."""
+    values: Any = schedule
+    if callable(schedule):
+        last = _LOOKED_AHEAD * every if until is None else until
+        stride = every * max(1, last // every // _MOST_LOOKED_AT)
+        steps = np.unique(np.append(np.arange(0, last, stride), last)).astype(np.int32)
+        with jax.ensure_compile_time_eval():  # also where init is traced
+            values = jax.vmap(schedule)(steps)
+        if np.shape(values) != steps.shape:
+            raise ValueError(f"{title} takes a schedule of one number; it gave an array of shape {values.shape[1:]}.")
+    if isinstance(values, jax.core.Tracer):
+        return None
+    return float(np.min(np.asarray(values))), float(np.max(np.asarray(values)))
 
 
-def _as_they_will_be(params: Any, updates: Any, masks: Any) -> Any:
-    """Return the parameters after the update, pruned ones at zero and kept ones distinctly above it."""
-    flat = flatten(optax.apply_updates(params, updates), "params")
+def _try_out(make: Make, params: Any, bounds: tuple[float, float] | None) -> None:
+    """Let `make` see the tree and the extremes of k without computing, so that its errors come before training."""
+    flat = flatten(params, "params")
+    if bounds is None:
+        align_masks(jax.eval_shape(make, params, jax.ShapeDtypeStruct((), jnp.float32)), flat)
+        return
+    for k in sorted(set(bounds)):
+        align_masks(jax.eval_shape(lambda params, k=k: make(params, k), params), flat)
+
+
+def _pruned_lowest(weights: Any, masks: Any) -> Any:
+    """Return the weights with pruned ones at zero and kept ones distinctly above it."""
+    flat = flatten(weights, "params")
 
     def settle(leaf: Any, mask: Any) -> Any:
         if mask is None or not is_floating(leaf):
             return leaf
-        # Among zeros the rule cannot know which are pruned already; a kept one must not be taken for them.
-        tiny = jnp.finfo(leaf.dtype).tiny
-        return jnp.where(mask, jnp.where(leaf == 0, jnp.full_like(leaf, tiny), leaf), jnp.zeros_like(leaf))
+        # Among zeros a rule cannot know which are pruned already; a kept one must not be taken for them.
+        kept = jnp.where(leaf == 0, jnp.full_like(leaf, jnp.finfo(leaf.dtype).tiny), leaf)
+        return jnp.where(mask, kept, jnp.zeros_like(leaf))
 
     return flat.treedef.unflatten(
         [settle(leaf, mask) for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)]
     )
 
 
-def _combine(made: Any, masks: Any, params: Any, pair: Callable[[Any, Any], Any]) -> Any:
-    """Combine new and old masks leaf by leaf, in the treedef of the old ones."""
-    flat = flatten(params, "params")
-    old = flatten(masks, "masks")
-    new = dict(zip(flat.paths, align_masks(made, flat), strict=True))
-    return old.treedef.unflatten(
-        [mask if new[path] is None else pair(new[path], mask) for path, mask in zip(old.paths, old.leaves, strict=True)]
-    )
-
-
-def _figures(count: jax.Array, k: Any, before: Any, after: Any) -> dict[str, jax.Array]:
-    """Return the scalars for the log; leaves that were and stay whole do not count."""
-    pairs = list(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
-    touched = [jnp.any(~new) | jnp.any(~old) for old, new in pairs]
-
-    def share(leaves: list[jax.Array]) -> jax.Array:
-        parts = [
-            jnp.where(hit, jnp.sum(leaf, dtype=jnp.float32), 0.0) for hit, leaf in zip(touched, leaves, strict=True)
+def _like(masks: Any, made: Any, params: Any) -> Any:
+    """Return the masks that were made in the treedef of the ones in the state; all True where none was made."""
+    flat, held = flatten(params, "params"), flatten(masks, "masks")
+    by_path = dict(zip(flat.paths, align_masks(made, flat), strict=True))
+    return held.treedef.unflatten(
+        [
+            jnp.ones_like(mask) if by_path[path] is None else by_path[path]
+            for path, mask in zip(held.paths, held.leaves, strict=True)
         ]
-        size = sum(jnp.where(hit, float(leaf.size), 0.0) for hit, leaf in zip(touched, leaves, strict=True))
-        return sum(parts) / jnp.maximum(size, 1.0)
-
-    dead = [jnp.sum(~jnp.any(new, tuple(range(new.ndim - 1)))) for _, new in pairs if new.ndim >= 2]
-    return {
-        "step": count,
-        "k": jnp.asarray(k, jnp.float32),
-        "sparsity": share([~new for _, new in pairs]),
-        "churn": share([old ^ new for old, new in pairs]),
-        "dead_units": sum(dead, jnp.zeros((), jnp.int32)),
-    }
+    )

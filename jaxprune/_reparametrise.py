@@ -19,7 +19,7 @@ def straight_through(params: Any, masks: Any, backward: Any = None) -> Any:
 
     The value is `apply_masks` of the parameters; the gradient is that of the identity, or of the `backward` masks:
     those of Top-KAST, a superset of the forward ones. The parameters stay dense, so a weight may come back as soon as
-    the masks, made anew from them in every step, say so.
+    the masks, made anew from them in every step, say so. At the end prune them with `apply_masks`.
 
     Args:
         params: a pytree of arrays.
@@ -46,27 +46,25 @@ def straight_through(params: Any, masks: Any, backward: Any = None) -> Any:
     forward = align_masks(masks, flat)
     through = [None] * len(forward) if backward is None else align_masks(backward, flat)
 
-    def pass_through(leaf: Any, mask: Any, receives: Any) -> Any:
-        if mask is None or not is_floating(leaf):
-            return leaf
-        value = jax.lax.stop_gradient(jnp.where(mask, leaf, jnp.zeros_like(leaf)))
-        # Zero in value, also where the leaf is infinite; one in gradient.
-        carrier = _zero_with_gradient(leaf)
-        return value + (carrier if receives is None else jnp.where(receives, carrier, jnp.zeros_like(leaf)))
-
     return flat.treedef.unflatten(
-        [pass_through(*triple) for triple in zip(flat.leaves, forward, through, strict=True)]
+        [
+            leaf if mask is None or not is_floating(leaf) else _straight_through(leaf, mask, receives)
+            for leaf, mask, receives in zip(flat.leaves, forward, through, strict=True)
+        ]
     )
 
 
 @jax.custom_jvp
-def _zero_with_gradient(x: jax.Array) -> jax.Array:
-    return jnp.zeros_like(x)
+def _straight_through(leaf: jax.Array, mask: jax.Array, receives: jax.Array | None) -> jax.Array:
+    del receives
+    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
 
-@_zero_with_gradient.defjvp
-def _zero_with_gradient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros_like(primals[0]), tangents[0]
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    receives, tangent = primals[2], tangents[0]
+    passed = tangent if receives is None else jnp.where(receives, tangent, jnp.zeros_like(tangent))
+    return _straight_through(*primals), passed
 
 
 def decay_pruned(make: Callable[[Any], Any], rate: float) -> optax.GradientTransformationExtraArgs:
@@ -128,7 +126,7 @@ def soft_threshold(
     """Shrink every prunable weight by its layer's learnt threshold: ``sign(w) * relu(|w| - sigmoid(s))`` (STR).
 
     Train `params` and `thresholds` together, with weight decay on both; the sparsity that results is the optimizer's
-    choice. At the end the value is the pruned network: its zeros are exact.
+    choice. At the end the value is the pruned network: its zeros are exactly ``+0.0``, also where a weight is NaN.
 
     Args:
         params: a pytree of arrays.
@@ -141,30 +139,39 @@ def soft_threshold(
         The parameters as the forward pass is to see them, of the treedef of `params`.
 
     Raises:
-        ValueError: a prunable leaf has no threshold; the message names it.
+        ValueError: a prunable leaf has no threshold, or one of another shape; the message names it.
 
     >>> import jax.numpy as jnp
     >>> soft_threshold({"kernel": jnp.array([[2.0, -0.25]])}, 0.0)["kernel"].tolist()  # sigmoid(0) = 0.5
-    [[1.5, -0.0]]
+    [[1.5, 0.0]]
 
     Reference: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", 2020, eq. 3.
     """
     flat = flatten(params, "params")
     stacks = stack_axes(stacked, flat)
     chosen = choose(prunable, params, flat, stacks)
-    scalar = is_scalar(thresholds)
-    given = [thresholds] * len(flat.paths) if scalar else spread(thresholds, flat.paths, "thresholds")
-    shrunk = []
-    for name, leaf, s, fits in zip(flat.names, flat.leaves, given, chosen, strict=True):
-        if not fits:
-            shrunk.append(leaf)
-            continue
-        if s is None:
-            raise ValueError(f"thresholds has no entry for {name}; it must cover every prunable leaf.")
-        s = jnp.asarray(s, leaf.dtype)
-        threshold = jax.nn.sigmoid(jnp.reshape(s, (*s.shape, *[1] * (leaf.ndim - s.ndim))))
-        shrunk.append(jnp.sign(leaf) * jax.nn.relu(jnp.abs(leaf) - threshold))
-    return flat.treedef.unflatten(shrunk)
+    alone = is_scalar(thresholds)
+    given = [thresholds] * len(flat.paths) if alone else spread(thresholds, flat.paths, "thresholds")
+    return flat.treedef.unflatten(
+        [
+            _shrink(leaf, s, name, stack) if fits else leaf
+            for name, leaf, s, fits, stack in zip(flat.names, flat.leaves, given, chosen, stacks, strict=True)
+        ]
+    )
+
+
+def _shrink(weight: jax.Array, s: Any, name: str, stack: int) -> jax.Array:
+    if s is None:
+        raise ValueError(f"thresholds has no entry for {name}; it must cover every prunable leaf.")
+    shape = jnp.shape(s)
+    if shape not in ((), weight.shape[:stack]):
+        raise ValueError(
+            f"the threshold for {name} has shape {list(shape)}; it must be a scalar"
+            + (f" or of shape {list(weight.shape[:stack])}, one for each stacked layer." if stack else ".")
+        )
+    threshold = jax.nn.sigmoid(jnp.reshape(jnp.asarray(s, weight.dtype), shape + (1,) * (weight.ndim - len(shape))))
+    size = jnp.abs(weight)
+    return jnp.where(size > threshold, jnp.sign(weight) * (size - threshold), jnp.zeros_like(weight))
 
 
 def merge_lora(kernel: jax.Array, a: jax.Array, b: jax.Array, mask: jax.Array, *, scale: float = 1.0) -> jax.Array:

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxprune import _counts
 from jaxprune._counts import Count
-from jaxprune._order import FIRST_POSITION, WORD, Order, from_end, trailing, words
+from jaxprune._order import FIRST_POSITION, MOST, WORD, Order, from_end, trailing, words
 
 # Seven thresholds cut a bracket into eight: a float32 takes at most eleven such passes, a bfloat16 six.
 _BITS = 3
@@ -123,26 +123,33 @@ def _keep_largest_jointly(operands: list[_Operand], removed: Count, *, magnitude
 def _by_platform(
     operands: list[_Operand], removed: Count, batch: tuple[int, ...], magnitude: bool
 ) -> list[jax.Array]:
-    """Sum conditions in the way that suits the platform the program is compiled for.
+    """Select with the sums that suit the platform the program is compiled for.
 
     XLA's CPU compiler writes a condition down in full before it sums it up, unless several sums are one reduction. Such a
     reduction of a sharded array is partitioned by gathers, but where there is one CPU device nothing is sharded on CPU.
     Other compilers fuse plain sums, and read their common operand once.
     """
-
-    def select(operands: list[_Operand], removed: Count, sums: _Sums) -> list[jax.Array]:
-        searched = operands
-        if sums is _sum_in_one and not batch:
-            searched = [tuple(map(_in_rows, operand)) for operand in operands]
-        border = _Pools(searched, batch, magnitude, sums).find(removed)
-        return _Pools(operands, batch, magnitude, sums).keep(border)
-
     try:
         cpu = _sum_in_one if len(jax.devices("cpu")) == 1 else _sum_stacked
     except RuntimeError:  # JAX has been told to do without its CPU backend.
         cpu = _sum_each
-    variants = {name: functools.partial(select, sums=sums) for name, sums in (("cpu", cpu), ("default", _sum_each))}
-    return lax.platform_dependent(operands, removed, **variants)
+    select = functools.partial(_select, batch=batch, magnitude=magnitude)
+    return lax.platform_dependent(
+        operands,
+        removed,
+        cpu=functools.partial(select, sums=cpu),
+        default=functools.partial(select, sums=_sum_each),
+    )
+
+
+def _select(
+    operands: list[_Operand], removed: Count, *, batch: tuple[int, ...], magnitude: bool, sums: _Sums
+) -> list[jax.Array]:
+    searched = operands
+    if sums is _sum_in_one and not batch:
+        searched = [tuple(map(_in_rows, operand)) for operand in operands]
+    border = _Pools(searched, batch, magnitude, sums).find(removed)
+    return _Pools(operands, batch, magnitude, sums).keep(border)
 
 
 def _sum_in_one(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
@@ -163,7 +170,7 @@ def _sum_each(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
 
 def _in_rows(array: jax.Array) -> jax.Array:
     """The same entries in the same order as a matrix, whose rows XLA's CPU compiler shares out among threads."""
-    return array.reshape(math.gcd(array.size, 32), -1) if array.size < WORD - 1 else array
+    return array.reshape(math.gcd(array.size, 32), -1) if array.size <= MOST else array
 
 
 class _Pools:
@@ -278,8 +285,8 @@ class _Pools:
                 numbers < jnp.expand_dims(lax.index_in_dim(thresholds, j, keepdims=False), axes)
                 for j in range(_THRESHOLDS)
             ]
-            # The minor axes in one word, then the others, which on one CPU device are the rows.
-            inner = trailing(shape, axes) if self.batch or self.sums is not _sum_in_one else axes[1:]
+            # The minor axes in one word, then the others; among them, in a reduction of several, the rows.
+            inner = trailing(shape, axes[1:] if self.sums is _sum_in_one and not self.batch else axes)
             low = self.sums(below, inner)
             kept = [axis for axis in range(len(shape)) if axis not in inner]
             outer = tuple(1 + kept.index(axis) for axis in axes if axis not in inner)

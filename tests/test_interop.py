@@ -18,7 +18,18 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxprune import apply_masks, keep_pruned, keep_zeros, make_masks, masks_in
+from jaxprune import (
+    apply_masks,
+    keep_pruned,
+    keep_zeros,
+    make_masks,
+    masks_in,
+    prune,
+    prune_and_regrow,
+    rigl,
+    sparse_evolution,
+    static_sparse,
+)
 
 STEPS = 6
 
@@ -32,8 +43,14 @@ TRANSFORMS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs
     "keep_pruned(masks)": lambda inner, masks: optax.chain(inner, keep_pruned(masks)),
     "keep_pruned(callable)": lambda inner, masks: optax.chain(inner, keep_pruned(make)),
     "keep_zeros": lambda inner, masks: optax.chain(inner, keep_zeros()),
+    "prune": lambda inner, masks: optax.chain(inner, prune(make_masks, 1.0, every=3, until=4)),
+    "prune_and_regrow": lambda inner, masks: optax.chain(inner, prune_and_regrow(make_masks, 1.0, every=3, until=4)),
+    "static_sparse": lambda inner, masks: static_sparse(inner, masks),
+    "rigl": lambda inner, masks: rigl(inner, masks, every=3, until=3, drop_fraction=0.3),
+    "sparse_evolution": lambda inner, masks: sparse_evolution(inner, masks, jax.random.key(0), every=3, until=3),
 }
 WITH_MASKS = [name for name in TRANSFORMS if name != "keep_zeros"]
+WITH_FIXED_MASKS = ["keep_pruned(masks)", "keep_pruned(callable)", "static_sparse"]
 
 MOMENTUM = optax.sgd(0.01, momentum=0.9)
 KERNEL_ONLY = {"dense": {"kernel": True, "bias": False}}
@@ -154,7 +171,7 @@ def test_scan_keeps_structure_shapes_and_dtypes(transform, wrapper):
 
 
 @every_wrapper
-@pytest.mark.parametrize("transform", WITH_MASKS)
+@pytest.mark.parametrize("transform", WITH_FIXED_MASKS)
 def test_masks_in_finds_the_masks(transform, wrapper):
     result = run(transform, wrapper)
     for state in result.state, result.final_state:

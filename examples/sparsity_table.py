@@ -1,0 +1,44 @@
+"""Run `cnn.py` with several seeds and print the mean of their sweeps, as a table in Markdown.
+
+Every seed has its own folder in the output folder, which also receives `accuracy.png`, with bars of one standard
+deviation. The other options are those of `cnn.py`; `--resume` takes up finished and unfinished seeds alike.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
+
+from examples import cnn, options, report
+from examples.experiment import Experiment, exit_code
+
+
+def tabulate(arguments: list[str] | None = None) -> None:
+    """Run all seeds and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="(default: %(default)s)")
+    own, others = parser.parse_known_args(arguments)
+    console, runs = Console(highlight=False), []
+    for seed in own.seeds:
+        folder = own.out / f"seed-{seed}"
+        settings = options.parse("", "", [*others, "--seed", str(seed), "--out", str(folder)])
+        with console.status(f"seed {seed}"):
+            experiment = Experiment(settings, Console(quiet=True))
+            cnn.run(experiment)
+        console.print(f"seed {seed}: {report.best_sentence(report.read_sweep([experiment.results]))}")
+        runs.append(experiment.results)
+    sweep = report.read_sweep(runs)
+    table = report.sweep_table(sweep)
+    table.title, table.box = None, box.MARKDOWN
+    console.print(f"\nMean of {len(runs)} seeds; dense: {sweep.dense.mean():.2%}\n", table)
+    console.print(report.best_sentence(sweep))
+    report.save_curve(sweep, own.out / "accuracy.png")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(tabulate))

@@ -1,0 +1,43 @@
+"""Keep results sharded as the arrays they belong to, on Auto and on Explicit meshes."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def sharded_as(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """Return `mask`, sharded as `like`, an array of the same shape.
+
+    Under jit on an Auto mesh the compiler shards each result as the arrays it is made from. A mask made from few numbers
+    (one a channel, or none) would come out replicated; this choice between the mask and itself ties it to `like` and is
+    gone from the compiled program.
+    """
+    return jnp.where(like != like, mask, mask)
+
+
+def without_explicit_axes(
+    function: Callable[..., jax.Array], like: jax.Array, shape: tuple[int, ...] | None = None
+) -> Callable[..., jax.Array]:
+    """Let `function` regroup the entries of an array whose axes are sharded explicitly.
+
+    Reshapes and windows of a sharded axis are refused on an Explicit mesh; there the function runs with the axes
+    given to the compiler, and its result gets the sharding of `like`. Where the result has another `shape`, an axis that
+    cannot be divided in the same way stays whole.
+    """
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=_fitted(sharding, like.shape if shape is None else shape))
+
+
+def _fitted(sharding: Any, shape: tuple[int, ...]) -> NamedSharding:
+    def parts(axes: Any) -> int:
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        return math.prod(sharding.mesh.shape[name] for name in names)
+
+    spec = [axes if n % parts(axes) == 0 else None for axes, n in zip(sharding.spec, shape, strict=True)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

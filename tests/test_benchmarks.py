@@ -1,0 +1,110 @@
+"""Every benchmark runs at a tiny size and reports what it should; how fast anything is, is not tested."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import imports, masks, one_shot, timing, training_step
+
+pytestmark = pytest.mark.slow
+
+
+def results(main: Any, folder: Path, *arguments: str) -> Any:
+    main([*arguments, "--json", str(folder / "results.json")])
+    return json.loads((folder / "results.json").read_text())
+
+
+def check_rows(rows: list[dict[str, Any]], variants: list[str]) -> None:
+    """Rows of `timing.compare`: the variants in order, then the control, all with positive finite times."""
+    assert [row["variant"] for row in rows] == [*variants, variants[0] + timing.CONTROL]
+    for row in rows:
+        assert all(0 <= row[key] < math.inf for key in ("wall", "cpu", "wall_ratio", "cpu_ratio"))
+        assert row["wall"] > 0
+    assert rows[0]["wall_ratio"] == rows[0]["cpu_ratio"] == 1.0
+
+
+def test_compare_runs_every_variant_once_a_round_and_the_baseline_twice():
+    calls = {"slow": 0, "fast": 0}
+
+    def work(name: str, size: int) -> None:
+        calls[name] += 1
+        sum(range(size))
+
+    rows = timing.compare({"slow": lambda: work("slow", 100_000), "fast": lambda: work("fast", 10)}, 5, baseline="fast")
+    assert calls == {"slow": 1 + 5, "fast": 1 + 5 + 5}  # the first one compiles
+    assert [row.variant for row in rows] == ["slow", "fast", "fast" + timing.CONTROL]
+    assert (rows[1].wall_ratio, rows[1].cpu_ratio) == (1.0, 1.0)
+
+
+def test_the_order_is_shuffled_alike_for_the_same_seed():
+    def order(seed: int) -> str:
+        seen: list[str] = []
+        timing.compare({name: lambda name=name: seen.append(name) for name in "abcd"}, 8, seed=seed)
+        return "".join(seen)
+
+    assert order(0) == order(0)
+    rounds = [order(0)[4 + 5 * i : 9 + 5 * i] for i in range(8)]
+    assert all(sorted(taken) == list("aabcd") for taken in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_masks_keep_as_many_weights_in_every_way(tmp_path):
+    (result,) = results(masks.main, tmp_path, "--sizes", "50_000", "--repeats", "2")
+    assert result["weights"] == 50_000
+    kept = result["kept"]
+    check_rows(result["rows"], list(kept))
+    assert list(kept)[:4] == ["one-liner, jit", "make_masks, jit", "make_masks, no jit", "one-liner, NumPy"]
+    # A Gaussian keeps 31.7 % at k = 1; a weight at its threshold may fall to either side.
+    assert all(
+        abs(count / 50_000 - 0.317) < 0.02 and abs(count - kept["one-liner, jit"]) <= 5 for count in kept.values()
+    )
+    assert 1.0 <= result["memory"]["jit, masks"] < 1.1
+    assert result["memory"]["jit, temporaries"] >= 0
+
+
+def test_training_steps_hold_the_zeros_they_are_asked_to_hold(tmp_path):
+    arguments = ("--batch-size", "2", "--width", "16", "--steps", "1", "--repeats", "2")
+    cnn, mlp = results(training_step.main, tmp_path, *arguments)
+    for result in (cnn, mlp):
+        check_rows(result["rows"], ["adam", "adam, keep_pruned", "adam, keep_zeros"])
+        zeros = result["zeros"]
+        assert zeros["adam"] < 0.3 < zeros["adam, keep_pruned"] < 0.9
+        assert zeros["adam, keep_zeros"] >= zeros["adam, keep_pruned"]
+    # Kernels of the convolutions, of the dense layers, and their biases.
+    assert cnn["parameters"] == 27 * 32 + 288 * 64 + 4096 * 100 + 100 * 10 + 32 + 64 + 100 + 10
+    assert mlp["parameters"] == 5 * (16 * 16 + 16)
+
+
+def test_imports_are_measured_in_fresh_processes(tmp_path):
+    rows = results(imports.main, tmp_path, "--repeats", "1")
+    check_rows(rows, list(imports.STATEMENTS))
+    assert all(row["cpu"] > 0.01 for row in rows)  # that of the child processes
+
+
+def test_one_shot_removes_the_same_number_by_every_method_and_holds_it(tmp_path):
+    arguments = ("--seeds", "1", "--epochs", "2", "--fine-tune-epochs", "1", "--sparsities", "0.5", "0.9")
+    markdown = tmp_path / "table.md"
+    (run,) = results(one_shot.main, tmp_path, *arguments, "--markdown", str(markdown))
+    assert 0.5 < run["dense"] <= 1
+    assert [(row["method"], row["sparsity"]) for row in run["rows"]] == [
+        (method, sparsity) for method in one_shot.METHODS for sparsity in (0.5, 0.9)
+    ]
+    for row in run["rows"]:
+        assert row["removed"] == pytest.approx(row["sparsity"], abs=1e-4)
+        assert row["removed"] <= row["zeros"] < row["removed"] + 0.01
+        assert 0 <= row["one_shot"] <= 1
+        assert 0 <= row["fine_tuned"] <= 1
+    accuracies = {row["method"]: row["one_shot"] for row in run["rows"] if row["sparsity"] == 0.5}
+    assert accuracies["magnitude, global"] > accuracies["random, layer"]
+    lines = markdown.read_text().splitlines()
+    assert len(lines) == 2 + len(one_shot.METHODS)
+    assert {line.count("|") for line in lines} == {6}
+
+
+def test_the_command_line_refuses_fewer_weights_than_leaves(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        masks.main(["--sizes", "10"])
+    assert "at least 50" in capsys.readouterr().err
