@@ -140,9 +140,9 @@ def check_masks(masks: Sequence[Any], flat: Flat) -> list[Any]:
 def apply_masks(params: Any, masks: Any) -> Any:
     """Set to zero what the masks do not keep: ``where(mask, param, 0)``.
 
-    Pruned weights become exactly ``+0.0``, whatever they were (NaN and infinity included); kept ones are untouched,
-    bit for bit (but for a NaN's payload); dtypes, treedef and sharding are those of `params`. Differentiable: the gradient of a pruned weight
-    is zero. Besides pruning once, this in the forward pass is the form that holds in any optimizer.
+    Pruned weights become exactly ``+0.0``, whatever they were (NaN and infinity included); kept ones are untouched, bit
+    for bit (but for a NaN's payload); dtypes, treedef and sharding are those of `params`. Differentiable: the gradient
+    of a pruned weight is zero. Besides pruning once, this in the forward pass is the form that holds in any optimizer.
 
     Args:
         params: a pytree of arrays; leaves that are not floating-point are returned as they are.

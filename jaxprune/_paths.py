@@ -45,7 +45,7 @@ def flatten(tree: Any, what: str, is_leaf: Callable[[Any], bool] | None = None) 
 def align(flat: Flat, like: Flat, what: str, like_what: str) -> list[Any]:
     """Return the leaves of `flat` in the order of `like`; a path that only one of them has is an error.
 
-    An entry of `flat` that is None (or optax's empty MaskedNode) may be one of no leaf: `like` may have None there, too.
+    Only an entry of `flat` that is None (or optax's empty MaskedNode) need have no leaf: `like` may have None there.
     """
     by_path = dict(zip(flat.paths, flat.leaves, strict=True))
     known = set(like.paths)

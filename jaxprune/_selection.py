@@ -192,10 +192,7 @@ class _Pools:
         def unfinished(border: _Border) -> jax.Array:
             return (border.stage < border.cuts.shape[0]) & jnp.any((border.left.high | border.left.low) > 0)
 
-        def find_next(border: _Border) -> _Border:
-            return self._pass_stage(border, self._search(border))
-
-        return lax.while_loop(unfinished, find_next, self._all_open(removed))
+        return lax.while_loop(unfinished, self._take_pass, self._all_open(removed))
 
     def keep(self, border: _Border) -> list[jax.Array]:
         """Mask the entries before the border."""
@@ -235,21 +232,17 @@ class _Pools:
     def _pool_size(self, i: int) -> int:
         return math.prod(self.shapes[i][axis] for axis in self.axes[i])
 
-    def _search(self, border: _Border) -> _Bracket:
-        """Narrow the bracket until all that is left lies below `low`, or all in it are the one number `low`."""
+    def _take_pass(self, border: _Border) -> _Border:
+        """Narrow the bracket; when all to be removed lies below `low`, or the bracket holds nothing else, move on."""
+        before = border.bracket
+        counts = self._count(before.thresholds, border)
+        bracket = _narrow(before, counts, self._over_arrays(counts, axis=1), border.left)
+        failed = self._guessing(before, border.stage) & (_width(bracket) > _width(before) // _MIN_GAIN)
+        border = border._replace(bracket=bracket._replace(smooth=bracket.smooth & ~failed))
 
-        def unfinished(bracket: _Bracket) -> jax.Array:
-            exact = _counts.equal(self._over_arrays(bracket.below_low), border.left)
-            return jnp.any(~exact & (bracket.high - bracket.low != 1))
-
-        def narrow(bracket: _Bracket) -> _Bracket:
-            counts = self._count(bracket.thresholds, border)
-            narrower = _narrow(bracket, counts, self._over_arrays(counts, axis=1), border.left)
-            shrunk = _width(narrower) <= _width(bracket) // _MIN_GAIN
-            narrower = narrower._replace(smooth=bracket.smooth & (shrunk | ~self._guessing(bracket, border.stage)))
-            return self._place_thresholds(narrower, border.left, border.stage)
-
-        return lax.while_loop(unfinished, narrow, border.bracket)
+        exact = _counts.equal(self._over_arrays(bracket.below_low), border.left)
+        found = jnp.all(exact | (bracket.high - bracket.low == 1))
+        return self._place_thresholds(lax.cond(found, self._move_on, lambda border: border, border))
 
     def _octaves(self, bracket: _Bracket, stage: jax.Array) -> jax.Array:
         """The width in octaves. Positions are taken to be evenly spread over all their range."""
@@ -259,16 +252,18 @@ class _Pools:
     def _guessing(self, bracket: _Bracket, stage: jax.Array) -> jax.Array:
         return bracket.smooth & (self._octaves(bracket, stage) <= _MAX_OCTAVES)
 
-    def _place_thresholds(self, bracket: _Bracket, left: Count, stage: jax.Array) -> _Bracket:
+    def _place_thresholds(self, border: _Border) -> _Border:
         """Choose where to count next: by interpolation if it may work, else evenly."""
+        bracket = border.bracket
         below, above = self._over_arrays(bracket.below_low), self._over_arrays(bracket.below_high)
-        wanted = _counts.to_float(_counts.subtract(left, below))
+        wanted = _counts.to_float(_counts.subtract(border.left, below))
         between = _counts.to_float(_counts.subtract(above, below))
         width = _width(bracket)
-        guesses = _guesses(wanted, between, width, self._octaves(bracket, stage))
-        steps = jnp.where(self._guessing(bracket, stage)[None], guesses, _even_steps(width))
+        guesses = _guesses(wanted, between, width, self._octaves(bracket, border.stage))
+        steps = jnp.where(self._guessing(bracket, border.stage)[None], guesses, _even_steps(width))
         steps = jnp.maximum(jnp.minimum(steps, width[None] - 1), 1)
-        return bracket._replace(thresholds=bracket.low[None] + lax.bitcast_convert_type(steps, bracket.low.dtype))
+        thresholds = bracket.low[None] + lax.bitcast_convert_type(steps, bracket.low.dtype)
+        return border._replace(bracket=bracket._replace(thresholds=thresholds))
 
     def _over_arrays(self, counts: Count, axis: int = 0) -> Count:
         return _counts.total(counts, (axis,), self.size)
@@ -316,42 +311,47 @@ class _Pools:
         """Shape what belongs to pools so that it combines with the entries of an array."""
         return jnp.expand_dims(of_pools, self.axes[i])
 
-    def _pass_stage(self, border: _Border, found: _Bracket) -> _Border:
+    def _move_on(self, border: _Border) -> _Border:
         """Note the number found. Of the entries that have it the last go, from the last array backwards."""
-        count, dims = len(self.operands), found.low.ndim
-        index = np.arange(count)
+        found, dims = border.bracket, border.array.ndim
         left = _counts.subtract(border.left, self._over_arrays(found.below_low))
         tied = _counts.subtract(found.below_high, found.below_low)
-
-        onwards = _along(index[None] >= index[:, None], dims)
-        from_here = self._over_arrays(Count(*(jnp.where(onwards, word[None], 0) for word in tied)), axis=1)
-        enough = _counts.less_equal(jax.tree.map(lambda word: word[None], left), from_here)
-        last_enough = jnp.sum(enough, 0, dtype=jnp.int32) - 1
-        array = jnp.where(border.stage == 0, last_enough, border.array)
-        later = Count(*(jnp.where(_along(index, dims) > array[None], word, 0) for word in tied))
+        array = jnp.where(border.stage == 0, self._array_of_last(left, tied), border.array)
+        index = _along(np.arange(len(self.operands)), dims)
+        if len(self.operands) > 1:
+            later = Count(*(jnp.where(index > array[None], word, 0) for word in tied))
+            left = _counts.subtract(left, self._over_arrays(later))
 
         stages = np.arange(border.cuts.shape[0])
-        sizes = np.zeros((len(stages), count), np.uint32)
+        sizes = np.zeros((len(stages), len(self.operands)), np.uint32)
         for i, (shape, groups) in enumerate(zip(self.shapes, self.words, strict=True)):
             sizes[: len(groups), i] = [math.prod(shape[axis] for axis in axes) for axes in groups]
-        chosen = (_along(stages[:, None], dims) == border.stage) & (_along(index[None], dims) == array[None, None])
+        chosen = (_along(stages[:, None], dims) == border.stage) & (index[None] == array[None, None])
         size = jnp.sum(jnp.where(chosen, _along(sizes, dims), 0), (0, 1), dtype=jnp.uint32)
         low = jnp.full_like(found.low, FIRST_POSITION)
-        left = _counts.subtract(left, self._over_arrays(later))
-        bracket = found._replace(
-            low=low,
-            high=low + (size + 1).astype(low.dtype),
-            below_low=jax.tree.map(jnp.zeros_like, tied),
-            below_high=Count(*(jnp.where(_along(index, dims) == array[None], word, 0) for word in tied)),
-            smooth=jnp.ones_like(found.smooth),
-        )
         return _Border(
             stage=border.stage + 1,
             cuts=jnp.where(_along(stages, dims) == border.stage, found.low[None], border.cuts),
             array=array,
             left=left,
-            bracket=self._place_thresholds(bracket, left, border.stage + 1),
+            bracket=found._replace(
+                low=low,
+                high=low + (size + 1).astype(low.dtype),
+                below_low=jax.tree.map(jnp.zeros_like, tied),
+                below_high=Count(*(jnp.where(index == array[None], word, 0) for word in tied)),
+                smooth=jnp.ones_like(found.smooth),
+            ),
         )
+
+    def _array_of_last(self, left: Count, tied: Count) -> jax.Array:
+        """The last array from which on there are enough of the `tied` entries."""
+        index, dims = np.arange(len(self.operands)), left.low.ndim
+        if len(index) == 1:
+            return jnp.zeros_like(left.low, jnp.int32)
+        onwards = _along(index[None] >= index[:, None], dims)
+        from_here = self._over_arrays(Count(*(jnp.where(onwards, word[None], 0) for word in tied)), axis=1)
+        enough = _counts.less_equal(jax.tree.map(lambda word: word[None], left), from_here)
+        return jnp.sum(enough, 0, dtype=jnp.int32) - 1
 
     def _mask(self, i: int, border: _Border) -> jax.Array:
         operand, array = self.operands[i], self._spread(i, border.array)

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 from one_layer import TARGET, assert_positive_zeros, dense_params, loss, step
 
-from jaxprune import keep_pruned, make_masks, rules
-from jaxprune._loops import iterate, recalibrate
+from jaxprune import iterate, keep_pruned, make_masks, recalibrate, rules
 
 exactly = functools.partial(make_masks, rule=rules.layer_sparsity)
 

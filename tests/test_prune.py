@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from one_layer import assert_positive_zeros, step
 
-from jaxprune import make_masks, masks_in, rules
-from jaxprune._prune import ac_dc_schedule, is_due, prune, prune_and_regrow
+from jaxprune import ac_dc_schedule, make_masks, masks_in, prune, prune_and_regrow, rules
+from jaxprune._prune import is_due
 
 exactly = functools.partial(make_masks, rule=rules.layer_sparsity)
 KERNEL = np.random.default_rng(0).normal(size=(8, 10)).astype(np.float32)
@@ -381,7 +381,7 @@ def test_log_on_eight_devices_is_called_once_each_time(axis_type):
         tx = prune(at_least, 6.0, every=2, log=told.append)
         state = tx.init(params)
         for _ in range(3):
-            updates, state = jax.jit(tx.update)(params, state, params)
+            _, state = jax.jit(tx.update)(params, state, params)
     jax.effects_barrier()
     # p + u is 2 p, so that below 6 lie 0, 2 and 4.
     assert [(numbers["step"], numbers["sparsity"]) for numbers in told] == [(0, 3 / 16), (2, 3 / 16)]

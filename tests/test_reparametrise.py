@@ -10,8 +10,7 @@ import optax
 import pytest
 from one_layer import KEEP, KERNEL, MASKS, assert_positive_zeros, dense_params, loss, step
 
-from jaxprune import apply_masks, make_masks, rules
-from jaxprune._reparametrise import decay_pruned, merge_lora, soft_threshold, straight_through
+from jaxprune import apply_masks, decay_pruned, make_masks, merge_lora, rules, soft_threshold, straight_through
 
 SLOPE = np.random.default_rng(5).normal(size=(4, 3)).astype(np.float32)
 
@@ -187,7 +186,7 @@ def test_soft_threshold_refuses():
     params = {"a": {"kernel": jnp.ones((1, 2))}, "b": {"kernel": jnp.ones((1, 2))}}
     with pytest.raises(ValueError, match=r"thresholds has no entry for params\['b'\]\['kernel'\]"):
         soft_threshold(params, {"a": 0.0})
-    with pytest.raises(ValueError, match=r"threshold for params\['a'\]\['kernel'\] has shape \[2\]; it must be a scalar\."):
+    with pytest.raises(ValueError, match=r"threshold for params\['a'\]\['kernel'\] has shape \[2\].*a scalar\."):
         soft_threshold(params, {"a": jnp.zeros(2), "b": 0.0})
     with pytest.raises(ValueError, match=r"No leaf is prunable"):
         soft_threshold({"bias": jnp.ones(2)}, 0.0)
@@ -207,7 +206,7 @@ def test_merge_lora_keeps_zeros():
 
 
 def test_merge_lora_refuses():
-    with pytest.raises(ValueError, match=r"adapter of shapes \(4, 2\) and \(3, 3\) does not fit a kernel of .*\(4, 3\)"):
+    with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(3, 3\) does not fit a kernel of .*\(4, 3\)"):
         merge_lora(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.ones((3, 3)), MASKS["kernel"])
     with pytest.raises(ValueError, match=r"a mask is bool"):
         merge_lora(jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.ones((4, 3)))

@@ -12,10 +12,20 @@ import orbax.checkpoint as ocp
 import pytest
 from one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step
 
-from jaxprune import apply_masks, keep_pruned, keep_zeros, make_masks, masks_in
-from jaxprune._prune import ac_dc_schedule, prune, prune_and_regrow
-from jaxprune._reparametrise import decay_pruned
-from jaxprune._sparse_training import rigl, sparse_evolution, static_sparse
+from jaxprune import (
+    ac_dc_schedule,
+    apply_masks,
+    decay_pruned,
+    keep_pruned,
+    keep_zeros,
+    make_masks,
+    masks_in,
+    prune,
+    prune_and_regrow,
+    rigl,
+    sparse_evolution,
+    static_sparse,
+)
 
 STEPS = 12
 

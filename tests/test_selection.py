@@ -53,15 +53,16 @@ def draw(seed, shape, numbers=NUMBERS):
     [
         ([3, -1, 2, -4], 2, True, [1, 0, 0, 1]),
         ([3, -1, 2, -4], 2, False, [1, 0, 1, 0]),
-        ([1, 1, 1, 1, 1], 3, True, [1, 1, 0, 0, 0]),
-        ([2, 1, 2, 1, 2], 3, True, [1, 0, 1, 0, 0]),
+        ([3, -1, 2, -4], 0, True, [1, 1, 1, 1]),
+        ([3, -1, 2, -4], 4, True, [0, 0, 0, 0]),
+        ([1, 1, 1, 1], 3, True, [1, 0, 0, 0]),
+        ([2, 1, 2, 1], 3, True, [1, 0, 0, 0]),
+        ([1, 2, 1, 2], 1, True, [1, 1, 0, 1]),
         ([0.0, -0.0, 0.0, -0.0], 1, False, [1, 1, 1, 0]),
         ([-INF, NAN, INF, 0], 1, False, [1, 0, 1, 1]),
         ([-INF, NAN, INF, 0], 2, False, [0, 0, 1, 1]),
         ([NAN, NAN, 0, NAN], 2, True, [1, 0, 1, 0]),
-        ([INF, INF, INF], 2, True, [1, 0, 0]),
-        ([5, 6], 0, True, [1, 1]),
-        ([5, 6], 2, True, [0, 0]),
+        ([INF, INF, INF, 1], 3, True, [1, 0, 0, 0]),
         ([1.4e-45, 0, 2.8e-45, -4.2e-45], 2, True, [0, 0, 1, 1]),
     ],
 )
@@ -85,19 +86,16 @@ def test_equals_stable_sort(dtype, magnitude):
     check()
 
 
-@pytest.mark.parametrize("batch", [(0,), (2,), (0, 2), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("batch", [(0,), (0, 2), (0, 1, 2)])
 def test_every_pool_by_itself(batch):
     shape = (4, 6, 5)
     pools = [shape[axis] for axis in batch]
-    size = 120 // int(np.prod(pools))
     for seed in range(8):
         values = draw(seed, shape)
-        removed = np.random.default_rng(seed).integers(0, size + 1, pools)
+        removed = np.random.default_rng(seed).integers(0, 120 // int(np.prod(pools)) + 1, pools)
         count = _counts.Count(jnp.zeros(pools, jnp.uint32), jnp.asarray(removed, jnp.uint32))
         mask = keep_largest(jnp.asarray(values, jnp.float32), count, batch=batch, magnitude=False)
         np.testing.assert_array_equal(mask, oracle_in_pools(values, removed.ravel(), batch, False))
-    one_for_all = keep_largest(jnp.asarray(values, jnp.float32), _counts.from_int(1), batch=batch, magnitude=True)
-    np.testing.assert_array_equal(one_for_all, oracle_in_pools(values, 1, batch, True))
 
 
 @pytest.mark.parametrize("magnitude", [True, False])
@@ -276,34 +274,39 @@ HARD_POOLS = {
 }
 
 
-def count_passes(values, removed, magnitude):
-    """How many passes the search takes, by the values that stand in for their sums."""
-    passes = []
+PASSES = []
 
-    def counting(conditions, axes):
-        jax.debug.callback(lambda: passes.append(1))
-        return _selection._sum_stacked(conditions, axes)
 
-    select = functools.partial(_selection._select, batch=(), magnitude=magnitude, sums=counting)
-    [mask] = jax.jit(select)([(values,)], removed)
+def sum_and_note(conditions, axes):
+    jax.debug.callback(lambda: PASSES.append(axes))
+    return _selection._sum_stacked(conditions, axes)
+
+
+select_and_note = jax.jit(functools.partial(_selection._select, batch=(), magnitude=False, sums=sum_and_note))
+
+
+def count_passes(values, removed):
+    """Count the passes of a search; whatever is removed is checked, too."""
+    PASSES.clear()
+    [mask] = select_and_note([(values,)], _counts.from_int(removed))
     jax.effects_barrier()
-    return len(passes), mask
+    assert int((~mask).sum()) == removed
+    return len(PASSES)
 
 
 @pytest.mark.parametrize("name", HARD_POOLS)
-def test_the_passes_are_bounded(name):
-    n = 4000
-    values = jnp.asarray(HARD_POOLS[name](np.random.default_rng(0), n), jnp.float32)
-    # A first look, an interpolation that fails and eleven even cuts of 2**32 keys into eight; then as many for 2**12
-    # positions as an interpolation that fails and four even cuts.
-    passes, mask = count_passes(values, _counts.from_int(3000), False)
-    assert int((~mask).sum()) == 3000
-    assert passes <= 13 + 5
+def test_passes_are_bounded(name):
+    values = jnp.asarray(HARD_POOLS[name](np.random.default_rng(0), 4000), jnp.float32)
+    for removed in (100, 2000, 3000, 3999):
+        # A first look, a failed interpolation and eleven cuts of the 2**32 keys into eight; a failed interpolation and
+        # four such cuts of the 2**12 positions.
+        assert count_passes(values, removed) <= 13 + 5
 
 
 def test_usual_weights_take_few_passes():
-    values = jnp.asarray(np.random.default_rng(0).normal(size=100_000) * 0.02, jnp.float32)
-    assert [count_passes(values, _counts.rounded(k, values.size), True)[0] <= 8 for k in (0.5, 0.9, 0.99)] == [True] * 3
+    values = jnp.asarray(np.abs(np.random.default_rng(0).normal(size=4000)) * 0.02, jnp.float32)
+    for removed in (2000, 3600, 3960):
+        assert count_passes(values, removed) <= 7
 
 
 def test_one_cpu_device_needs_hardly_any_memory():
@@ -364,12 +367,12 @@ def test_eagerly_on_sharded_arrays():
     values = draw(0, (64, 96))
     array = jax.device_put(jnp.asarray(values, jnp.float32), NamedSharding(mesh, P(None, "x")))
     mask = keep_largest(array, _counts.from_int(5000), magnitude=True)
-    np.testing.assert_array_equal(mask.ravel(), oracle(values, 5000, True))
+    np.testing.assert_array_equal(mask, oracle(values, 5000, True).reshape(64, 96))
     assert mask.sharding.is_equivalent_to(array.sharding, 2)
 
 
 def test_pools_within_a_device():
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     values = draw(0, (16, 50))
     select = jax.shard_map(
         lambda block: keep_largest(block, _counts.from_int(30), batch=(0,), magnitude=True),

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step, train
 from optax import contrib
 
-from jaxprune import apply_masks, masks_in
+from jaxprune import apply_masks, masks_in, rigl, sparse_evolution, static_sparse
 from jaxprune._regrowth import drop_and_grow, refresh
-from jaxprune._sparse_training import rigl, sparse_evolution, static_sparse
 
 STEPS = 200
 KEY = jax.random.key(7)
@@ -232,6 +231,8 @@ def test_a_leaf_that_takes_no_part():
 
 # --- The optimizer's state of weights that have grown. ---
 
+BRANCHES = {"k": optax.adam(0.1), "b": optax.sgd(0.1)}
+# name: (the optimizer, how many arrays of its state belong to the kernel weight by weight)
 OPTIMIZERS = {
     "adam": (lambda: optax.adam(0.1), 2),
     "adamw": (lambda: optax.adamw(0.1), 2),
@@ -241,11 +242,9 @@ OPTIMIZERS = {
     "adafactor unfactored": (lambda: optax.adafactor(0.1), 1),
     "muon": (lambda: contrib.muon(0.1), 1),
     "MultiSteps": (lambda: optax.MultiSteps(optax.adam(0.1), 2), 3),
-    "partition": (lambda: optax.partition({"k": optax.adam(0.1), "b": optax.sgd(0.1)}, {"kernel": "k", "bias": "b"}), 2),
+    "partition": (lambda: optax.partition(BRANCHES, {"kernel": "k", "bias": "b"}), 2),
     "partition by a function": (
-        lambda: optax.partition(
-            {"k": optax.adam(0.1), "b": optax.sgd(0.1)}, lambda params: {name: name[0] for name in params}
-        ),
+        lambda: optax.partition(BRANCHES, lambda params: {name: name[0] for name in params}),
         2,
     ),
     "masked": (lambda: optax.masked(optax.adam(0.1), {"kernel": True, "bias": False}), 2),
@@ -292,7 +291,7 @@ def test_a_bare_array_and_a_tuple_have_their_state_found():
 @every_growing
 @pytest.mark.parametrize("inner", OPTIMIZERS)
 def test_a_step_keeps_all_types_with_every_optimizer(name, inner):
-    """On a layer with a bias: what raises in other libraries. Both kinds of step have the same types, or this raises."""
+    """On a layer with a bias; both kinds of step have the same types, or this raises."""
     tx = GROWING[name](optimizer(inner)[0], MASKS, stacked=None)
     params, state = dense_params(), tx.init(dense_params())
     updates, after = jax.eval_shape(tx.update, params, state, params)
