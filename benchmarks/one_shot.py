@@ -134,19 +134,18 @@ def run_seed(
     return {"seed": seed, "dense": float(accuracy(params, *test_set)), "rows": rows}
 
 
-def summary(runs: Sequence[dict[str, Any]], sparsities: Sequence[float]) -> tuple[list[str], list[list[str]]]:
-    """Return headings, and a line for each method: mean and standard deviation over the seeds, in percent."""
-    headings = ["method"]
-    for sparsity in sparsities:
-        headings += [f"{sparsity:.0%} one-shot", "fine-tuned"]
-    lines = []
-    for name in METHODS:
-        line = [name]
-        for sparsity in sparsities:
-            rows = [row for run in runs for row in run["rows"] if (row["method"], row["sparsity"]) == (name, sparsity)]
-            line += [_spread([row[kind] for row in rows]) for kind in ("one_shot", "fine_tuned")]
-        lines.append(line)
-    return headings, lines
+def summary(runs: Sequence[dict[str, Any]], sparsities: Sequence[float]) -> list[list[str]]:
+    """Return a table, headings first: mean and standard deviation over the seeds, in percent."""
+    lines = [["method", "accuracy", *(f"{sparsity:.3g} removed" for sparsity in sparsities)]]
+    rows = [row for run in runs for row in run["rows"]]
+    for kind, title in (("one_shot", "one-shot"), ("fine_tuned", "fine-tuned")):
+        for name in METHODS:
+            found = [
+                [row[kind] for row in rows if row["method"] == name and row["sparsity"] == sparsity]
+                for sparsity in sparsities
+            ]
+            lines.append([name, title, *(_spread(values) for values in found)])
+    return lines
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -154,10 +153,10 @@ def _spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, numbers to the right."""
-    rule = ["---"] + ["---:"] * (len(headings) - 1)
-    return "".join(f"| {' | '.join(line)} |\n" for line in [headings, rule, *lines])
+    rule = ["---", "---"] + ["---:"] * (len(lines[0]) - 2)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -178,14 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in track(range(options.seeds), "seeds", console=console)
     ]
     timing.write_json(options.json, runs)
-    headings, lines = summary(runs, options.sparsities)
+    headings, *lines = summary(runs, options.sparsities)
     dense = _spread([run["dense"] for run in runs])
     shown = Table(*headings, title=f"accuracy on the digits, %; dense {dense}", title_justify="left")
     for line in lines:
-        shown.add_row(*line)
+        shown.add_row(*line, end_section=line[0] == list(METHODS)[-1])
     console.print(shown)
     if options.markdown is not None:
-        options.markdown.write_text(markdown(headings, lines))
+        options.markdown.write_text(markdown([headings, *lines]))
 
 
 if __name__ == "__main__":

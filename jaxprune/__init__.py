@@ -2,6 +2,14 @@
 
 from jaxprune import rules as rules
 from jaxprune import scores as scores
+from jaxprune._algebra import intersect as intersect
+from jaxprune._algebra import invert as invert
+from jaxprune._algebra import masks_of as masks_of
+from jaxprune._algebra import overlap as overlap
+from jaxprune._algebra import pack as pack
+from jaxprune._algebra import union as union
+from jaxprune._algebra import unpack as unpack
+from jaxprune._algebra import validate as validate
 from jaxprune._guard import PruningWarning as PruningWarning
 from jaxprune._masks import apply_masks as apply_masks
 from jaxprune._masks import make_masks as make_masks

@@ -142,7 +142,7 @@ def _read(masks: Any, what: str) -> Flat:
     flat = flatten(masks, what, is_leaf=is_nothing)
     leaves = []
     for name, mask in zip(flat.names, flat.leaves, strict=True):
-        if not is_nothing(mask) and getattr(mask, "dtype", None) != bool:
+        if not is_nothing(mask) and getattr(mask, "dtype", None) != np.bool_:
             found = f"{getattr(mask, 'dtype', type(mask).__name__)}{list(np.shape(mask))}"
             raise ValueError(f"{name} is {found}, not a boolean mask (True = keep).")
         leaves.append(None if is_nothing(mask) else jnp.asarray(mask))
@@ -201,7 +201,7 @@ def unpack(packed: Any, like: Any) -> Any:
         Masks of the treedef of `like`; sharded as its leaves, where these are arrays.
 
     Raises:
-        ValueError: a leaf is missing, or is not the ``ceil(size / 8)`` bytes that its shape needs; the message names it.
+        ValueError: a leaf is missing, or not the ``ceil(size / 8)`` bytes that its shape needs; the message names it.
 
     >>> import jax.numpy as jnp
     >>> unpack([jnp.array([9], jnp.uint8)], [jnp.zeros((2, 3))])[0].tolist()
@@ -300,4 +300,5 @@ def validate(params: Any, masks: Any) -> None:
 def _unpruned(leaf: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     wrong = ~mask & (leaf != 0)
     largest = jnp.max(jnp.where(wrong, jnp.abs(leaf), 0), initial=0)
-    return *(_counts.to_float(_counts.count_true(x, tuple(range(x.ndim)))) for x in (wrong, ~mask)), largest
+    hits, pruned = (_counts.to_float(_counts.count_true(x, tuple(range(x.ndim)))) for x in (wrong, ~mask))
+    return hits, pruned, largest

@@ -23,8 +23,8 @@ def n_m(m: int, *, axis: int | None = None) -> Rule:
     """Make the rule that keeps the k largest of every m consecutive weights along the inputs (N:M, N = k).
 
     Exact: every group keeps k weights, whatever the ties (among equals the lower index is kept) and the dtype; NaN
-    ranks lowest. Groups run along the contraction, as sparse matrix units need: axis -2 of a Flax or Haiku kernel, the input
-    of an attention projection, axis 1 of an Equinox ``weight``. Costs m (m - 1) / 2 compares and no sort.
+    ranks lowest. Groups run along the contraction, as sparse matrix units need: axis -2 of a Flax or Haiku kernel, the
+    input of an attention projection, axis 1 of an Equinox ``weight``. Costs m (m - 1) / 2 compares and no sort.
 
     Args:
         m: the size of a group, >= 1.

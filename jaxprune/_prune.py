@@ -206,9 +206,7 @@ def is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:
     return due if until is None else (due & (count < until)) | (count == until)
 
 
-def range_of(
-    title: str, schedule: optax.ScalarOrSchedule, every: int, until: int | None
-) -> tuple[float, float] | None:
+def range_of(title: str, schedule: optax.ScalarOrSchedule, every: int, until: int | None) -> tuple[float, float] | None:
     """Return the least and the largest value of a schedule where masks change; None where it is not known yet."""
     values: Any = schedule
     if callable(schedule):

@@ -72,6 +72,4 @@ def refresh(state: Any, init: Callable[[], Any], grown: Any) -> Any:
             return leaf
         return jnp.where(mask, start, leaf)
 
-    return flat.treedef.unflatten(
-        [start_anew(*entry) for entry in zip(flat.paths, flat.leaves, fresh, strict=True)]
-    )
+    return flat.treedef.unflatten([start_anew(*entry) for entry in zip(flat.paths, flat.leaves, fresh, strict=True)])

@@ -60,9 +60,7 @@ class _Border(NamedTuple):
     bracket: _Bracket  # of the number to find next
 
 
-def keep_largest(
-    values: jax.Array, removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool
-) -> jax.Array:
+def keep_largest(values: jax.Array, removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool) -> jax.Array:
     """Mask the `removed` smallest entries of each pool.
 
     Exactly `removed` entries are masked, whatever the ties: among equals the lower row-major index is kept. A NaN ranks
@@ -120,9 +118,7 @@ def _keep_largest_jointly(operands: list[_Operand], removed: Count, *, magnitude
     return _by_platform(lax.stop_gradient(operands), removed, (), magnitude)
 
 
-def _by_platform(
-    operands: list[_Operand], removed: Count, batch: tuple[int, ...], magnitude: bool
-) -> list[jax.Array]:
+def _by_platform(operands: list[_Operand], removed: Count, batch: tuple[int, ...], magnitude: bool) -> list[jax.Array]:
     """Select with the sums that suit the platform the program is compiled for.
 
     XLA's CPU compiler writes a condition down in full before it sums it up, unless several sums are one reduction. Such a

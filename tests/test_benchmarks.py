@@ -71,8 +71,9 @@ def test_training_steps_hold_the_zeros_they_are_asked_to_hold(tmp_path):
     for result in (cnn, mlp):
         check_rows(result["rows"], ["adam", "adam, keep_pruned", "adam, keep_zeros"])
         zeros = result["zeros"]
-        assert zeros["adam"] < 0.3 < zeros["adam, keep_pruned"] < 0.9
-        assert zeros["adam, keep_zeros"] >= zeros["adam, keep_pruned"]
+        # Adam moves every pruned weight that has a gradient; not those of units that are off for the whole batch.
+        assert zeros["adam"] < zeros["adam, keep_pruned"] <= zeros["adam, keep_zeros"]
+        assert 0.5 < zeros["adam, keep_pruned"] < 0.9
     # Kernels of the convolutions, of the dense layers, and their biases.
     assert cnn["parameters"] == 27 * 32 + 288 * 64 + 4096 * 100 + 100 * 10 + 32 + 64 + 100 + 10
     assert mlp["parameters"] == 5 * (16 * 16 + 16)
@@ -100,8 +101,8 @@ def test_one_shot_removes_the_same_number_by_every_method_and_holds_it(tmp_path)
     accuracies = {row["method"]: row["one_shot"] for row in run["rows"] if row["sparsity"] == 0.5}
     assert accuracies["magnitude, global"] > accuracies["random, layer"]
     lines = markdown.read_text().splitlines()
-    assert len(lines) == 2 + len(one_shot.METHODS)
-    assert {line.count("|") for line in lines} == {6}
+    assert len(lines) == 2 + 2 * len(one_shot.METHODS)
+    assert {line.count("|") for line in lines} == {5}
 
 
 def test_the_command_line_refuses_fewer_weights_than_leaves(capsys):

@@ -115,16 +115,21 @@ every_holder = pytest.mark.parametrize(("make", "kernels"), HOLDERS.values(), id
 @every_holder
 def test_the_same_masks_and_weights(make: Callable, kernels: Callable) -> None:
     params = make()
-    for run in (make_masks, jax.jit(make_masks)):
-        masks = run(params, 0.8)
-        assert jax.tree.structure(masks) == jax.tree.structure(params)
-        chex.assert_trees_all_equal(kernels(masks), EXPECTED)
+    masks = make_masks(params, 0.8)
+    assert jax.tree.structure(masks) == jax.tree.structure(params)
+    chex.assert_trees_all_equal(kernels(masks), EXPECTED)
     kept_whole = sum(bool(mask.all()) for mask in jax.tree.leaves(masks))
     assert kept_whole == len(jax.tree.leaves(params)) - 2
-    for run in (apply_masks, jax.jit(apply_masks)):
-        pruned = run(params, masks)
-        assert jax.tree.structure(pruned) == jax.tree.structure(params)
-        chex.assert_trees_all_equal(kernels(pruned), PRUNED)
+    pruned = apply_masks(params, masks)
+    assert jax.tree.structure(pruned) == jax.tree.structure(params)
+    chex.assert_trees_all_equal(kernels(pruned), PRUNED)
+
+
+@pytest.mark.parametrize("holder", ["nnx.State", "whole nnx.Module", "equinox", "linen boxed"])
+def test_trees_of_classes_go_through_jit(holder: str) -> None:
+    make, kernels = HOLDERS[holder]
+    pruned = jax.jit(lambda params: apply_masks(params, make_masks(params, 0.8)))(make())
+    chex.assert_trees_all_equal(kernels(pruned), PRUNED)
 
 
 @every_holder
