@@ -118,7 +118,7 @@ def run(
     masks = jaxprune.masks_in(tuned.opt_state)
     report.layers(experiment, dense.params, jaxprune.summarize(dense.params, masks))
 
-    experiment.say(f"\nThe dense network again, pruned in steps of rising k:")
+    experiment.say("\nThe dense network again, pruned in steps of rising k:")
     state = dense
     for k in settings.ks:
         pruned = prune(state, k, sgd)

@@ -136,9 +136,7 @@ class Experiment:
 
     def _train_epoch(self, state: State, train_steps: TrainSteps, epoch: int) -> tuple[State, dict[str, float]]:
         size = self.settings.batch_size
-        groups = data.epoch_indices(
-            len(self._train[0]), size * STEPS_PER_CALL, seed=self.settings.seed, epoch=epoch
-        )
+        groups = data.epoch_indices(len(self._train[0]), size * STEPS_PER_CALL, seed=self.settings.seed, epoch=epoch)
         calls = []
         for batches in groups.reshape(-1, STEPS_PER_CALL, size):
             state, metrics = train_steps(state, *self._train, batches)

@@ -96,9 +96,7 @@ def best_sentence(sweep: Sweep) -> str:
 
 def save_curve(sweep: Sweep, path: Path) -> None:
     """Draw accuracy against sparsity into a PNG file."""
-    figure = figures.accuracy_against_sparsity(
-        *sweep[1:], ks=[float(k) for k in sweep.ks], max_drop=MAX_DROP
-    )
+    figure = figures.accuracy_against_sparsity(*sweep[1:], ks=[float(k) for k in sweep.ks], max_drop=MAX_DROP)
     figure.savefig(path)
 
 

@@ -62,16 +62,26 @@ class Border(NamedTuple):
 
 
 class Pools:
-    """Pools of entries: one for each index of the `batch` axes of a single array, one of all arrays, or one of each."""
+    """Pools of entries: one for each index of the `batch` axes of the only array; else one of all arrays, or, `apart`,
+    one of each. The entries of matrices may be summed by `rows` first.
+    """
 
     def __init__(
-        self, operands: list[Operand], magnitude: bool, sums: Sums, *, batch: tuple[int, ...] = (), apart: bool = False
+        self,
+        operands: list[Operand],
+        magnitude: bool,
+        sums: Sums,
+        *,
+        batch: tuple[int, ...] = (),
+        apart: bool = False,
+        rows: bool = False,
     ):
         self.operands = operands
         self.order = Order(jnp.result_type(*(operand[0].dtype for operand in operands)), magnitude)
         self.sums = sums
         self.batch = batch
         self.apart = apart
+        self.rows = rows
         self.shapes = [operand[0].shape for operand in operands]
         self.axes = [tuple(axis for axis in range(len(shape)) if axis not in batch) for shape in self.shapes]
         self.words = [words(shape, axes) for shape, axes in zip(self.shapes, self.axes, strict=True)]
@@ -162,9 +172,8 @@ class Pools:
             below = [
                 numbers < self._spread(i, lax.index_in_dim(thresholds, j, keepdims=False)) for j in range(THRESHOLDS)
             ]
-            # The minor axes in one word, then the others. Without a batch the first axis may be the one that is shared
-            # out among threads.
-            inner = trailing(shape, axes if self.batch else axes[1:] or axes)
+            # As much as one word counts, then the rest.
+            inner = trailing(shape, axes[1:] if self.rows else axes)
             low = self.sums(below, inner)
             kept = [axis for axis in range(len(shape)) if axis not in inner]
             outer = tuple(1 + kept.index(axis) for axis in axes if axis not in inner)
@@ -172,3 +181,152 @@ class Pools:
         if self.apart:
             return jax.tree.map(lambda *words: jnp.stack(words, axis=-1)[:, None], *counts)
         return jax.tree.map(lambda *words: jnp.stack(words, axis=1), *counts)
+
+    def _numbers(self, i: int, operand: Operand, border: Border, one: jax.Array) -> jax.Array:
+        """What the stage compares: the keys, or a word of the position of the entries that are still undecided."""
+        never = np.iinfo(self.order.key).max
+        keys = self.order.keys(operand[0])
+        numbers = jnp.maximum(keys, jnp.where(border.stage == 0, np.iinfo(self.order.key).min, never))
+        mine = border.member == (0 if self.apart else i)
+        for stage, axes in enumerate(self.words[i], start=1):
+            # Choices of one number for all entries are free; those for every entry cost.
+            wanted = jnp.where((border.stage == stage) & mine, border.cuts[0], never)
+            undecided = keys == self._spread(i, wanted)
+            for major, cut in zip(self.words[i][: stage - 1], border.cuts[1:], strict=False):
+                undecided &= self._position(i, major, one) == self._spread(i, cut)
+            # Adding nothing gives the positions the sharding of the values, as explicit meshes demand.
+            position = self._position(i, axes, one) + jnp.zeros_like(keys)
+            numbers = jnp.where(undecided, position, numbers)
+        return jnp.where(operand[1], never, numbers) if len(operand) > 1 else numbers
+
+    def _position(self, i: int, axes: tuple[int, ...], one: jax.Array) -> jax.Array:
+        return from_end(self.shapes[i], axes, one).astype(self.order.key)
+
+    def _mask(self, i: int, border: Border) -> jax.Array:
+        operand, member, me = self.operands[i], self._spread(i, border.member), 0 if self.apart else i
+        cuts = [self._spread(i, cut) for cut in border.cuts]
+        last = jnp.zeros_like(cuts[0], dtype=bool)
+        for axes, cut in reversed(list(zip(self.words[i], cuts[1:], strict=False))):
+            position = self._position(i, axes, jnp.uint32(1))
+            last = (position < cut) | ((position == cut) & last)
+        keys = self.order.keys(operand[0])
+        removed = (keys < cuts[0]) | ((keys == cuts[0]) & ((me > member) | ((me == member) & last)))
+        return ~removed | operand[1] if len(operand) > 1 else ~removed
+
+    # From one number to the next.
+
+    def _move_on(self, border: Border) -> Border:
+        """Note the number found. Of the entries that have it the last go, from the last array of a pool backwards."""
+        found, dims = border.bracket, border.member.ndim
+        left = _counts.subtract(border.left, self._of_pools(found.below_low))
+        tied = _counts.subtract(found.below_high, found.below_low)
+        member = jnp.where(border.stage == 0, self._last_member(left, tied), border.member)
+        index = _along(np.arange(self.members), dims)
+        if self.members > 1:
+            later = Count(*(jnp.where(index > member[None], word, 0) for word in tied))
+            left = _counts.subtract(left, self._of_pools(later))
+
+        low = jnp.full_like(found.low, FIRST_POSITION)
+        return Border(
+            stage=border.stage + 1,
+            cuts=jnp.where(_along(np.arange(self.stages), dims) == border.stage, found.low[None], border.cuts),
+            member=member,
+            left=left,
+            bracket=found._replace(
+                low=low,
+                high=low + (self._positions(border.stage + 1, member) + 1).astype(low.dtype),
+                below_low=jax.tree.map(jnp.zeros_like, tied),
+                below_high=Count(*(jnp.where(index == member[None], word, 0) for word in tied)),
+                smooth=jnp.ones_like(found.smooth),
+            ),
+        )
+
+    def _last_member(self, left: Count, tied: Count) -> jax.Array:
+        """The last array of a pool from which on there are enough of the `tied` entries."""
+        if self.members == 1:
+            return jnp.zeros_like(left.low, jnp.int32)
+        index = np.arange(self.members)
+        onwards = _along(index[None] >= index[:, None], left.low.ndim)
+        from_here = self._of_pools(Count(*(jnp.where(onwards, word[None], 0) for word in tied)), axis=1)
+        enough = _counts.less_equal(jax.tree.map(lambda word: word[None], left), from_here)
+        return jnp.sum(enough, 0, dtype=jnp.int32) - 1
+
+    def _positions(self, stage: jax.Array, member: jax.Array) -> jax.Array:
+        """How many values the stage's word of the position has, as uint32 [*pools]."""
+        index = _along(np.arange(self.members), member.ndim)
+        positions = jnp.zeros_like(member, jnp.uint32)
+        for number in range(1, self.stages):
+            table = self._table(
+                [self._size(i, w[number - 1]) if number <= len(w) else 0 for i, w in enumerate(self.words)]
+            )
+            of_member = jnp.sum(jnp.where(index == member[None], table.astype(np.uint32), 0), 0, dtype=jnp.uint32)
+            positions = jnp.where(stage == number, of_member, positions)
+        return positions
+
+    # Where to count next.
+
+    def _place_thresholds(self, border: Border) -> Border:
+        """Count next around an interpolation if that may work, else evenly."""
+        bracket = border.bracket
+        below, above = self._of_pools(bracket.below_low), self._of_pools(bracket.below_high)
+        wanted = _counts.to_float(_counts.subtract(border.left, below))
+        between = _counts.to_float(_counts.subtract(above, below))
+        width = _width(bracket)
+        guesses = _guesses(wanted, between, width, self._octaves(border))
+        steps = jnp.where(self._guessing(border)[None], guesses, _even_steps(width))
+        steps = jnp.maximum(jnp.minimum(steps, width[None] - 1), 1)
+        thresholds = bracket.low[None] + lax.bitcast_convert_type(steps, bracket.low.dtype)
+        return border._replace(bracket=bracket._replace(thresholds=thresholds))
+
+    def _guessing(self, border: Border) -> jax.Array:
+        return border.bracket.smooth & (self._octaves(border) <= _MAX_OCTAVES)
+
+    def _octaves(self, border: Border) -> jax.Array:
+        """The width in octaves. Positions are taken to be evenly spread over all their range."""
+        octave = jnp.where(border.stage == 0, jnp.float32(self.order.octave), jnp.float32(WORD))
+        return _width(border.bracket).astype(jnp.float32) / octave
+
+
+def _narrow(bracket: _Bracket, counts: Count, totals: Count, target: Count) -> _Bracket:
+    """Move the bracket's ends to the nearest of its thresholds, which rise, by what lies below them."""
+
+    def at(values: Any, i: int) -> Any:
+        return jax.tree.map(lambda array: lax.index_in_dim(array, i, keepdims=False), values)
+
+    fits = [_counts.less_equal(at(totals, i), target) for i in range(THRESHOLDS)]
+    low, high, below_low, below_high = bracket[:4]
+    for i in range(THRESHOLDS):
+        low = jnp.where(fits[i], at(bracket.thresholds, i), low)
+        below_low = _counts.where(fits[i][None], at(counts, i), below_low)
+    for i in reversed(range(THRESHOLDS)):
+        high = jnp.where(fits[i], high, at(bracket.thresholds, i))
+        below_high = _counts.where(fits[i][None], below_high, at(counts, i))
+    return bracket._replace(low=low, high=high, below_low=below_low, below_high=below_high)
+
+
+def _even_steps(width: jax.Array) -> jax.Array:
+    """Steps that cut the bracket into eight parts: [*batch] to [thresholds, *batch]."""
+    numbers = _along(np.arange(1, THRESHOLDS + 1, dtype=width.dtype), width.ndim)
+    return (width[None] >> _BITS) * numbers + (((width[None] & THRESHOLDS) * numbers) >> _BITS)
+
+
+def _guesses(wanted: jax.Array, between: jax.Array, width: jax.Array, octaves: jax.Array) -> jax.Array:
+    """Steps around the place where, of the entries `between` the bracket's ends, `wanted` lie below."""
+    between = jnp.maximum(between, 1)
+    fraction = jnp.clip((wanted + 0.5) / between, 0, 1)
+    # Errors by chance, by a density that differs from end to end, and by the distance from one number to the next.
+    chance = 1.5 * jnp.sqrt(fraction * (1 - fraction) / between)
+    error = jnp.maximum(jnp.maximum(chance, octaves / (3 + 3 * octaves)), 0.5 / width.astype(jnp.float32))
+    places = fraction[None] + _along(np.asarray(_AROUND, np.float32), width.ndim) * error[None]
+    # A little below 1, to stay within the range of the integers.
+    return (jnp.clip(places, 0, 1 - 2**-20) * width.astype(jnp.float32)[None]).astype(width.dtype)
+
+
+def _width(bracket: _Bracket) -> jax.Array:
+    """How many numbers the bracket holds, unsigned, since they may be more than the largest signed one."""
+    return lax.bitcast_convert_type(bracket.high - bracket.low, np.dtype(f"u{bracket.low.dtype.itemsize}"))
+
+
+def _along(table: np.ndarray, dims: int) -> np.ndarray:
+    """A constant with `dims` axes of length 1 more, for the batch."""
+    return table.reshape(*table.shape, *[1] * dims)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._layout import without_explicit_axes
 from jaxprune._mask_log import Log, tell
 from jaxprune._masks import align_masks
 from jaxprune._paths import Flat, flatten
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
 from jaxprune._prune import check_steps, is_due, range_of
 from jaxprune._regrowth import drop_and_grow, refresh
+from jaxprune._sharding import without_explicit_axes
 from jaxprune._transforms import enforce, masks_for, require_params
 
 # Where new weights grow: (gradient of a leaf, number of the leaf, number of the update) -> float32, larger = first.

@@ -35,7 +35,8 @@ def test_python_floats_round_as_python_does(k, n, removed):
 
 
 @pytest.mark.parametrize(
-    ("k", "n", "removed"), [(0.9, 10, 9), (0.29, 100, 29), (0.57, 100, 57), (0.5, 3, 1), (1, 3, 3), (0.3, 10**10, 3 * 10**9)]
+    ("k", "n", "removed"),
+    [(0.9, 10, 9), (0.29, 100, 29), (0.57, 100, 57), (0.5, 3, 1), (1, 3, 3), (0.3, 10**10, 3 * 10**9)],
 )
 def test_python_floats_are_floored_as_written(k, n, removed):
     assert ints(_counts.floored(k, n)) == [removed]

@@ -88,16 +88,16 @@ def gradual(dtype: str) -> Any:
 def test_gradual_pruning_against_numpy():
     cubic, history, masks, _ = gradual("float32")
     weights, keep = KERNEL.copy(), np.ones((8, 10), bool)
-    for step, grad in enumerate(np.asarray(noise(STEPS)["kernel"])):
+    for t, grad in enumerate(np.asarray(noise(STEPS)["kernel"])):
         weights = weights - np.float32(0.05) * grad
-        if step in (0, 30, 60, 90, 110):
+        if t in (0, 30, 60, 90, 110):
             size = np.where(keep, np.abs(weights), 0).ravel()
             keep = np.ones(80, bool)
-            keep[np.argsort(size, kind="stable")[: round(float(cubic(step)) * 80)]] = False
+            keep[np.argsort(size, kind="stable")[: round(float(cubic(t)) * 80)]] = False
             keep = keep.reshape(8, 10)
         weights = np.where(keep, weights, 0)
-        np.testing.assert_array_equal(masks["kernel"][step], keep, err_msg=f"step {step}")
-        np.testing.assert_allclose(history["kernel"][step], weights, atol=1e-5)
+        np.testing.assert_array_equal(masks["kernel"][t], keep, err_msg=f"t {t}")
+        np.testing.assert_allclose(history["kernel"][t], weights, atol=1e-5)
     assert masks["bias"].all()
 
 

@@ -139,7 +139,7 @@ def test_jointly_in_the_common_dtype():
 
 @pytest.mark.parametrize("sums", SUMS)
 def test_all_ways_to_sum_agree(sums):
-    jointly = jax.jit(functools.partial(_selection._select, batch=(), magnitude=True, sums=sums))
+    jointly = jax.jit(functools.partial(_selection._select, magnitude=True, sums=sums))
     in_columns = jax.jit(functools.partial(_selection._select, batch=(0, 2), magnitude=False, sums=sums))
     for seed in range(10):
         values = [draw(seed, (64, 3)), draw(seed + 100, (7, 11))]
@@ -162,9 +162,7 @@ def test_positions_of_several_words(monkeypatch):
     assert _order.words((2, 7, 2, 7), (0, 1, 2, 3)) == [(0,), (1,), (2,), (3,)]
     assert _order.words((), ()) == [()]
     for shapes in ([(2, 3, 2, 5), (4, 5)], [(2, 7, 2, 7)]):
-        select = jax.jit(
-            functools.partial(_selection._select, batch=(), magnitude=True, sums=_selection._sum_stacked)
-        )
+        select = jax.jit(functools.partial(_selection._select, batch=(), magnitude=True, sums=_selection._sum_stacked))
         for seed in range(10):
             values = [draw(seed, shape, [1.0, 2.0]) for shape in shapes]
             flat = np.concatenate([np.ravel(v) for v in values])
