@@ -33,8 +33,7 @@ def histograms(weights: Mapping[str, np.ndarray], thresholds: Mapping[str, float
     """
     if not weights or weights.keys() - thresholds.keys():
         raise ValueError(
-            f"every layer needs a threshold: got the layers {list(weights)} and thresholds for "
-            f"{list(thresholds)}."
+            f"every layer needs a threshold: got the layers {list(weights)} and thresholds for {list(thresholds)}."
         )
     columns = 2 if len(weights) == 4 else min(3, len(weights))
     rows = math.ceil(len(weights) / columns)
@@ -107,9 +106,7 @@ def accuracy_against_sparsity(
     if ks is not None:
         _strength_axis(top, times_fewer, np.asarray(ks)[order])
     good = removed[change.mean(axis=0) >= -100 * max_drop]
-    finding = (
-        f"Fine-tuned, {_percent(good.max())} fewer weights cost" if good.size else "No sparsity tried costs"
-    )
+    finding = f"Fine-tuned, {_percent(good.max())} fewer weights cost" if good.size else "No sparsity tried costs"
     figure.suptitle(
         f"{finding} at most {_points(100 * max_drop)} of accuracy",
         fontsize="large", fontweight="bold", color=INK,

@@ -15,8 +15,9 @@ MOST = WORD - 2
 
 
 class Order:
-    """Keys that order the floating-point numbers of a dtype: bit patterns, read so that a larger number has a larger key.
+    """Keys that order the numbers of a floating-point dtype.
 
+    Keys are bit patterns, read so that larger numbers have larger keys.
     A NaN has the lowest key; minus zero has that of zero. From one power of two to the next there are `octave` keys.
     """
 
@@ -52,8 +53,8 @@ def trailing(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
         size *= shape[axes[first]]
     if axes and first == len(axes):
         raise ValueError(
-            f"entries are numbered in 32 bits along an axis, but axis {axes[-1]} of an array of shape {shape} is longer."
-            " Reshape it to two axes."
+            f"entries are numbered in 32 bits along an axis, but axis {axes[-1]} of an array of shape {shape} is "
+            "longer. Reshape it to two axes."
         )
     return axes[first:]
 

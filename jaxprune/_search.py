@@ -62,8 +62,9 @@ class Border(NamedTuple):
 
 
 class Pools:
-    """Pools of entries: one for each index of the `batch` axes of the only array; else one of all arrays, or, `apart`,
-    one of each. The entries of matrices may be summed by `rows` first.
+    """Pools of entries: one for each index of one array's `batch` axes; one of all arrays; `apart`, one of each.
+
+    With `rows` the entries of an array's first axis are counted one by one, then added up.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ def keep_largest(values: jax.Array, removed: Count, *, batch: tuple[int, ...] = 
     """Mask the `removed` smallest entries of each pool.
 
     Exactly `removed` entries are masked, whatever the ties: among equals the lower row-major index is kept. A NaN ranks
-    lowest, below minus infinity; minus zero equals zero. The mask is the same on every sharding, and sharded as `values`.
+    lowest, below minus infinity; minus zero equals zero. The mask is the same on every sharding, and sharded as
+    `values`.
 
     Args:
         values: a floating-point array of any shape.
@@ -50,9 +51,8 @@ def keep_largest_each(values: Sequence[jax.Array], removed: Sequence[Count], *, 
         A list of bool arrays of the shapes of `values`, `True` = keep.
     """
     filled = [((array,), count) for array, count in zip(values, removed, strict=True) if array.size]
-    return _with_empty(
-        values, filled and _keep_largest_each(*map(list, zip(*filled, strict=True)), magnitude=magnitude)
-    )
+    masks = _keep_largest_each(*map(list, zip(*filled, strict=True)), magnitude=magnitude) if filled else []
+    return _with_empty(values, masks)
 
 
 def keep_largest_jointly(
@@ -79,7 +79,7 @@ def keep_largest_jointly(
     operands = [(array,) for array in values] if protected is None else list(zip(values, protected, strict=True))
     filled = [operand for operand in operands if operand[0].size]
     removed = Count(*map(jnp.asarray, removed))
-    return _with_empty(values, filled and _keep_largest_jointly(filled, removed, magnitude=magnitude))
+    return _with_empty(values, _keep_largest_jointly(filled, removed, magnitude=magnitude) if filled else [])
 
 
 def _with_empty(values: Sequence[jax.Array], masks: Sequence[jax.Array]) -> list[jax.Array]:

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def sharded_as(mask: jax.Array, like: jax.Array) -> jax.Array:
     """Return `mask`, sharded as `like`, an array of the same shape.
 
-    Under jit on an Auto mesh the compiler shards each result as the arrays it is made from. A mask made from few numbers
-    (one a channel, or none) would come out replicated; this choice between the mask and itself ties it to `like` and is
-    gone from the compiled program.
+    Under jit on an Auto mesh the compiler shards each result as the arrays it is made from. A mask made from few
+    numbers (one a channel, or none) would come out replicated; this choice between the mask and itself ties it to
+    `like` and is gone from the compiled program.
     """
     return jnp.where(like != like, mask, mask)
 
@@ -25,8 +25,8 @@ def without_explicit_axes(
     """Let `function` regroup the entries of an array whose axes are sharded explicitly.
 
     Reshapes and windows of a sharded axis are refused on an Explicit mesh; there the function runs with the axes
-    given to the compiler, and its result gets the sharding of `like`. Where the result has another `shape`, an axis that
-    cannot be divided in the same way stays whole.
+    given to the compiler, and its result gets the sharding of `like`. Where the result has another `shape`, an axis
+    that cannot be divided in the same way stays whole.
     """
     sharding = jax.typeof(like).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:

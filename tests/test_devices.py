@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
 from jaxprune import apply_masks, make_masks, rules, sparsity
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxprune.PruningWarning")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from one_layer import KEEP, KERNEL, MASKS, TARGET, assert_positive_zeros, dense_params, loss, masked_loss, step, train
 from optax import contrib
 
-from jaxprune import KeepPrunedState, apply_masks, keep_pruned, masks_in
+from jaxprune import KeepPrunedState, apply_masks, keep_pruned
 
 # --- Promise 6: exact zeros with every optimizer of optax. ---
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core import FrozenDict, freeze
+
 from jaxprune import apply_masks, make_masks, rules, sparsity, summarize
 
 RNG = np.random.default_rng(0)

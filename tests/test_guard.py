@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxprune import PruningWarning, apply_masks, make_masks, rules
 
 RULES = [rules.std_threshold, rules.mean_threshold, rules.max_threshold, rules.absolute_threshold]
@@ -125,9 +126,7 @@ CAPS = [(0.0, 100), (0.29, 71), (0.5, 50), (0.57, 43), (0.999, 2), (1.0, 2)]
     + [(rule, jnp.float32, jax.jit, *CAPS[i]) for i, rule in enumerate(RULES)],
 )
 @pytest.mark.filterwarnings("ignore::jaxprune.PruningWarning")
-def test_max_sparsity_caps_exactly(
-    rule: Callable, dtype: type, run: Callable, max_sparsity: float, kept: int
-) -> None:
+def test_max_sparsity_caps_exactly(rule: Callable, dtype: type, run: Callable, max_sparsity: float, kept: int) -> None:
     """Promise 2: n - floor(max_sparsity * n) stay, 0.29 of 100 read as 29; or more, if k alone keeps more (-1 and 1)."""
     weights = jnp.linspace(-1, 1, 100).astype(dtype)[:, None]
     capped = functools.partial(rule, max_sparsity=max_sparsity)

@@ -32,7 +32,9 @@ def test_make_masks_traces_for_more_weights_than_a_word_can_count(rule):
     params = {"a": {"kernel": kernel}, "b": {"kernel": jax.ShapeDtypeStruct((3, 3, SIDE, 700), jnp.bfloat16)}}
     for k in (0.9, jax.ShapeDtypeStruct((), jnp.float32)):
         make = functools.partial(jaxprune.make_masks, rule=rule)
-        masks = jax.eval_shape(make, params, k) if hasattr(k, "shape") else jax.eval_shape(lambda p: make(p, 0.9), params)
+        masks = (
+            jax.eval_shape(make, params, k) if hasattr(k, "shape") else jax.eval_shape(lambda p: make(p, 0.9), params)
+        )
         assert jax.tree.map(lambda mask: (mask.shape, mask.dtype), masks) == jax.tree.map(
             lambda leaf: (leaf.shape, jnp.dtype(bool)), params
         )

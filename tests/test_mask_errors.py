@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxprune import apply_masks, make_masks, rules, sparsity, summarize
 
 KERNEL = jnp.array([[3.0, -1.0], [1.0, -3.0]])

@@ -12,6 +12,7 @@ from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from jaxprune import apply_masks, make_masks, rules, sparsity
 
 RULES = [rules.std_threshold, rules.mean_threshold, rules.max_threshold, rules.absolute_threshold]

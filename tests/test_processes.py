@@ -30,9 +30,7 @@ def test_two_processes_make_the_masks_of_one():
     }
     command = [sys.executable, str(TESTS / "two_processes.py"), f"127.0.0.1:{free_port()}"]
     processes = [
-        subprocess.Popen(
-            [*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for i in range(2)
     ]
     try:

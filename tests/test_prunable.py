@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from jaxprune import is_kernel, make_masks
 from jaxprune._layers import Layer
 
@@ -197,7 +198,15 @@ def test_names_of_kernels(path: str) -> None:
     "path",
     ["bias", "b", "b1", "bias_q", "query/bias", "scale", "norm/scale", "offset", "gamma", "beta", "gain", "mean", "var"]
     + ["pos_embedding", "posEmbed", "wpe", "wte", "cls_token", "class_token", "mask_token", "embed/weight"]
-    + ["Embed_0/embedding", "embeddings", "token_table", "LayerNorm_0/scale", "ln_1/weight", "bn1/weight", "norm2/weight"]
+    + [
+        "Embed_0/embedding",
+        "embeddings",
+        "token_table",
+        "LayerNorm_0/scale",
+        "ln_1/weight",
+        "bn1/weight",
+        "norm2/weight",
+    ]
     + ["lora_a", "lora/lora_b", "relative_position_bias_table", "final_logits_bias", "A_log", "1/bias", "b_in"],
 )
 def test_names_that_are_none(path: str) -> None:

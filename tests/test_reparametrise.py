@@ -142,9 +142,7 @@ def test_soft_threshold_against_the_equations():
     value, pull = jax.vjp(lambda kernel, s: soft_threshold(dense_params() | {"kernel": kernel}, s), KERNEL, s)
     survives = np.abs(KERNEL) > sigmoid(s)
     assert 0 < survives.sum() < 12
-    np.testing.assert_allclose(
-        value["kernel"], np.sign(KERNEL) * np.maximum(np.abs(KERNEL) - sigmoid(s), 0), atol=1e-6
-    )
+    np.testing.assert_allclose(value["kernel"], np.sign(KERNEL) * np.maximum(np.abs(KERNEL) - sigmoid(s), 0), atol=1e-6)
     assert_positive_zeros(np.asarray(value["kernel"])[~survives])
     np.testing.assert_array_equal(value["bias"], np.ones(3))
     by_weight, by_s = pull({"kernel": jnp.asarray(SLOPE), "bias": jnp.zeros(3)})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxprune import Summary, apply_masks, make_masks, sparsity, summarize
 
 PARAMS = {

@@ -41,7 +41,10 @@ def quarters(*shape):
     return np.round(4 * normal(*shape)) / 4
 
 
-PARAMS = {"dense": {"kernel": quarters(16, 8), "bias": np.zeros(8, np.float32)}, "layers": {"kernel": quarters(4, 8, 6)}}
+PARAMS = {
+    "dense": {"kernel": quarters(16, 8), "bias": np.zeros(8, np.float32)},
+    "layers": {"kernel": quarters(4, 8, 6)},
+}
 
 
 def mesh_of(kind):

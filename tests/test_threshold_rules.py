@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxprune import apply_masks, make_masks, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxprune.PruningWarning")
