@@ -15,9 +15,9 @@ MOST = WORD - 2
 
 
 class Order:
-    """Keys that order the numbers of a floating-point dtype.
+    """Keys that order the numbers of a float dtype.
 
-    Keys are bit patterns, read so that larger numbers have larger keys.
+    Keys are bit patterns, read so that larger numbers get larger keys.
     A NaN has the lowest key; minus zero has that of zero. From one power of two to the next there are `octave` keys.
     """
 
