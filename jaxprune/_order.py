@@ -1,6 +1,7 @@
 """Whole numbers that order the entries of arrays: a key by the value, then the position."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,12 +68,20 @@ def words(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]
     return groups
 
 
-def from_end(shape: tuple[int, ...], axes: tuple[int, ...], one: jax.Array) -> jax.Array:
-    """The row-major position along `axes` counted from the end, `FIRST_POSITION` for the last entry, times `one`."""
+def from_end(
+    shape: tuple[int, ...], axes: tuple[int, ...], one: jax.Array, index: Callable[[int], jax.Array]
+) -> jax.Array:
+    """Return the row-major position along `axes` counted from the end, `FIRST_POSITION` for the last entry.
+
+    Args:
+        shape: of the array.
+        axes: the axes of one word of the position.
+        one: the uint32 1, by which everything is multiplied, so that it comes after whatever gave the 1.
+        index: gives the uint32 index along an axis, for the entries whose position is wanted.
+    """
     sizes = [shape[axis] for axis in axes]
     # Modulo 2**32, which makes signed numbers of unsigned ones, too.
     position = one * np.uint32((math.prod(sizes) - 1 + FIRST_POSITION) % WORD)
     for i, axis in enumerate(axes):
-        stride = one * np.uint32(math.prod(sizes[i + 1 :]))
-        position = position - lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+        position = position - index(axis) * (one * np.uint32(math.prod(sizes[i + 1 :])))
     return lax.bitcast_convert_type(position, jnp.int32)

@@ -58,8 +58,8 @@ class Summary:
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
-        """Return `to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        """Return `to_dict` as JSON text; JSON has no infinity and no NaN, they become null."""
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
@@ -94,6 +94,14 @@ class Summary:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figure(value: float | None) -> str:

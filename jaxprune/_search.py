@@ -6,6 +6,7 @@ around the place sought, first of the key, then of the position. Every pass over
 thresholds: reading takes the time, comparing is nearly free.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ _MAX_OCTAVES = 2.8
 _AROUND = (-2.5, -1.0, -0.4, 0.0, 0.4, 1.0, 2.5)
 # Below this gain, the bracket's old width over its new one, an interpolation has failed and is not tried again.
 _MIN_GAIN = 4
+# Blocks that are read by columns: the rows of a block, all in a cache at once, and the fewest entries worth a step.
+_BLOCK_ROWS = 32
+_MIN_BLOCK = 4096
 
 # What is read of an array: its values and, if some entries are protected, which.
 Operand = tuple[jax.Array, ...]
@@ -56,7 +60,7 @@ class Border(NamedTuple):
     cuts: jax.Array  # [stages, *pools], the numbers found
     member: (
         jax.Array
-    )  # [*pools], the array: of the entries with the key found those of later ones go, of earlier ones stay
+    )  # [*pools], an array: where the key is the one found, those after it lose all, those before nothing
     left: Count  # [*pools], entries still to be removed
     bracket: _Bracket  # of the number to find next
 
@@ -64,7 +68,8 @@ class Border(NamedTuple):
 class Pools:
     """Pools of entries: one for each index of one array's `batch` axes; one of all arrays; `apart`, one of each.
 
-    With `rows` the entries of an array's first axis are counted one by one, then added up.
+    Two ways to read for a processor with caches and threads: by `rows`, the counts along the first axis one by one, then
+    added up; by `blocks`, for pools that lie across the memory's rows.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Pools:
         batch: tuple[int, ...] = (),
         apart: bool = False,
         rows: bool = False,
+        blocks: bool = False,
     ):
         self.operands = operands
         self.order = Order(jnp.result_type(*(operand[0].dtype for operand in operands)), magnitude)
@@ -83,6 +89,7 @@ class Pools:
         self.batch = batch
         self.apart = apart
         self.rows = rows
+        self.blocks = blocks
         self.shapes = [operand[0].shape for operand in operands]
         self.axes = [tuple(axis for axis in range(len(shape)) if axis not in batch) for shape in self.shapes]
         self.words = [words(shape, axes) for shape, axes in zip(self.shapes, self.axes, strict=True)]
@@ -169,13 +176,9 @@ class Pools:
         operands, thresholds, one = lax.optimization_barrier((self.operands, border.bracket.thresholds, jnp.uint32(1)))
         counts = []
         for i, (shape, axes) in enumerate(zip(self.shapes, self.axes, strict=True)):
-            numbers = self._numbers(i, operands[i], border, one)
-            below = [
-                numbers < self._spread(i, lax.index_in_dim(thresholds, j, keepdims=False)) for j in range(THRESHOLDS)
-            ]
             # As much as one word counts, then the rest.
             inner = trailing(shape, axes[1:] if self.rows else axes)
-            low = self.sums(below, inner)
+            low = self._sum_below(i, operands[i], thresholds, border, one, inner)
             kept = [axis for axis in range(len(shape)) if axis not in inner]
             outer = tuple(1 + kept.index(axis) for axis in axes if axis not in inner)
             counts.append(_counts.total(Count(jnp.zeros_like(low), low), outer, self._size(i, axes)))
@@ -183,7 +186,49 @@ class Pools:
             return jax.tree.map(lambda *words: jnp.stack(words, axis=-1)[:, None], *counts)
         return jax.tree.map(lambda *words: jnp.stack(words, axis=1), *counts)
 
-    def _numbers(self, i: int, operand: Operand, border: Border, one: jax.Array) -> jax.Array:
+    def _sum_below(
+        self, i: int, operand: Operand, thresholds: jax.Array, border: Border, one: jax.Array, inner: tuple[int, ...]
+    ) -> jax.Array:
+        """Count what lies below the thresholds along the axes `inner`: [thresholds, *kept]."""
+        spread = [self._spread(i, lax.index_in_dim(thresholds, j, keepdims=False)) for j in range(THRESHOLDS)]
+
+        def count(operand: Operand, index: Callable[[int], jax.Array]) -> jax.Array:
+            numbers = self._numbers(i, operand, border, one, index)
+            return self.sums([numbers < threshold for threshold in spread], inner)
+
+        axis, length = self._block(i) or (0, 0)
+        if not length:
+            return count(operand, self._index(i))
+
+        def add_block(step: jax.Array, counts: jax.Array) -> jax.Array:
+            start = step * length
+            block = tuple(lax.dynamic_slice_in_dim(array, start, length, axis) for array in operand)
+
+            def index(along: int) -> jax.Array:
+                within = lax.broadcasted_iota(jnp.uint32, block[0].shape, along)
+                return within + start.astype(jnp.uint32) if along == axis else within
+
+            return counts + count(block, index)
+
+        kept = [n for axis, n in enumerate(self.shapes[i]) if axis not in inner]
+        none = jnp.zeros((THRESHOLDS, *kept), jnp.uint32)
+        return lax.fori_loop(0, self.shapes[i][axis] // length, add_block, none)
+
+    def _block(self, i: int) -> tuple[int, int] | None:
+        """The axis and the length of blocks few enough rows high to be read by columns from a cache."""
+        shape, axes = self.shapes[i], self.axes[i]
+        if not self.blocks or not axes:
+            return None
+        axis = max(axes, key=lambda axis: shape[axis])
+        rows = self._size(i, axes) // shape[axis]
+        lengths = [n for n in range(1, min(_BLOCK_ROWS, shape[axis]) + 1) if shape[axis] % n == 0]
+        length = max((n for n in lengths if n * rows <= _BLOCK_ROWS), default=1)
+        entries = length * self.size // shape[axis]
+        return (axis, length) if entries >= _MIN_BLOCK else None
+
+    def _numbers(
+        self, i: int, operand: Operand, border: Border, one: jax.Array, index: Callable[[int], jax.Array]
+    ) -> jax.Array:
         """What the stage compares: the keys, or a word of the position of the entries that are still undecided."""
         never = np.iinfo(self.order.key).max
         keys = self.order.keys(operand[0])
@@ -194,21 +239,24 @@ class Pools:
             wanted = jnp.where((border.stage == stage) & mine, border.cuts[0], never)
             undecided = keys == self._spread(i, wanted)
             for major, cut in zip(self.words[i][: stage - 1], border.cuts[1:], strict=False):
-                undecided &= self._position(i, major, one) == self._spread(i, cut)
+                undecided &= self._position(i, major, one, index) == self._spread(i, cut)
             # Adding nothing gives the positions the sharding of the values, as explicit meshes demand.
-            position = self._position(i, axes, one) + jnp.zeros_like(keys)
+            position = self._position(i, axes, one, index) + jnp.zeros_like(keys)
             numbers = jnp.where(undecided, position, numbers)
         return jnp.where(operand[1], never, numbers) if len(operand) > 1 else numbers
 
-    def _position(self, i: int, axes: tuple[int, ...], one: jax.Array) -> jax.Array:
-        return from_end(self.shapes[i], axes, one).astype(self.order.key)
+    def _position(self, i: int, axes: tuple[int, ...], one: jax.Array, index: Callable[[int], jax.Array]) -> jax.Array:
+        return from_end(self.shapes[i], axes, one, index).astype(self.order.key)
+
+    def _index(self, i: int) -> Callable[[int], jax.Array]:
+        return functools.partial(lax.broadcasted_iota, jnp.uint32, self.shapes[i])
 
     def _mask(self, i: int, border: Border) -> jax.Array:
         operand, member, me = self.operands[i], self._spread(i, border.member), 0 if self.apart else i
         cuts = [self._spread(i, cut) for cut in border.cuts]
         last = jnp.zeros_like(cuts[0], dtype=bool)
         for axes, cut in reversed(list(zip(self.words[i], cuts[1:], strict=False))):
-            position = self._position(i, axes, jnp.uint32(1))
+            position = self._position(i, axes, jnp.uint32(1), self._index(i))
             last = (position < cut) | ((position == cut) & last)
         keys = self.order.keys(operand[0])
         removed = (keys < cuts[0]) | ((keys == cuts[0]) & ((me > member) | ((me == member) & last)))

@@ -136,10 +136,13 @@ def _select(
     apart: bool = False,
 ) -> list[jax.Array]:
     pools = Pools(operands, magnitude, sums, batch=batch, apart=apart)
-    if sums is _sum_in_one and not batch:
-        rows = [tuple(map(_in_rows, operand)) for operand in operands]
-        return pools.keep(Pools(rows, magnitude, sums, apart=apart, rows=True).find(removed))
-    return pools.keep(pools.find(removed))
+    if sums is not _sum_in_one:
+        return pools.keep(pools.find(removed))
+    if batch:
+        columns = operands[0][0].ndim - 1 in batch
+        return pools.keep(Pools(operands, magnitude, sums, batch=batch, blocks=columns).find(removed))
+    rows = [tuple(map(_in_rows, operand)) for operand in operands]
+    return pools.keep(Pools(rows, magnitude, sums, apart=apart, rows=True).find(removed))
 
 
 def _sum_in_one(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
