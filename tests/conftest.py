@@ -15,7 +15,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 collect_ignore = [
     "test_algebra.py",
     "test_benchmarks.py",
-    "test_interop.py",
     "test_large.py",
     "test_loops.py",
     "test_processes.py",
