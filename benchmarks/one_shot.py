@@ -104,7 +104,12 @@ def accuracy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def run_seed(
-    dataset: data.Dataset, seed: int, sparsities: Sequence[float], epochs: int, fine_tune_epochs: int
+    dataset: data.Dataset,
+    seed: int,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    epochs: int,
+    fine_tune_epochs: int,
 ) -> dict[str, Any]:
     """Train one network, prune it in every way, fine-tune each; return accuracies on the test images."""
     train_set = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
@@ -114,9 +119,9 @@ def run_seed(
     params = train(params, everything, train_set, range(epochs), seed)
     evidence = data.epoch_indices(len(train_set[0]), EVIDENCE_BATCH_SIZE, seed=seed, epoch=0)
     rows = []
-    for name, method in METHODS.items():
+    for name in methods:
         batches = ((train_set[0][indices], train_set[1][indices]) for indices in evidence)
-        found, rule = method(params, batches, jax.random.key(seed))
+        found, rule = METHODS[name](params, batches, jax.random.key(seed))
         for sparsity in sparsities:
             masks = jaxprune.make_masks(params, sparsity, rule=rule, scores=found)
             pruned = jaxprune.apply_masks(params, masks)
@@ -134,12 +139,12 @@ def run_seed(
     return {"seed": seed, "dense": float(accuracy(params, *test_set)), "rows": rows}
 
 
-def summary(runs: Sequence[dict[str, Any]], sparsities: Sequence[float]) -> list[list[str]]:
+def summary(runs: Sequence[dict[str, Any]], methods: Sequence[str], sparsities: Sequence[float]) -> list[list[str]]:
     """Return a table, headings first: mean and standard deviation over the seeds, in percent."""
-    lines = [["method", "accuracy", *(f"{sparsity:.3g} removed" for sparsity in sparsities)]]
+    lines = [["method", "accuracy", *(f"{100 * sparsity:g} %" for sparsity in sparsities)]]
     rows = [row for run in runs for row in run["rows"]]
     for kind, title in (("one_shot", "one-shot"), ("fine_tuned", "fine-tuned")):
-        for name in METHODS:
+        for name in methods:
             found = [
                 [row[kind] for row in rows if row["method"] == name and row["sparsity"] == sparsity]
                 for sparsity in sparsities
@@ -162,6 +167,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, run every seed, show the table, write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--epochs", type=int, default=30, help="of dense training")
@@ -173,15 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     dataset = data.load("digits", options.data_dir)
     runs = [
-        run_seed(dataset, seed, options.sparsities, options.epochs, options.fine_tune_epochs)
+        run_seed(dataset, seed, options.methods, options.sparsities, options.epochs, options.fine_tune_epochs)
         for seed in track(range(options.seeds), "seeds", console=console)
     ]
     timing.write_json(options.json, runs)
-    headings, *lines = summary(runs, options.sparsities)
+    headings, *lines = summary(runs, options.methods, options.sparsities)
     dense = _spread([run["dense"] for run in runs])
     shown = Table(*headings, title=f"accuracy on the digits, %; dense {dense}", title_justify="left")
     for line in lines:
-        shown.add_row(*line, end_section=line[0] == list(METHODS)[-1])
+        shown.add_row(*line, end_section=line[0] == options.methods[-1])
     console.print(shown)
     if options.markdown is not None:
         options.markdown.write_text(markdown([headings, *lines]))

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._layout import without_explicit_axes
 from jaxprune._leaf_scores import nan_lowest, widen
 from jaxprune._paths import is_floating
+from jaxprune._sharding import without_explicit_axes
 
 
 def channel_norm(kernel: jax.Array, axes: int | tuple[int, ...], *, ord: Literal[1, 2] = 2) -> jax.Array:

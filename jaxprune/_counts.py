@@ -98,8 +98,14 @@ def total(parts: Count, axes: tuple[int, ...], bound: int) -> Count:
 
 def count_true(mask: jax.Array, axes: tuple[int, ...]) -> Count:
     """How many entries of a mask are True along `axes`."""
-    low = mask.astype(jnp.uint32)
-    return total(Count(jnp.zeros_like(low), low), axes, math.prod(mask.shape[axis] for axis in axes))
+    # The last axes fit one word, the sums over the others two.
+    inner, size = len(axes), 1
+    while inner and size * mask.shape[axes[inner - 1]] < 2**_WORD:
+        inner -= 1
+        size *= mask.shape[axes[inner]]
+    low = jnp.sum(mask, axes[inner:], dtype=jnp.uint32)
+    outer = tuple(axis - sum(other < axis for other in axes[inner:]) for axis in axes[:inner])
+    return total(Count(jnp.zeros_like(low), low), outer, math.prod(mask.shape[axis] for axis in axes))
 
 
 def rounded(k: int | float | jax.Array, n: int) -> Count:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxprune._channel_scores import channel_norm
 from jaxprune._layers import Layer, read_layers, strengths
-from jaxprune._layout import input_axis, output_axes, resolve_axis, without_explicit_axes
+from jaxprune._layout import input_axis, output_axes, resolve_axis
+from jaxprune._sharding import sharded_as, without_explicit_axes
 
 Rule = Callable[[Any, Any], Any]
 # Scores of the channels of one kernel: (kernel, the axes to reduce) -> one score a channel.
@@ -134,7 +135,7 @@ def channels(rule: Rule, axis: int | None = None, *, norm: Norm = channel_norm) 
     def spread(mask: jax.Array, layer: Layer) -> jax.Array:
         kept = (*range(layer.stack), *_channel_axes(layer, axis, title))
         gone = [a for a in range(layer.values.ndim) if a not in kept]
-        return jnp.expand_dims(mask, gone) & jnp.ones_like(layer.values, dtype=bool)
+        return sharded_as(jnp.broadcast_to(jnp.expand_dims(mask, gone), layer.values.shape), layer.values)
 
     return _grouped(rule, pooled, spread)
 
@@ -197,7 +198,8 @@ def blocks(rule: Rule, shape: tuple[int, ...], *, reduce: Callable[..., jax.Arra
             real = jnp.pad(jnp.ones_like(values, dtype=bool), padding).reshape(split)
             return reduce(jnp.pad(values, padding).reshape(split), axis=tuple(range(1, len(split), 2)), where=real)
 
-        values = without_explicit_axes(score, layer.values)(layer.score)
+        counts = tuple(count for _, count in tiles)
+        values = without_explicit_axes(score, layer.values, counts)(layer.score)
         return dataclasses.replace(layer, values=values, magnitude=False, pooled=layer.shape)
 
     def spread(mask: jax.Array, layer: Layer) -> jax.Array:
@@ -208,7 +210,7 @@ def blocks(rule: Rule, shape: tuple[int, ...], *, reduce: Callable[..., jax.Arra
                 mask = jnp.repeat(mask, side, axis) if side > 1 else mask
             return jax.lax.slice(mask, [0] * mask.ndim, layer.values.shape)
 
-        return without_explicit_axes(expand, layer.values)(mask)
+        return sharded_as(without_explicit_axes(expand, layer.values)(mask), layer.values)
 
     return _grouped(rule, pooled, spread)
 

@@ -1,8 +1,5 @@
 """Which axes of a kernel are its inputs and which its outputs, by the conventions of each framework."""
 
-import jax
-from jax.sharding import AxisType
-
 from jaxprune._layers import Layer
 
 _ATTENTION_INPUTS = ("query", "key", "value")
@@ -45,15 +42,3 @@ def resolve_axis(axis: int, layer: Layer, rule: str) -> int:
             "Choose another axis, or leave this parameter dense with prunable=..."
         )
     return layer.stack + axis % ndim
-
-
-def without_explicit_axes(function, like: jax.Array):  # type: ignore[no-untyped-def]
-    """Let `function` regroup the entries of an array whose axes are sharded explicitly.
-
-    Reshapes and windows of a sharded axis are refused on an Explicit mesh; there the function runs with the axes
-    given to the compiler, and its result gets the sharding of `like`.
-    """
-    sharding = jax.typeof(like).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.sharding.auto_axes(function, out_sharding=sharding)
-    return function

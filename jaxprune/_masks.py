@@ -11,6 +11,7 @@ from jaxprune import rules
 from jaxprune._layers import Layer, is_scalar
 from jaxprune._paths import Flat, align, flatten, is_floating, is_nothing, require_arrays, spread
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._sharding import sharded_as
 
 Rule = Callable[[Any, Any], Any]
 
@@ -77,7 +78,10 @@ def make_masks(
 
 def _all_true(leaf: Any) -> jax.Array:
     # ones_like keeps the sharding of an array; PRNG keys and numbers have none that matters.
-    return jnp.ones_like(leaf, dtype=bool) if is_floating(leaf) else jnp.ones(np.shape(leaf), bool)
+    if not is_floating(leaf):
+        return jnp.ones(np.shape(leaf), bool)
+    leaf = jnp.asarray(leaf)
+    return sharded_as(jnp.ones_like(leaf, dtype=bool), leaf)
 
 
 def _layers(flat: Flat, scores: Any, chosen: list[bool], stacks: list[int]) -> list[Layer | None]:

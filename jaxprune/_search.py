@@ -32,8 +32,9 @@ _MAX_OCTAVES = 2.8
 _AROUND = (-2.5, -1.0, -0.4, 0.0, 0.4, 1.0, 2.5)
 # Below this gain, the bracket's old width over its new one, an interpolation has failed and is not tried again.
 _MIN_GAIN = 4
-# Blocks that are read by columns: the rows of a block, all in a cache at once, and the fewest entries worth a step.
-_BLOCK_ROWS = 32
+# Blocks that are read by columns: at most as many rows as a cache holds even if their length is a power of two, and at
+# least as many entries as are worth a step of a loop.
+_BLOCK_ROWS = 8
 _MIN_BLOCK = 4096
 
 # What is read of an array: its values and, if some entries are protected, which.
@@ -58,9 +59,8 @@ class Border(NamedTuple):
 
     stage: jax.Array  # (), the number to find next: 0 the key, then the words of the position
     cuts: jax.Array  # [stages, *pools], the numbers found
-    member: (
-        jax.Array
-    )  # [*pools], an array: where the key is the one found, those after it lose all, those before nothing
+    # [*pools], an array: of the entries with the key found, those of later arrays go and those of earlier ones stay
+    member: jax.Array
     left: Count  # [*pools], entries still to be removed
     bracket: _Bracket  # of the number to find next
 
@@ -68,8 +68,8 @@ class Border(NamedTuple):
 class Pools:
     """Pools of entries: one for each index of one array's `batch` axes; one of all arrays; `apart`, one of each.
 
-    Two ways to read for a processor with caches and threads: by `rows`, the counts along the first axis one by one, then
-    added up; by `blocks`, for pools that lie across the memory's rows.
+    Two ways to read for a processor with caches and threads: by `rows`, the counts along the first axis one by one,
+    then their sum; by `blocks`, for pools that lie across the rows of memory.
     """
 
     def __init__(
@@ -165,9 +165,14 @@ class Pools:
         failed = self._guessing(border) & (_width(bracket) > _width(before) // _MIN_GAIN)
         border = border._replace(bracket=bracket._replace(smooth=bracket.smooth & ~failed))
 
-        exact = _counts.equal(self._of_pools(bracket.below_low), border.left)
-        found = jnp.all(exact | (bracket.high - bracket.low == 1))
+        found = ~jnp.any(self._open(border))
         return self._place_thresholds(lax.cond(found, self._move_on, lambda border: border, border))
+
+    def _open(self, border: Border) -> jax.Array:
+        """Whether the number is still to be found, for each pool."""
+        bracket = border.bracket
+        exact = _counts.equal(self._of_pools(bracket.below_low), border.left)
+        return ~exact & (bracket.high - bracket.low != 1)
 
     def _count(self, border: Border) -> Count:
         """Count what lies below the thresholds: [thresholds, members, *pools]."""
@@ -175,16 +180,33 @@ class Pools:
         # full. The 1 makes positions depend on the barrier.
         operands, thresholds, one = lax.optimization_barrier((self.operands, border.bracket.thresholds, jnp.uint32(1)))
         counts = []
-        for i, (shape, axes) in enumerate(zip(self.shapes, self.axes, strict=True)):
-            # As much as one word counts, then the rest.
-            inner = trailing(shape, axes[1:] if self.rows else axes)
-            low = self._sum_below(i, operands[i], thresholds, border, one, inner)
-            kept = [axis for axis in range(len(shape)) if axis not in inner]
-            outer = tuple(1 + kept.index(axis) for axis in axes if axis not in inner)
-            counts.append(_counts.total(Count(jnp.zeros_like(low), low), outer, self._size(i, axes)))
+        for i, operand in enumerate(operands):
+            count = functools.partial(self._count_of, i, operand, thresholds, border, one)
+            if self.rows and len(operands) > 1:
+                # One device can leave out what is not needed; on many, all counts are one collective.
+                needed = self._open(border) & ((border.stage == 0) | (border.member == self._member(i)))
+                known = jax.tree.map(lambda word, i=i: self._of(i, word[self._member(i)]), border.bracket.below_high)
+                known = jax.tree.map(lambda word: jnp.full((THRESHOLDS,), word), known)
+                counts.append(lax.cond(self._of(i, needed), count, lambda known=known: known))
+            else:
+                counts.append(count())
         if self.apart:
-            return jax.tree.map(lambda *words: jnp.stack(words, axis=-1)[:, None], *counts)
-        return jax.tree.map(lambda *words: jnp.stack(words, axis=1), *counts)
+            return Count(*(jnp.stack(word, axis=-1)[:, None] for word in zip(*counts, strict=True)))
+        return Count(*(jnp.stack(word, axis=1) for word in zip(*counts, strict=True)))
+
+    def _member(self, i: int) -> int:
+        """Which array of its pool it is."""
+        return 0 if self.apart else i
+
+    def _count_of(self, i: int, operand: Operand, thresholds: jax.Array, border: Border, one: jax.Array) -> Count:
+        """Count what of an array lies below the thresholds: [thresholds, *batch]."""
+        shape, axes = self.shapes[i], self.axes[i]
+        # As much as one word counts, then the rest.
+        inner = trailing(shape, axes[1:] if self.rows else axes)
+        low = self._sum_below(i, operand, thresholds, border, one, inner)
+        kept = [axis for axis in range(len(shape)) if axis not in inner]
+        outer = tuple(1 + kept.index(axis) for axis in axes if axis not in inner)
+        return _counts.total(Count(jnp.zeros_like(low), low), outer, self._size(i, axes))
 
     def _sum_below(
         self, i: int, operand: Operand, thresholds: jax.Array, border: Border, one: jax.Array, inner: tuple[int, ...]
@@ -215,7 +237,7 @@ class Pools:
         return lax.fori_loop(0, self.shapes[i][axis] // length, add_block, none)
 
     def _block(self, i: int) -> tuple[int, int] | None:
-        """The axis and the length of blocks few enough rows high to be read by columns from a cache."""
+        """Find the axis and the length of blocks that can be read by columns from a cache."""
         shape, axes = self.shapes[i], self.axes[i]
         if not self.blocks or not axes:
             return None
@@ -233,7 +255,7 @@ class Pools:
         never = np.iinfo(self.order.key).max
         keys = self.order.keys(operand[0])
         numbers = jnp.maximum(keys, jnp.where(border.stage == 0, np.iinfo(self.order.key).min, never))
-        mine = border.member == (0 if self.apart else i)
+        mine = border.member == self._member(i)
         for stage, axes in enumerate(self.words[i], start=1):
             # Choices of one number for all entries are free; those for every entry cost.
             wanted = jnp.where((border.stage == stage) & mine, border.cuts[0], never)
@@ -252,7 +274,7 @@ class Pools:
         return functools.partial(lax.broadcasted_iota, jnp.uint32, self.shapes[i])
 
     def _mask(self, i: int, border: Border) -> jax.Array:
-        operand, member, me = self.operands[i], self._spread(i, border.member), 0 if self.apart else i
+        operand, member, me = self.operands[i], self._spread(i, border.member), self._member(i)
         cuts = [self._spread(i, cut) for cut in border.cuts]
         last = jnp.zeros_like(cuts[0], dtype=bool)
         for axes, cut in reversed(list(zip(self.words[i], cuts[1:], strict=False))):

@@ -16,6 +16,9 @@ def sharded_as(mask: jax.Array, like: jax.Array) -> jax.Array:
     numbers (one a channel, or none) would come out replicated; this choice between the mask and itself ties it to
     `like` and is gone from the compiled program.
     """
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(mask, sharding)
     return jnp.where(like != like, mask, mask)
 
 

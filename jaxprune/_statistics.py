@@ -14,7 +14,7 @@ def _wide(x: jax.Array) -> jax.Array:
 def _finite_mean(x: jax.Array, finite: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     # Counting what is missing keeps the count exact in float32 for any layer that is nearly finite.
     missing = jnp.sum(jnp.where(finite, 0.0, 1.0).astype(x.dtype), axes, keepdims=True)
-    size = functools.reduce(lambda n, axis: n * x.shape[axis], axes, 1)
+    size = float(functools.reduce(lambda n, axis: n * x.shape[axis], axes, 1))
     return jnp.sum(jnp.where(finite, x, jnp.zeros_like(x)), axes, keepdims=True) / (size - missing)
 
 
@@ -23,7 +23,7 @@ def _careful_variance(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     centred = x - _finite_mean(x, finite, axes)
     # The mean is rounded; what is left of it after centring counts where it is large.
     rest = _finite_mean(centred, finite, axes)
-    return _finite_mean(jnp.square(centred), finite, axes) - jnp.square(rest)
+    return jnp.maximum(_finite_mean(jnp.square(centred), finite, axes) - jnp.square(rest), 0)
 
 
 def std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -32,32 +32,39 @@ def std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     A variance as the mean square less the squared mean is half a pass cheaper than the centred one and as good as
     long as the mean is small; layers where it is not, or with a NaN or infinity, take the centred way.
     """
-    x = _wide(x)
-    mean = jnp.mean(x, axes, keepdims=True)
+    mean = jnp.mean(_wide(x), axes, keepdims=True)
     # Without the barrier XLA's CPU backend computes both sums in one loop that it cannot vectorise.
-    square = jnp.mean(jnp.square(lax.optimization_barrier(x)), axes, keepdims=True)
+    square = jnp.mean(jnp.square(_wide(lax.optimization_barrier(x))), axes, keepdims=True)
     variance = square - jnp.square(mean)
     sound = jnp.isfinite(variance) & (jnp.square(mean) <= variance)
-    return jnp.sqrt(lax.cond(jnp.all(sound), lambda: variance, lambda: _careful_variance(x, axes)))
+    return jnp.sqrt(lax.cond(jnp.all(sound), lambda: variance, lambda: _careful_variance(_wide(x), axes)))
 
 
-def mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Mean of the finite entries along `axes`, kept as axes of size 1, in float32."""
-    x = _wide(x)
-    rough = jnp.mean(x, axes, keepdims=True)
+def mean(x: jax.Array, axes: tuple[int, ...], *, magnitude: bool = False) -> jax.Array:
+    """Mean of the finite entries, or of their magnitudes, along `axes`, kept as axes of size 1, in float32."""
+    rough = jnp.mean(_wide(_signless(x, magnitude)), axes, keepdims=True)
     # The rounding errors of a sum of equal signs do not cancel; those of its remainder are a million times smaller.
-    plain = rough + jnp.mean(x - rough, axes, keepdims=True)
-    return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, lambda: _finite_mean(x, jnp.isfinite(x), axes))
-
-
-def largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Largest finite entry along `axes`, kept as axes of size 1, in x's dtype; NaN where no entry is finite."""
-    x = lax.optimization_barrier(x)
-    plain = jnp.max(x, axes, keepdims=True)
+    plain = rough + jnp.mean(_wide(_signless(x, magnitude)) - rough, axes, keepdims=True)
 
     def careful() -> jax.Array:
-        finite = jnp.isfinite(x)
-        found = jnp.max(jnp.where(finite, x, -jnp.inf), axes, keepdims=True)
+        values = _wide(_signless(x, magnitude))
+        return _finite_mean(values, jnp.isfinite(values), axes)
+
+    return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
+
+
+def largest(x: jax.Array, axes: tuple[int, ...], *, magnitude: bool = False) -> jax.Array:
+    """Largest finite entry, or magnitude, along `axes`, kept as axes of size 1, in x's dtype; NaN where none is finite."""
+    plain = jnp.max(_signless(lax.optimization_barrier(x), magnitude), axes, keepdims=True)
+
+    def careful() -> jax.Array:
+        values = _signless(x, magnitude)
+        found = jnp.max(jnp.where(jnp.isfinite(values), values, -jnp.inf), axes, keepdims=True)
         return jnp.where(found == -jnp.inf, jnp.nan, found).astype(x.dtype)
 
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
+
+
+def _signless(x: jax.Array, magnitude: bool) -> jax.Array:
+    # For use within each branch of a cond: what a branch takes from outside is written out as a whole array.
+    return jnp.abs(x) if magnitude else x

@@ -21,11 +21,11 @@ def _std(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array
 
 
 def _mean(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
-    return _statistics.mean(jnp.abs(values) if magnitude else values, axes)
+    return _statistics.mean(values, axes, magnitude=magnitude)
 
 
 def _max(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
-    found = _statistics.largest(jnp.abs(values) if magnitude else values, axes)
+    found = _statistics.largest(values, axes, magnitude=magnitude)
     return found.astype(jnp.promote_types(found.dtype, jnp.float32))
 
 
@@ -68,9 +68,8 @@ def _threshold(scores: Any, k: Any, statistic: _Statistic, rule: str, max_sparsi
             layer.values, strength, magnitude=layer.magnitude, axes=layer.axes, statistic=statistic
         )
         allowed = _guard.most_removed(max_sparsity, layer.size)
-        lost = _count_false(mask, layer.axes) if max_sparsity < 1 else jnp.zeros_like(asked)
-        removed = jnp.where(asked > largest, layer.size, lost)
-        lines += _acted(layer, strength, asked, largest, removed, allowed)
+        lost = _count_false(mask, layer.axes) if max_sparsity < 1 else None
+        lines += _acted(layer, strength, asked, largest, lost, allowed)
         masks.append(_cap(mask, layer, allowed) if max_sparsity < 1 else mask)
     _guard.warn(lines, rule)
     return build(masks)
@@ -86,12 +85,13 @@ def _cap(mask: jax.Array, layer: Layer, allowed: int) -> jax.Array:
 
 
 def _acted(
-    layer: Layer, k: Any, asked: jax.Array, largest: jax.Array, removed: jax.Array, allowed: int
+    layer: Layer, k: Any, asked: jax.Array, largest: jax.Array, lost: jax.Array | None, allowed: int
 ) -> Iterator[str]:
     """Say in a line a layer where the guard acted; nothing where values are not known (under jit)."""
-    if not all(_guard.is_known(array) for array in (k, asked, largest, removed)):
+    if not all(_guard.is_known(array) for array in (k, asked, largest)):
         return
-    threshold, most, gone = (np.asarray(array) for array in (asked, largest, removed))
+    threshold, most = np.asarray(asked), np.asarray(largest)
+    gone = np.where(threshold > most, layer.size, 0 if lost is None else np.asarray(lost))
     strength = np.broadcast_to(np.reshape(k, (*np.shape(k), *[1] * (threshold.ndim - np.ndim(k)))), threshold.shape)
     for index in map(tuple, np.argwhere((threshold > most) | (gone > allowed))):
         where = layer.name + "".join(f"[{i}]" for i in index[: layer.stack])

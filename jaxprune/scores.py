@@ -20,10 +20,10 @@ from jaxprune._channel_scores import channel_norm as channel_norm
 from jaxprune._channel_scores import fpgm as fpgm
 from jaxprune._evidence import align_evidence
 from jaxprune._evidence import mean_over_batches as mean_over_batches
-from jaxprune._layout import without_explicit_axes
 from jaxprune._leaf_scores import floats, leaf_score, map_leaves, nan_lowest, read_params, widen, with_floats
 from jaxprune._paths import is_floating
 from jaxprune._prunable import Stacked, stack_axes
+from jaxprune._sharding import without_explicit_axes
 from jaxprune._synflow import synflow as synflow
 from jaxprune._synflow import synflow_masks as synflow_masks
 

@@ -66,7 +66,7 @@ def test_masks_keep_as_many_weights_in_every_way(tmp_path):
 
 
 def test_training_steps_hold_the_zeros_they_are_asked_to_hold(tmp_path):
-    arguments = ("--batch-size", "2", "--width", "16", "--steps", "1", "--repeats", "2")
+    arguments = ("--batch-size", "2", "--width", "16", "--steps", "1", "--repeats", "1")
     cnn, mlp = results(training_step.main, tmp_path, *arguments)
     for result in (cnn, mlp):
         check_rows(result["rows"], ["adam", "adam, keep_pruned", "adam, keep_zeros"])
@@ -86,23 +86,22 @@ def test_imports_are_measured_in_fresh_processes(tmp_path):
 
 
 def test_one_shot_removes_the_same_number_by_every_method_and_holds_it(tmp_path):
-    arguments = ("--seeds", "1", "--epochs", "2", "--fine-tune-epochs", "1", "--sparsities", "0.5", "0.9")
+    methods = ["magnitude, global", "random, layer"]  # each method more compiles for seconds
+    arguments = ("--seeds", "1", "--epochs", "2", "--fine-tune-epochs", "1", "--sparsities", "0.5")
     markdown = tmp_path / "table.md"
-    (run,) = results(one_shot.main, tmp_path, *arguments, "--markdown", str(markdown))
+    (run,) = results(one_shot.main, tmp_path, *arguments, "--methods", *methods, "--markdown", str(markdown))
     assert 0.5 < run["dense"] <= 1
-    assert [(row["method"], row["sparsity"]) for row in run["rows"]] == [
-        (method, sparsity) for method in one_shot.METHODS for sparsity in (0.5, 0.9)
-    ]
+    assert [(row["method"], row["sparsity"]) for row in run["rows"]] == [(method, 0.5) for method in methods]
     for row in run["rows"]:
         assert row["removed"] == pytest.approx(row["sparsity"], abs=1e-4)
         assert row["removed"] <= row["zeros"] < row["removed"] + 0.01
         assert 0 <= row["one_shot"] <= 1
         assert 0 <= row["fine_tuned"] <= 1
-    accuracies = {row["method"]: row["one_shot"] for row in run["rows"] if row["sparsity"] == 0.5}
+    accuracies = {row["method"]: row["one_shot"] for row in run["rows"]}
     assert accuracies["magnitude, global"] > accuracies["random, layer"]
     lines = markdown.read_text().splitlines()
-    assert len(lines) == 2 + 2 * len(one_shot.METHODS)
-    assert {line.count("|") for line in lines} == {5}
+    assert len(lines) == 2 + 2 * len(methods)
+    assert {line.count("|") for line in lines} == {4}
 
 
 def test_the_command_line_refuses_fewer_weights_than_leaves(capsys):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import jaxprune
 from examples import cnn, cnn_nnx, options, report, sparsity_table
+from examples.checkpoints import Checkpoints
 from examples.experiment import Experiment
 
 ROOT = Path(cnn.__file__).parents[1]
@@ -31,7 +33,6 @@ LONG = (
     "--small", "--epochs", "12", "--fine-tune-epochs", "6", "--ks", "1.5", "2", "--save-every", "1",
     "--learning-rate", "0.05",
 )  # fmt: skip
-SGD = optax.sgd(0.01, 0.9)
 PHASES = ("dense", "fine-tuned", "k=1.5", "k=2")
 
 
@@ -150,6 +151,7 @@ def test_training_and_pruning_take_place(whole: tuple[str, Path, str]) -> None:
 # Resuming
 
 
+@pytest.mark.parametrize("whole", ["cnn.py", pytest.param("cnn_nnx.py", marks=pytest.mark.slow)], indirect=True)
 def test_killed_runs_resume_bit_for_bit(whole: tuple[str, Path, str], cache: Path, tmp_path: Path) -> None:
     script, expected, _ = whole
     out = tmp_path / "run"
@@ -174,46 +176,55 @@ def same_bits(left: Any, right: Any) -> bool:
 
 # The functions of the two networks
 
+IMAGES, LABELS = jax.random.uniform(jax.random.key(1), (16, 8, 8, 1)), jnp.arange(16) % 10
+BATCHES = jnp.arange(16).reshape(4, 4)
+TRACES: list[int] = []
 
-def images(count: int, shape: Sequence[int] = (8, 8, 1)) -> jax.Array:
-    return jax.random.uniform(jax.random.key(1), (count, *shape))
+
+def count_trace(updates: Any, state: Any, params: Any = None) -> Any:
+    TRACES.append(1)
+    return updates, state
 
 
-@pytest.mark.parametrize("network", [cnn, cnn_nnx])
-def test_training_and_every_k_share_one_compilation(network: Any) -> None:
-    traces = []
+# Its update is Python code, which runs when a training step is traced and not when a compiled one is called.
+SGD = optax.chain(optax.sgd(0.01, 0.9), optax.GradientTransformation(lambda params: optax.EmptyState(), count_trace))
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        traces.append(1)
-        return updates, state
 
-    sgd = optax.chain(SGD, optax.GradientTransformation(lambda params: optax.EmptyState(), update))
-    x, y, batches = images(16), jnp.arange(16) % 10, jnp.arange(16).reshape(4, 4)
-    dense = network.create_state(10, x[:1], 0, sgd)
-    dense, metrics = network.train_steps(dense, x, y, batches)
-    once = len(traces)
-    assert {name: value.shape for name, value in metrics.items()} == dict.fromkeys(
-        ("loss", "accuracy", "gradient_norm"), (4,)
-    )
-    for k in (0.5, 1.0, 2.0):
-        state = network.prune(dense, k, sgd)
-        for _ in range(2):
-            state, _ = network.train_steps(state, x, y, batches)
-        expected = jaxprune.sparsity(jaxprune.make_masks(dense.params, k))
-        assert jaxprune.sparsity(jaxprune.masks_in(state.opt_state)) == expected > 0.3
-        zeros = jax.tree.map(lambda param, mask: not param[~mask].any(), state.params, masks_of(state))
-        assert jax.tree.all(zeros)
-    assert len(traces) == once
+@pytest.fixture(scope="module")
+def dense() -> dict[Any, Any]:
+    """Both networks, trained by one call of four steps each."""
+    states = {}
+    for network in (cnn, cnn_nnx):
+        state = network.create_state(10, IMAGES[:1], 0, SGD)
+        states[network], metrics = network.train_steps(state, IMAGES, LABELS, BATCHES)
+        shapes = {name: value.shape for name, value in metrics.items()}
+        assert shapes == dict.fromkeys(("loss", "accuracy", "gradient_norm"), (4,))
+    return states
 
 
 def masks_of(state: Any) -> Any:
     return jaxprune.masks_in(state.opt_state)
 
 
-def test_linen_and_nnx_agree_for_the_same_weights() -> None:
-    x, y, batches = images(16), jnp.arange(16) % 10, jnp.arange(16).reshape(4, 4)
-    linen = cnn.create_state(10, x[:1], 0, SGD)
-    twin = cnn_nnx.create_state(10, x[:1], 1, SGD)
+@pytest.mark.parametrize("network", [cnn, cnn_nnx])
+def test_dense_training_and_every_k_share_one_compilation(network: Any, dense: dict[Any, Any]) -> None:
+    before = len(TRACES)
+    assert before > 0
+    for k in (0.5, 1.0, 2.0):
+        state = network.prune(dense[network], k, SGD)
+        for _ in range(2):
+            state, _ = network.train_steps(state, IMAGES, LABELS, BATCHES)
+        expected = jaxprune.sparsity(jaxprune.make_masks(dense[network].params, k))
+        assert jaxprune.sparsity(masks_of(state)) == expected > 0.3
+        zeros = jax.tree.map(lambda param, mask: not param[~mask].any(), state.params, masks_of(state))
+        assert jax.tree.all(zeros)
+    assert len(TRACES) == before
+    assert not jax.tree.all(jax.tree.map(lambda param: param.all(), state.params))
+    assert jax.tree.all(jax.tree.map(lambda mask: mask.all(), masks_of(dense[network])))  # untouched by pruning
+
+
+def test_linen_and_nnx_agree_for_the_same_weights(dense: dict[Any, Any]) -> None:
+    linen, twin = dense[cnn], cnn_nnx.prune(dense[cnn_nnx], 0.0, SGD)  # a copy, to be overwritten
     names = {"conv_1": "Conv_0", "conv_2": "Conv_1", "dense_1": "Dense_0", "dense_2": "Dense_1"}
     nnx.update(twin.model, {theirs: linen.params[ours] for theirs, ours in names.items()})
 
@@ -222,49 +233,55 @@ def test_linen_and_nnx_agree_for_the_same_weights() -> None:
         for leaf in ("kernel", "bias"):
             np.testing.assert_array_equal(masks_of(twin)[theirs][leaf], masks_of(linen)[ours][leaf])
     for _ in range(3):
-        linen, expected = cnn.train_steps(linen, x, y, batches)
-        twin, metrics = cnn_nnx.train_steps(twin, x, y, batches)
+        linen, expected = cnn.train_steps(linen, IMAGES, LABELS, BATCHES)
+        twin, metrics = cnn_nnx.train_steps(twin, IMAGES, LABELS, BATCHES)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4)
     for theirs, ours in names.items():
-        np.testing.assert_allclose(twin.params[theirs]["kernel"], linen.params[ours]["kernel"], rtol=1e-4, atol=1e-5)
+        left, right = twin.params[theirs]["kernel"], linen.params[ours]["kernel"]
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [cnn, cnn_nnx])
+def test_a_restored_state_trains_on_bit_for_bit(network: Any, dense: dict[Any, Any], tmp_path: Path) -> None:
+    state, _ = network.train_steps(network.prune(dense[network], 1.0, SGD), IMAGES, LABELS, BATCHES)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        _, restored, _ = checkpoints.restore(network.prune(dense[network], 0.0, SGD))
+    assert int(restored.step) == int(state.step) > 0
+    state, _ = network.train_steps(state, IMAGES, LABELS, BATCHES)
+    restored, _ = network.train_steps(restored, IMAGES, LABELS, BATCHES)
+    assert jax.tree.all(jax.tree.map(same_bits, restored.params, state.params))
+    assert jax.tree.all(jax.tree.map(same_bits, restored.opt_state, state.opt_state))
+    assert int(restored.step) == int(state.step)
 
 
 # Other data
 
 
-@pytest.mark.parametrize(
-    ("main", "dataset", "shape", "flat"),
-    [(cnn.main, "mnist", "28 x 28 x 1", 3136), (cnn_nnx.main, "cifar10", "32 x 32 x 3", 4096)],
-)
-def test_downloaded_data_sets_take_the_same_path(
-    main: Callable[[list[str]], int],
-    dataset: str,
-    shape: str,
-    flat: int,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ["--dataset", dataset, "--small", "--epochs", "1", "--ks", "1", "--out", str(tmp_path)]
+def test_downloaded_data_sets_take_the_same_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dataset", "cifar10", "--small", "--epochs", "1", "--ks", "1", "--out", str(tmp_path)]
     with tfds.testing.mock_data(num_examples=128):
-        assert main(arguments) == 0
-    assert f"{dataset}: 128 images to train on, 128 to test on, {shape}" in capsys.readouterr().out
-    layers = json.loads((tmp_path / "results.json").read_text())["layers"]["rows"]
-    assert [flat, 100] in [row["shape"] for row in layers]
+        assert cnn.main(arguments) == 0
+    assert "cifar10: 128 images to train on, 128 to test on, 32 x 32 x 3" in capsys.readouterr().out
+    shapes = [row["shape"] for row in json.loads((tmp_path / "results.json").read_text())["layers"]["rows"]]
+    assert [3, 3, 3, 32] in shapes
+    assert [8 * 8 * 64, 100] in shapes
 
 
 # The table
 
 
-def test_the_table_is_the_mean_of_the_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--small", "--epochs", "1", "--ks", "1", "--seeds", "3", "4", "--out", str(tmp_path)]
-    sparsity_table.tabulate(arguments)
+def test_the_table_is_the_mean_of_the_seeds(cache: Path, tmp_path: Path) -> None:
+    options = ["--small", "--epochs", "1", "--ks", "1", "--learning-rate", "0.05"]
+    printed = finish(start("sparsity_table.py", [*options, "--seeds", "3", "4", "--out", str(tmp_path)], cache))
     runs = [json.loads((tmp_path / f"seed-{seed}" / "results.json").read_text()) for seed in (3, 4)]
     assert [run["settings"]["seed"] for run in runs] == [3, 4]
     assert runs[0]["sweep"] != runs[1]["sweep"]
     after = np.mean([run["sweep"]["1"]["after"]["accuracy"] for run in runs])
     dense = np.mean([run["validation"]["dense"]["accuracy"] for run in runs])
-    cells = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [line.split("|") for line in printed.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in cells[-1][5:7]] == [f"{after:.2%}", f"{100 * (after - dense):+.2f} points"]
     assert (tmp_path / "accuracy.png").exists()
 
@@ -321,15 +338,27 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
     assert "cannot be written" in refused(["--out", str(tmp_path / "file" / "out")], capsys)
 
 
-def test_resuming_with_other_settings_or_a_damaged_checkpoint_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--small", "--out", str(tmp_path)]
     Experiment(options.parse("", "", command))
-    message = refused([*command, "--resume", "--seed", "1"], capsys)
-    assert "has seed 0, not 1" in message
-    (tmp_path / "checkpoint" / "dense" / "1" / "params").mkdir(parents=True)
-    assert "cannot be read" in refused([*command, "--resume"], capsys)
+    assert "has seed 0, not 1" in refused([*command, "--resume", "--seed", "1"], capsys)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    params = {"kernel": jnp.ones((64, 64))}
+    tx = optax.chain(optax.sgd(0.1, 0.9), jaxprune.keep_pruned(jaxprune.make_masks(params, 0.5)))
+    state = TrainState.create(apply_fn=None, params=params, tx=tx).replace(step=jnp.int32(7))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {"loss": [0.5]})
+    with Checkpoints(tmp_path) as checkpoints:
+        epoch, restored, history = checkpoints.restore(state.replace(step=jnp.int32(0)))
+    assert (epoch, int(restored.step), history) == (3, 7, {"loss": [0.5]})
+    chex.assert_trees_all_equal(restored.params, params)
+    for file in (tmp_path / "3" / "params").rglob("*"):
+        if file.is_file() and "d" in file.relative_to(tmp_path).parts:
+            file.write_bytes(file.read_bytes()[:10])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(options.UsageError, match="3 cannot be read"):
+        checkpoints.restore(state)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,14 @@ def test_a_constant_layer_keeps_everything(rule: Callable, dtype: jnp.dtype) -> 
             assert np.all(mask_of(jnp.full((64, 33), value, dtype), k, rule=rule)), (value, k)
 
 
+def test_a_layer_constant_but_for_one_bit_keeps_everything() -> None:
+    """Promise 2: the variance left by rounding may come out below zero; its root must not be NaN."""
+    for value in np.float32([45635.05, 0.1, 7.7]):
+        weights = np.full((100, 21), value)
+        weights[0, 0] = np.nextafter(value, np.float32(np.inf))
+        assert np.all(mask_of(weights, 1.0)), value
+
+
 @pytest.mark.filterwarnings("ignore::jaxprune.PruningWarning")
 @pytest.mark.parametrize("k", [1.0, 1.5])
 def test_a_layer_of_two_signs_keeps_everything(k: float) -> None:

@@ -238,6 +238,12 @@ def test_apply_masks_leaves_integers_keys_and_unmasked_leaves_alone() -> None:
     assert pruned["key"] is PARAMS["key"]
 
 
+def test_numpy_trees_of_float64() -> None:
+    params = {"kernel": np.asarray(ROWS, np.float64), "bias": np.ones(2)}
+    pruned = apply_masks(params, jax.device_get(make_masks(params, 1.0)))
+    assert pruned["kernel"].tolist() == [[3.0, 0.0], [0.0, -3.0]]
+
+
 def test_a_python_number_is_kept() -> None:
     params = {"kernel": ROWS, "rate": 0.1, "steps": 3}
     masks = make_masks(params, 1.0)

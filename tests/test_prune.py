@@ -96,7 +96,7 @@ def test_gradual_pruning_against_numpy():
             keep[np.argsort(size, kind="stable")[: round(float(cubic(t)) * 80)]] = False
             keep = keep.reshape(8, 10)
         weights = np.where(keep, weights, 0)
-        np.testing.assert_array_equal(masks["kernel"][t], keep, err_msg=f"t {t}")
+        np.testing.assert_array_equal(masks["kernel"][t], keep, err_msg=f"step {t}")
         np.testing.assert_allclose(history["kernel"][t], weights, atol=1e-5)
     assert masks["bias"].all()
 

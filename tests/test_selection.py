@@ -172,6 +172,14 @@ def test_all_ways_to_sum_agree(sums):
         np.testing.assert_array_equal(mask, oracle_in_pools(stacked, 2 * seed, (0, 2), False))
 
 
+def test_pools_across_rows_of_memory():
+    # Large enough to be read in six blocks.
+    values = draw(0, (48, 600))
+    select = functools.partial(_selection._select, batch=(1,), magnitude=True, sums=_selection._sum_in_one)
+    [mask] = jax.jit(select)([(jnp.asarray(values, jnp.float32),)], _counts.from_int(30))
+    np.testing.assert_array_equal(mask, oracle_in_pools(values, 30, (1,), True))
+
+
 def test_positions_of_several_words(monkeypatch):
     # As if a word could number no more than 12 entries: positions then take two words, or three.
     monkeypatch.setattr(_order, "MOST", 12)
@@ -327,7 +335,7 @@ def test_usual_weights_take_few_passes():
 def test_one_cpu_device_needs_hardly_any_memory():
     values = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
     removed = jax.eval_shape(lambda: _counts.from_int(0))
-    for batch in ((), (0,)):
+    for batch in ((), (0,), (1,)):
         select = functools.partial(_selection._select, batch=batch, magnitude=True, sums=_selection._sum_in_one)
         compiled = jax.jit(select).lower([(values,)], removed).compile()
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * 4 * 1000 * 1000

@@ -91,14 +91,23 @@ def test_masks_are_the_same_without_jit(name, kind):
     assert_sharded_as(masks, params)
 
 
-@pytest.mark.parametrize("spec", [P(None, "x", "y"), P("x", None, "y"), P(None, None, ("x", "y"))], ids=str)
-@pytest.mark.parametrize("name", ["std", "layer"])
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("std", P(None, "x", "y")),
+        ("std", P("x", None, "y")),
+        ("std", P(None, None, ("x", "y"))),
+        ("layer", P(None, "x", "y")),
+        pytest.param("layer", P("x", None, "y"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_stacked_layers_may_be_sharded_along_any_axis(name, spec):
     stack = quarters(4, 4, 8)
     sharded = shard(stack, AxisType.Explicit, spec)
     mask = jax.jit(make(name))({"layers": sharded})["layers"]
-    for i, layer in enumerate(stack):
-        np.testing.assert_array_equal(mask[i], jaxprune.make_masks(layer, RULES[name][1], rule=RULES[name][0]))
+    for layer, found in zip(stack, np.asarray(mask), strict=True):
+        np.testing.assert_array_equal(found, jaxprune.make_masks(layer, RULES[name][1], rule=RULES[name][0]))
     assert_sharded_as(mask, sharded)
 
 
@@ -167,7 +176,7 @@ def test_the_search_for_operations_finds_them():
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["std", "global", "n_m"])
+@pytest.mark.parametrize("name", ["std", pytest.param("global", marks=pytest.mark.slow), "n_m"])
 def test_inside_shard_map_a_layer_is_what_the_device_holds(name, kind):
     """Thresholds and counts are then those of each shard; only rules whose groups lie in one shard agree with both."""
     weights = quarters(16, 8)
