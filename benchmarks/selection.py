@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import timing
 from jaxprune import _counts
-from jaxprune._selection import keep_largest, keep_largest_each, keep_largest_jointly
+from jaxprune._selection import keep_largest, keep_largest_jointly
 
 LEAVES, COLUMNS, SPARSITY = 50, 1_600, 0.9
 
@@ -99,7 +99,6 @@ def variants(size: int, sort: bool) -> dict[str, dict[str, Callable[[], Any]]]:
     leaves = np.split(weights, LEAVES)
     array, arrays = jnp.asarray(weights), [jnp.asarray(leaf) for leaf in leaves]
     whole, part = (_counts.rounded(SPARSITY, x.size) for x in (array, arrays[0]))
-    parts = [part] * LEAVES
     one, each, joint = of_torch(weights, leaves)
     wait = jax.block_until_ready
     first = {"one counting pass": lambda: wait(counting_pass(array, jnp.float32(0.03)))}
@@ -115,7 +114,6 @@ def variants(size: int, sort: bool) -> dict[str, dict[str, Callable[[], Any]]]:
         f"each of {LEAVES} leaves": {
             **first,
             "keep_largest": lambda: wait([keep_largest(leaf, part, magnitude=True) for leaf in arrays]),
-            "keep_largest_each": lambda: wait(keep_largest_each(arrays, parts, magnitude=True)),
             "np.partition": lambda: [by_partitioning(leaf) for leaf in leaves],
             **each,
         },

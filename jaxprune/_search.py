@@ -66,7 +66,7 @@ class Border(NamedTuple):
 
 
 class Pools:
-    """Pools of entries: one for each index of one array's `batch` axes; one of all arrays; `apart`, one of each.
+    """Pools of entries: one for each index of one array's `batch` axes, or one of all arrays.
 
     Two ways to read for a processor with caches and threads: by `rows`, the counts along the first axis one by one,
     then their sum; by `blocks`, for pools that lie across the rows of memory.
@@ -79,7 +79,6 @@ class Pools:
         sums: Sums,
         *,
         batch: tuple[int, ...] = (),
-        apart: bool = False,
         rows: bool = False,
         blocks: bool = False,
     ):
@@ -87,14 +86,13 @@ class Pools:
         self.order = Order(jnp.result_type(*(operand[0].dtype for operand in operands)), magnitude)
         self.sums = sums
         self.batch = batch
-        self.apart = apart
         self.rows = rows
         self.blocks = blocks
         self.shapes = [operand[0].shape for operand in operands]
         self.axes = [tuple(axis for axis in range(len(shape)) if axis not in batch) for shape in self.shapes]
         self.words = [words(shape, axes) for shape, axes in zip(self.shapes, self.axes, strict=True)]
         self.stages = 1 + max(map(len, self.words))
-        self.members = 1 if apart else len(operands)
+        self.members = len(operands)
         self.size = sum(operand[0].size for operand in operands)
 
     def find(self, removed: Count) -> Border:
@@ -113,9 +111,7 @@ class Pools:
 
     def _all_open(self, removed: Count) -> Border:
         # Made from the values, so that the loop's state is sharded as it will be.
-        sums = [jnp.sum(operand[0], axes) for operand, axes in zip(self.operands, self.axes, strict=True)]
-        like = jnp.stack(sums) if self.apart else sums[0]
-        low = jnp.full_like(like, self.order.lowest, self.order.key)
+        low = jnp.full_like(jnp.sum(self.operands[0][0], self.axes[0]), self.order.lowest, self.order.key)
         sizes = self._table([self._size(i, axes) for i, axes in enumerate(self.axes)])
         none = jnp.zeros((self.members, *[1] * low.ndim), jnp.uint32) + jnp.zeros_like(low, jnp.uint32)[None]
         powers = [self.order.key_of(2.0**exponent) for exponent in _FIRST_EXPONENTS]
@@ -137,19 +133,14 @@ class Pools:
 
     def _table(self, of_arrays: list[int]) -> np.ndarray:
         """A constant for every array, as [members, *pools]."""
-        table = np.asarray(of_arrays, np.int64)
-        return table[None] if self.apart else table.reshape(-1, *[1] * len(self.batch))
+        return np.asarray(of_arrays, np.int64).reshape(-1, *[1] * len(self.batch))
 
     def _size(self, i: int, axes: tuple[int, ...]) -> int:
         return math.prod(self.shapes[i][axis] for axis in axes)
 
-    def _of(self, i: int, state: jax.Array) -> jax.Array:
-        """What of the state belongs to an array: [..., *pools] to [..., *batch]."""
-        return lax.index_in_dim(state, i, -1, keepdims=False) if self.apart else state
-
     def _spread(self, i: int, state: jax.Array) -> jax.Array:
-        """What of the state belongs to an array, shaped to be combined with its entries."""
-        return jnp.expand_dims(self._of(i, state), self.axes[i])
+        """The state of the pools, shaped to be combined with an array's entries."""
+        return jnp.expand_dims(state, self.axes[i])
 
     def _of_pools(self, counts: Count, axis: int = 0) -> Count:
         """Add up over the arrays of each pool."""
@@ -184,19 +175,13 @@ class Pools:
             count = functools.partial(self._count_of, i, operand, thresholds, border, one)
             if self.rows and len(operands) > 1:
                 # One device can leave out what is not needed; on many, all counts are one collective.
-                needed = self._open(border) & ((border.stage == 0) | (border.member == self._member(i)))
-                known = jax.tree.map(lambda word, i=i: self._of(i, word[self._member(i)]), border.bracket.below_high)
+                needed = self._open(border) & ((border.stage == 0) | (border.member == i))
+                known = jax.tree.map(lambda word, i=i: word[i], border.bracket.below_high)
                 known = jax.tree.map(lambda word: jnp.full((THRESHOLDS,), word), known)
-                counts.append(lax.cond(self._of(i, needed), count, lambda known=known: known))
+                counts.append(lax.cond(needed, count, lambda known=known: known))
             else:
                 counts.append(count())
-        if self.apart:
-            return Count(*(jnp.stack(word, axis=-1)[:, None] for word in zip(*counts, strict=True)))
         return Count(*(jnp.stack(word, axis=1) for word in zip(*counts, strict=True)))
-
-    def _member(self, i: int) -> int:
-        """Which array of its pool it is."""
-        return 0 if self.apart else i
 
     def _count_of(self, i: int, operand: Operand, thresholds: jax.Array, border: Border, one: jax.Array) -> Count:
         """Count what of an array lies below the thresholds: [thresholds, *batch]."""
@@ -255,7 +240,7 @@ class Pools:
         never = np.iinfo(self.order.key).max
         keys = self.order.keys(operand[0])
         numbers = jnp.maximum(keys, jnp.where(border.stage == 0, np.iinfo(self.order.key).min, never))
-        mine = border.member == self._member(i)
+        mine = border.member == i
         for stage, axes in enumerate(self.words[i], start=1):
             # Choices of one number for all entries are free; those for every entry cost.
             wanted = jnp.where((border.stage == stage) & mine, border.cuts[0], never)
@@ -274,14 +259,14 @@ class Pools:
         return functools.partial(lax.broadcasted_iota, jnp.uint32, self.shapes[i])
 
     def _mask(self, i: int, border: Border) -> jax.Array:
-        operand, member, me = self.operands[i], self._spread(i, border.member), self._member(i)
+        operand, member = self.operands[i], self._spread(i, border.member)
         cuts = [self._spread(i, cut) for cut in border.cuts]
         last = jnp.zeros_like(cuts[0], dtype=bool)
         for axes, cut in reversed(list(zip(self.words[i], cuts[1:], strict=False))):
             position = self._position(i, axes, jnp.uint32(1), self._index(i))
             last = (position < cut) | ((position == cut) & last)
         keys = self.order.keys(operand[0])
-        removed = (keys < cuts[0]) | ((keys == cuts[0]) & ((me > member) | ((me == member) & last)))
+        removed = (keys < cuts[0]) | ((keys == cuts[0]) & ((i > member) | ((i == member) & last)))
         return ~removed | operand[1] if len(operand) > 1 else ~removed
 
     # From one number to the next.

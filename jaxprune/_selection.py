@@ -37,24 +37,6 @@ def keep_largest(values: jax.Array, removed: Count, *, batch: tuple[int, ...] = 
     return _keep_largest(values, Count(*map(jnp.asarray, removed)), batch=batch, magnitude=magnitude)
 
 
-def keep_largest_each(values: Sequence[jax.Array], removed: Sequence[Count], *, magnitude: bool) -> list[jax.Array]:
-    """Mask the smallest entries of each array: `keep_largest` of many arrays in one search.
-
-    Under an outer jit, one search compiles several times faster than one for each array, and takes few collectives.
-
-    Args:
-        values: floating-point arrays of any shapes, of one dtype or compared in the one they promote to.
-        removed: for each array how many entries to mask, at most its size; of shape `()`. May be traced.
-        magnitude: whether to rank by `|values|`, or else by the signed values.
-
-    Returns:
-        A list of bool arrays of the shapes of `values`, `True` = keep.
-    """
-    filled = [((array,), count) for array, count in zip(values, removed, strict=True) if array.size]
-    masks = _keep_largest_each(*map(list, zip(*filled, strict=True)), magnitude=magnitude) if filled else []
-    return _with_empty(values, masks)
-
-
 def keep_largest_jointly(
     values: Sequence[jax.Array],
     removed: Count,
@@ -94,18 +76,12 @@ def _keep_largest(values: jax.Array, removed: Count, *, batch: tuple[int, ...], 
 
 
 @functools.partial(jax.jit, static_argnames="magnitude")
-def _keep_largest_each(operands: list[Operand], removed: list[Count], *, magnitude: bool) -> list[jax.Array]:
-    stacked = jax.tree.map(lambda *words: jnp.stack(words), *removed)
-    return _by_platform(operands, stacked, magnitude, apart=True)
-
-
-@functools.partial(jax.jit, static_argnames="magnitude")
 def _keep_largest_jointly(operands: list[Operand], removed: Count, *, magnitude: bool) -> list[jax.Array]:
     return _by_platform(operands, removed, magnitude)
 
 
 def _by_platform(
-    operands: list[Operand], removed: Count, magnitude: bool, *, batch: tuple[int, ...] = (), apart: bool = False
+    operands: list[Operand], removed: Count, magnitude: bool, *, batch: tuple[int, ...] = ()
 ) -> list[jax.Array]:
     """Select with the sums that suit the platform the program is compiled for.
 
@@ -117,7 +93,7 @@ def _by_platform(
         cpu = _sum_in_one if len(jax.devices("cpu")) == 1 else _sum_stacked
     except RuntimeError:  # JAX has been told to do without its CPU backend.
         cpu = _sum_each
-    select = functools.partial(_select, magnitude=magnitude, batch=batch, apart=apart)
+    select = functools.partial(_select, magnitude=magnitude, batch=batch)
     return lax.platform_dependent(
         lax.stop_gradient(operands),
         removed,
@@ -133,16 +109,15 @@ def _select(
     magnitude: bool,
     sums: Sums,
     batch: tuple[int, ...] = (),
-    apart: bool = False,
 ) -> list[jax.Array]:
-    pools = Pools(operands, magnitude, sums, batch=batch, apart=apart)
+    pools = Pools(operands, magnitude, sums, batch=batch)
     if sums is not _sum_in_one:
         return pools.keep(pools.find(removed))
     if batch:
         columns = operands[0][0].ndim - 1 in batch
         return pools.keep(Pools(operands, magnitude, sums, batch=batch, blocks=columns).find(removed))
     rows = [tuple(map(_in_rows, operand)) for operand in operands]
-    return pools.keep(Pools(rows, magnitude, sums, apart=apart, rows=True).find(removed))
+    return pools.keep(Pools(rows, magnitude, sums, rows=True).find(removed))
 
 
 def _sum_in_one(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:

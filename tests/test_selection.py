@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxprune import _counts, _order, _selection
-from jaxprune._selection import keep_largest, keep_largest_each, keep_largest_jointly
+from jaxprune._selection import keep_largest, keep_largest_jointly
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SUMS = (_selection._sum_in_one, _selection._sum_stacked, _selection._sum_each)
@@ -124,18 +124,6 @@ def test_jointly_equals_stable_sort(magnitude):
     check()
 
 
-def test_each_array_by_itself():
-    shapes = [(3, 4), (0, 2), (), (70,), (2, 2, 2)]
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        values = [draw(rng, shape) for shape in shapes]
-        removed = [int(rng.integers(0, v.size + 1)) for v in values]
-        arrays = [jnp.asarray(v, jnp.float32) for v in values]
-        masks = keep_largest_each(arrays, [_counts.from_int(n) for n in removed], magnitude=False)
-        for mask, array, n in zip(masks, values, removed, strict=True):
-            np.testing.assert_array_equal(mask, oracle(array, n, False).reshape(array.shape))
-
-
 def test_jointly_the_earlier_array_is_kept():
     ones = [jnp.ones(3), jnp.ones((2, 2)), jnp.ones(2)]
     masks = keep_largest_jointly(ones, _counts.from_int(4), magnitude=True)
@@ -152,7 +140,6 @@ def test_jointly_in_the_common_dtype():
 @pytest.mark.parametrize("sums", SUMS)
 def test_all_ways_to_sum_agree(sums):
     jointly = jax.jit(functools.partial(_selection._select, magnitude=True, sums=sums))
-    apart = jax.jit(functools.partial(_selection._select, magnitude=True, sums=sums, apart=True))
     in_columns = jax.jit(functools.partial(_selection._select, batch=(0, 2), magnitude=False, sums=sums))
     for seed in range(10):
         values = [draw(seed, (64, 3)), draw(seed + 100, (7, 11))]
@@ -162,10 +149,6 @@ def test_all_ways_to_sum_agree(sums):
         found = np.concatenate([np.ravel(mask) for mask in jointly(operands, _counts.from_int(removed))])
         flat, flags = (np.concatenate([np.ravel(a) for a in arrays]) for arrays in (values, protected))
         np.testing.assert_array_equal(found, oracle(flat, removed, True, flags))
-
-        counts = [removed % v.size for v in values]
-        for mask, v, n in zip(apart([o[:1] for o in operands], _counts.from_int(counts)), values, counts, strict=True):
-            np.testing.assert_array_equal(mask, oracle(v, n, True).reshape(v.shape))
 
         stacked = draw(seed, (3, 20, 4))
         [mask] = in_columns([(jnp.asarray(stacked, jnp.float32),)], _counts.from_int(2 * seed))
