@@ -5,9 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import imports, masks, one_shot, timing, training_step
+import jaxprune
+from benchmarks import imports, masks, n_m, one_shot, selection, timing, training_step
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +79,26 @@ def test_training_steps_hold_the_zeros_they_are_asked_to_hold(tmp_path):
     # Kernels of the convolutions, of the dense layers, and their biases.
     assert cnn["parameters"] == 27 * 32 + 288 * 64 + 4096 * 100 + 100 * 10 + 32 + 64 + 100 + 10
     assert mlp["parameters"] == 5 * (16 * 16 + 16)
+
+
+def test_selection_is_measured_in_three_tasks(tmp_path):
+    *tasks, memory = results(selection.main, tmp_path, "--sizes", "160_000", "--repeats", "1", "--sort-up-to", "0")
+    assert [task["task"] for task in tasks] == ["one array", "each of 50 leaves", "50 leaves jointly"]
+    for task in tasks:
+        check_rows(task["rows"], [row["variant"] for row in task["rows"][:-1]])
+    # With several CPU devices, as here, the counts of seven thresholds are written down: four bytes each.
+    assert all(7 <= memory["ratios"][name] < 7.1 for name in ("one array", "50 leaves jointly"))
+    assert memory["ratios"]["jnp.sort"] >= 1
+
+
+def test_two_of_four_agrees_with_numpy_and_is_measured(tmp_path):
+    weights = np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32)
+    ours = jaxprune.make_masks({"kernel": weights.T}, 2, rule=jaxprune.rules.n_m(4))["kernel"].T
+    np.testing.assert_array_equal(ours, n_m.by_partitioning(weights))
+    (result,) = results(n_m.main, tmp_path, "--sizes", "10_000", "--repeats", "1")
+    assert result["size"] == 12_800
+    check_rows(result["rows"], [row["variant"] for row in result["rows"][:-1]])
+    assert 0 <= result["memory"] < 0.1
 
 
 def test_imports_are_measured_in_fresh_processes(tmp_path):
