@@ -31,6 +31,8 @@ def make_masks(
     leaf that is not prunable is kept whole, the result depends on nothing but the arguments. Works under ``jit``,
     under ``vmap`` over k, inside ``lax.scan``, on sharded arrays (masks are sharded like the parameters), and on any
     pytree: a Linen dict or FrozenDict, an ``nnx.State``, an Equinox module filtered to its arrays, a Haiku dict.
+    Inside ``shard_map`` every rule takes the local shard for the whole layer (for N:M along an axis that is not
+    sharded it is the same); for global thresholds and counts call it outside, on the sharded arrays.
 
     Args:
         params: a pytree of arrays of any shape. Leaves that are not floating-point are kept whole.
