@@ -10,6 +10,9 @@ from jaxprune._algebra import pack as pack
 from jaxprune._algebra import union as union
 from jaxprune._algebra import unpack as unpack
 from jaxprune._algebra import validate as validate
+from jaxprune._allocate import allocate as allocate
+from jaxprune._costs import kept_weights as kept_weights
+from jaxprune._costs import stored_bytes as stored_bytes
 from jaxprune._guard import PruningWarning as PruningWarning
 from jaxprune._loops import Round as Round
 from jaxprune._loops import iterate as iterate
@@ -28,6 +31,11 @@ from jaxprune._reparametrise import soft_threshold as soft_threshold
 from jaxprune._reparametrise import straight_through as straight_through
 from jaxprune._report import Summary as Summary
 from jaxprune._report import summarize as summarize
+from jaxprune._search_k import Strength as Strength
+from jaxprune._search_k import Trial as Trial
+from jaxprune._search_k import search_k as search_k
+from jaxprune._sensitivity import Sensitivity as Sensitivity
+from jaxprune._sensitivity import sensitivity as sensitivity
 from jaxprune._sparse_training import SparseTrainingState as SparseTrainingState
 from jaxprune._sparse_training import rigl as rigl
 from jaxprune._sparse_training import sparse_evolution as sparse_evolution

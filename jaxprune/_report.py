@@ -5,7 +5,7 @@ import functools
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _statistics
+from jaxprune._costs import count_kept, leaf_bytes
+from jaxprune._layers import Layer
+from jaxprune._layout import output_axes
 from jaxprune._masks import align_masks
 from jaxprune._paths import flatten, require_arrays
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
@@ -21,9 +24,30 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+# A layer that loses more than this is said to be nearly empty.
+NEARLY_EMPTY = 0.99
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer: `threshold` is the smallest magnitude kept (None where nothing is removed), `std` of the weights."""
+    """One layer.
+
+    Attributes:
+        path: with the index of the layer where it is one of a stack.
+        shape: of one layer.
+        size: how many weights it has.
+        kept: how many the mask keeps.
+        sparsity: the fraction removed.
+        threshold: the smallest magnitude kept; None where nothing is removed.
+        std: of the weights.
+        prunable: whether it counts as prunable.
+        dead_units: output units of which no weight is kept.
+        bytes_dense: of the array as it is.
+        bytes_sparse: of its kept values and a bitmask, as `save_sparse` stores them.
+        bytes_int8: the same with values of one byte.
+        macs: multiply-accumulates of one call with all weights; None where `summarize` was not told `uses`.
+        macs_kept: those of the weights kept.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -33,6 +57,12 @@ class Row:
     threshold: float | None
     std: float | None
     prunable: bool
+    dead_units: int
+    bytes_dense: int
+    bytes_sparse: int
+    bytes_int8: int
+    macs: int | None
+    macs_kept: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +83,11 @@ class Summary:
     prunable: Total
     overall: Total
 
+    @property
+    def remarks(self) -> list[str]:
+        """Say in words which layers are nearly empty, held by the guard, or have dead units."""
+        return [remark for row in self.rows for remark in _remarks(row)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""
         return dataclasses.asdict(self)
@@ -65,9 +100,10 @@ class Summary:
         """Return the table for rich to print."""
         from rich.table import Table
 
-        table = Table(title="Sparsity by layer")
+        table = Table(title="Sparsity by layer", caption="\n".join(self.remarks) or None, caption_justify="left")
         table.add_column("layer", overflow="fold")
-        for column in ("shape", "threshold", "std", "kept", "size", "sparsity"):
+        told = any(row.macs is not None for row in self.rows)
+        for column in ("shape", "threshold", "std", "kept", "size", "sparsity", "bytes", *(["MACs"] if told else [])):
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(
@@ -78,22 +114,41 @@ class Summary:
                 f"{row.kept:,}",
                 f"{row.size:,}",
                 f"{row.sparsity:.2%}" if row.prunable else "dense",
+                _amount(row.bytes_sparse),
+                *([_amount(row.macs_kept)] if told else []),
                 style=None if row.prunable else "dim",
             )
-        for name, total in (("prunable weights", self.prunable), ("all weights", self.overall)):
+        for name, total, rows in (
+            ("prunable weights", self.prunable, [row for row in self.rows if row.prunable]),
+            ("all weights", self.overall, self.rows),
+        ):
             table.add_section()
-            share = f"{total.sparsity:.2%}"
-            table.add_row(name, "", "", f"{total.compression:.3g} x fewer", f"{total.kept:,}", f"{total.size:,}", share)
+            table.add_row(
+                name,
+                "",
+                "",
+                f"{total.compression:.3g} x fewer",
+                f"{total.kept:,}",
+                f"{total.size:,}",
+                f"{total.sparsity:.2%}",
+                _amount(sum(row.bytes_sparse for row in rows)),
+                *([_amount(sum(row.macs_kept or 0 for row in rows))] if told else []),
+            )
         return table
 
     def __str__(self) -> str:
         """Return the table as plain text."""
-        from rich.console import Console
+        return as_text(self)
 
-        console = Console(file=io.StringIO(), width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+
+def as_text(printable: Any) -> str:
+    """Return what rich prints as plain text."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, no_color=True)
+    with console.capture() as capture:
+        console.print(printable)
+    return capture.get()
 
 
 def _finite(value: Any) -> Any:
@@ -104,11 +159,43 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _remarks(row: Row) -> Iterator[str]:
+    if not row.prunable or row.kept == row.size:
+        return
+    if row.kept <= 1:
+        yield f"{row.path} keeps only its last weight: the guard held it, the layer is lost."
+    elif row.sparsity > NEARLY_EMPTY:
+        yield f"{row.path} is nearly empty: {row.kept:,} of {row.size:,} weights stay."
+    if row.dead_units:
+        yield f"{row.path} has {row.dead_units:,} dead unit(s), all of whose weights are gone; channels could be cut."
+
+
+def _amount(value: int | None) -> str:
+    """Write a number with three digits and a decimal prefix.
+
+    >>> _amount(999), _amount(12_345), _amount(None)
+    ('999', '12.3 k', '')
+    """
+    if value is None:
+        return ""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value}"
+
+
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def summarize(params: Any, masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None) -> Summary:
+def summarize(
+    params: Any,
+    masks: Any,
+    *,
+    prunable: Predicate | Any = None,
+    stacked: Stacked | None = None,
+    uses: Mapping[str, int] | None = None,
+) -> Summary:
     """Summarize what the masks keep of the parameters, layer by layer and in total.
 
     Counts are exact for any size. Reads values: not for use under jit.
@@ -118,9 +205,10 @@ def summarize(params: Any, masks: Any, *, prunable: Predicate | Any = None, stac
         masks: their masks, True = keep.
         prunable: which leaves count as prunable, as in `make_masks`.
         stacked: as in `make_masks`; each layer of a stack has a row of its own.
+        uses: by path, how often each weight multiplies in one call, to count multiply-accumulates; see `find_sites`.
 
     Returns:
-        A `Summary`: rows, and totals of the prunable weights and of all.
+        A `Summary`: rows, totals of the prunable weights and of all, and remarks on layers that collapse.
 
     Raises:
         ValueError: the masks do not fit the parameters; the message names the leaf.
@@ -141,18 +229,21 @@ def summarize(params: Any, masks: Any, *, prunable: Predicate | Any = None, stac
         for path, leaf, mask, fits, stack in zip(
             flat.paths, flat.leaves, align_masks(masks, flat), chosen, stacks, strict=True
         )
-        for row in _rows(path, jnp.asarray(leaf), mask, fits, stack)
+        for row in _rows(path, jnp.asarray(leaf), mask, fits, stack, None if uses is None else uses.get(path, 0))
     ]
     return Summary(tuple(rows), _total(row for row in rows if row.prunable), _total(rows))
 
 
-def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, stack: int) -> Iterator[Row]:
+def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, stack: int, uses: int | None) -> Iterator[Row]:
     shape = leaf.shape[stack:]
     axes = tuple(range(stack, leaf.ndim))
     floating = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
-    counts = np.full(leaf.shape[:stack], math.prod(shape), np.int64) if mask is None else _count(mask, axes)
+    counts = np.full(leaf.shape[:stack], math.prod(shape), np.int64) if mask is None else count_kept(mask, axes)
     if floating:
-        cuts, stds = _measure(leaf, jnp.ones_like(leaf, dtype=bool) if mask is None else mask, axes=axes)
+        mask = jnp.ones_like(leaf, dtype=bool) if mask is None else mask
+        cuts, stds = _measure(leaf, mask, axes=axes)
+    dead = _dead_units(Layer(path, path, leaf, True, stack), mask) if prunable and floating else np.int64(0)
+    dead = np.broadcast_to(dead, leaf.shape[:stack])
     for index in np.ndindex(leaf.shape[:stack]):
         size, kept = math.prod(shape), int(counts[index])
         yield Row(
@@ -164,7 +255,21 @@ def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, stack: int) -> 
             threshold=float(cuts[index]) if floating and kept < size else None,
             std=float(stds[index]) if floating else None,
             prunable=prunable,
+            dead_units=int(dead[index]),
+            bytes_dense=size * leaf.dtype.itemsize,
+            bytes_sparse=leaf_bytes(shape, leaf.dtype.itemsize, kept),
+            bytes_int8=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating else None),
+            macs=None if uses is None else uses * size,
+            macs_kept=None if uses is None else uses * kept,
         )
+
+
+def _dead_units(layer: Layer, mask: Any) -> np.ndarray:
+    """Count for each layer of a stack the output units of which nothing is kept."""
+    units = output_axes(layer) if len(layer.axes) > 1 else layer.axes
+    inputs = tuple(axis for axis in layer.axes if axis not in units)
+    alive = jnp.any(mask, inputs)
+    return count_kept(~alive, range(layer.stack, alive.ndim))
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -173,13 +278,6 @@ def _measure(leaf: jax.Array, mask: jax.Array, *, axes: tuple[int, ...]) -> tupl
         jnp.min(jnp.where(mask, jnp.abs(leaf), jnp.inf), axes),
         jnp.squeeze(_statistics.std(leaf, axes), axes),
     )
-
-
-def _count(mask: jax.Array, axes: tuple[int, ...]) -> np.ndarray:
-    """Count True exactly: modulo 2**32 in integers, with a float estimate to tell how often that wrapped."""
-    low = np.asarray(jnp.sum(mask, axes, dtype=jnp.uint32), np.int64)
-    near = np.asarray(jnp.sum(mask, axes, dtype=jnp.float32), np.float64)
-    return low + 2**32 * np.round((near - low) / 2**32).astype(np.int64)
 
 
 def _total(rows: Any) -> Total:

@@ -64,14 +64,37 @@ def test_the_table_shows_every_layer_and_both_totals() -> None:
     lines = str(summarize(PARAMS, MASKS)).splitlines()
 
     def cells(name: str) -> list[str]:
-        (line,) = [line for line in lines if name in line]
+        (line,) = [line for line in lines if name in line and "│" in line]
         return [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")]
 
-    assert cells("conv/kernel") == ["conv/kernel", "1 x 1 x 2 x 2", "1", "2.236", "3", "4", "25.00%"]
-    assert cells("dense/kernel")[-3:] == ["2", "4", "50.00%"]
-    assert cells("conv/bias")[-1] == "dense"
-    assert cells("prunable weights")[-4:] == ["1.6 x fewer", "5", "8", "37.50%"]
-    assert cells("all weights")[-4:] == ["1.43 x fewer", "7", "10", "30.00%"]
+    assert cells("conv/kernel") == ["conv/kernel", "1 x 1 x 2 x 2", "1", "2.236", "3", "4", "25.00%", "62"]
+    assert cells("dense/kernel")[-4:] == ["2", "4", "50.00%", "33"]
+    assert cells("conv/bias")[-2:] == ["dense", "8"]
+    assert cells("prunable weights")[-5:] == ["1.6 x fewer", "5", "8", "37.50%", "95"]
+    assert cells("all weights")[-5:] == ["1.43 x fewer", "7", "10", "30.00%", "103"]
+    assert any("dense/kernel has 2 dead unit(s)" in line for line in lines)
+
+
+def test_bytes_and_multiply_accumulates_by_hand() -> None:
+    bias, conv, dense = summarize(PARAMS, MASKS, uses={"conv/kernel": 25, "dense/kernel": 1}).rows
+    assert (bias.bytes_dense, bias.bytes_sparse, bias.bytes_int8) == (8, 8, 8)
+    # 3 floats, 2 rows of one byte, 2 row offsets, 4 numbers of the shape; or 3 bytes and 2 scales instead of the floats
+    assert (conv.bytes_dense, conv.bytes_sparse, conv.bytes_int8) == (16, 12 + 2 + 16 + 32, 3 + 8 + 2 + 16 + 32)
+    assert (dense.bytes_dense, dense.bytes_sparse, dense.bytes_int8) == (16, 8 + 1 + 8 + 16, 2 + 16 + 1 + 8 + 16)
+    assert [(row.macs, row.macs_kept) for row in (bias, conv, dense)] == [(0, 0), (100, 75), (4, 2)]
+    assert [row.dead_units for row in (bias, conv, dense)] == [0, 0, 2]
+    assert "MACs" in str(summarize(PARAMS, MASKS, uses={"dense/kernel": 1}))
+
+
+def test_layers_that_collapse_are_named() -> None:
+    params = {name: {"kernel": jnp.ones((300, 2))} for name in ("empty", "held", "whole")}
+    rows = {"empty": 5, "held": 1, "whole": 600}
+    masks = {name: {"kernel": (jnp.arange(600) < n).reshape(300, 2)} for name, n in rows.items()}
+    assert summarize(params, masks).remarks == [
+        "empty/kernel is nearly empty: 5 of 600 weights stay.",
+        "held/kernel keeps only its last weight: the guard held it, the layer is lost.",
+        "held/kernel has 1 dead unit(s), all of whose weights are gone; channels could be cut.",
+    ]
 
 
 def test_pruning_does_not_change_the_counts() -> None:
