@@ -1,5 +1,6 @@
 """Functional pruning for JAX: masks from parameters, optax transforms that keep them, honest reports."""
 
+from jaxprune import plot as plot
 from jaxprune import rules as rules
 from jaxprune import scores as scores
 from jaxprune._algebra import intersect as intersect
@@ -20,6 +21,7 @@ from jaxprune._loops import recalibrate as recalibrate
 from jaxprune._masks import apply_masks as apply_masks
 from jaxprune._masks import make_masks as make_masks
 from jaxprune._masks import sparsity as sparsity
+from jaxprune._page import report as report
 from jaxprune._prunable import is_kernel as is_kernel
 from jaxprune._prune import PruneState as PruneState
 from jaxprune._prune import ac_dc_schedule as ac_dc_schedule

@@ -114,8 +114,8 @@ class Summary:
                 f"{row.kept:,}",
                 f"{row.size:,}",
                 f"{row.sparsity:.2%}" if row.prunable else "dense",
-                _amount(row.bytes_sparse),
-                *([_amount(row.macs_kept)] if told else []),
+                amount(row.bytes_sparse),
+                *([amount(row.macs_kept)] if told else []),
                 style=None if row.prunable else "dim",
             )
         for name, total, rows in (
@@ -131,14 +131,26 @@ class Summary:
                 f"{total.kept:,}",
                 f"{total.size:,}",
                 f"{total.sparsity:.2%}",
-                _amount(sum(row.bytes_sparse for row in rows)),
-                *([_amount(sum(row.macs_kept or 0 for row in rows))] if told else []),
+                amount(sum(row.bytes_sparse for row in rows)),
+                *([amount(sum(row.macs_kept or 0 for row in rows))] if told else []),
             )
         return table
 
     def __str__(self) -> str:
         """Return the table as plain text."""
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def as_html(printable: Any) -> str:
+    """Return what rich prints as HTML, for notebooks."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(printable)
+    return console.export_html(inline_styles=True, code_format="<pre style='line-height:normal'>{code}</pre>")
 
 
 def as_text(printable: Any) -> str:
@@ -170,10 +182,10 @@ def _remarks(row: Row) -> Iterator[str]:
         yield f"{row.path} has {row.dead_units:,} dead unit(s), all of whose weights are gone; channels could be cut."
 
 
-def _amount(value: int | None) -> str:
+def amount(value: int | None) -> str:
     """Write a number with three digits and a decimal prefix.
 
-    >>> _amount(999), _amount(12_345), _amount(None)
+    >>> amount(999), amount(12_345), amount(None)
     ('999', '12.3 k', '')
     """
     if value is None:

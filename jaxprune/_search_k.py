@@ -15,7 +15,7 @@ from jaxprune._costs import kept_weights
 from jaxprune._guard import PruningWarning
 from jaxprune._masks import Rule, apply_masks, make_masks, sparsity
 from jaxprune._prunable import Predicate, Stacked
-from jaxprune._report import as_text
+from jaxprune._report import as_html, as_text
 from jaxprune._sensitivity import Evaluate, as_metric
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ class Strength(float):
     def __str__(self) -> str:
         """Return the table as plain text."""
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 def search_k(

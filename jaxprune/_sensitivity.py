@@ -17,7 +17,7 @@ from jaxprune._masks import Rule, make_masks
 from jaxprune._masks import sparsity as mask_sparsity
 from jaxprune._paths import Flat, flatten
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
-from jaxprune._report import as_text
+from jaxprune._report import as_html, as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,6 +110,9 @@ class Sensitivity:
     def __str__(self) -> str:
         """Return the table as plain text."""
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
 
 def _cells(metric: np.ndarray, sparsity: np.ndarray) -> list[str]:

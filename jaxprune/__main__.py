@@ -1,0 +1,8 @@
+"""The command ``jaxprune``, also as ``python -m jaxprune``."""
+
+import sys
+
+from jaxprune._command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())

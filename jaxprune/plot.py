@@ -1,0 +1,293 @@
+"""Pictures of pruning: matplotlib axes in, the same axes out.
+
+    import matplotlib.pyplot as plt
+    from jaxprune import plot
+
+    plot.weights(params["dense"]["kernel"], threshold, plt.gca())
+
+Every function takes the axes to draw into and returns them; none touches matplotlib's global state, and none imports it.
+The colours are those of Okabe and Ito (2008), told apart without colour vision.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxprune._paths import flatten
+from jaxprune._report import Summary
+from jaxprune._sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, RED = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#D55E00",
+)  # fmt: skip
+GREY, INK = "#BBBBBB", "#333333"
+LINES = (BLUE, RED, GREEN, PURPLE, SKY, ORANGE, "#999933", "#666666")
+SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+
+# The most entries of a mask along an axis that are drawn one by one.
+MAX_CELLS = 512
+
+
+def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
+    """Draw a histogram of weights, those below the threshold grey, the others blue.
+
+    Args:
+        values: finite weights of any shape.
+        threshold: the magnitude below which weights are removed, >= 0.
+        axes: where to draw.
+
+    Returns:
+        The axes; their first patch holds the removed weights, their second one the kept ones.
+    """
+    flat = np.asarray(values, np.float64).ravel()
+    below = np.abs(flat) < float(threshold)
+    limit = float(np.abs(flat).max(initial=threshold)) or 1.0
+    # Whole bins between the two thresholds, so that no bar is partly grey.
+    step = limit / 24
+    inside = max(1, round(2 * threshold / step)) if threshold else 0
+    step = max(2 * threshold / inside, step / 2) if threshold else step
+    beyond = threshold + step * np.arange(1, math.ceil((limit - threshold) / step) + 1)
+    edges = np.concatenate([-beyond[::-1], np.linspace(-threshold, threshold, inside + 1), beyond])
+    for part, color in ((flat[below], GREY), (flat[~below], BLUE)):
+        # Rounding must not put a weight that equals the limit outside the last edge.
+        counts = np.histogram(np.clip(part, edges[0], edges[-1]), edges)[0]
+        axes.stairs(counts, edges, fill=True, color=color)
+    axes.margins(y=0.4)
+    for sign in (-1, 1):
+        axes.axvline(sign * threshold, ymax=0.74, color=INK, linewidth=1, linestyle="--")
+    axes.annotate(
+        f"±{threshold:.3g}", (threshold, 0.75), xycoords=("data", "axes fraction"),
+        ha="center", va="bottom", color=INK, fontsize="small",
+    )  # fmt: skip
+    share = float(below.mean()) if flat.size else 0.0
+    for x, align, text, color in (
+        (0.03, "left", f"{share:.1%} removed", "#666666"),
+        (0.97, "right", f"{1 - share:.1%} kept", BLUE),
+    ):
+        axes.text(x, 0.96, text, transform=axes.transAxes, ha=align, va="top", color=color, fontweight="bold")
+    axes.set_xlabel("weight", color=INK)
+    axes.set_ylabel("number of weights", color=INK)
+    return frame(axes)
+
+
+def sparsity_by_layer(summary: Summary, axes: "Axes") -> "Axes":
+    """Draw a bar for each prunable layer, the kept share blue on grey, with the number of weights kept.
+
+    Args:
+        summary: what `summarize` found.
+        axes: where to draw; about a third of an inch of height a layer is readable.
+
+    Returns:
+        The axes; their first container holds the bars of what is kept, from the first layer at the top.
+    """
+    rows = [row for row in summary.rows if row.prunable]
+    places = np.arange(len(rows))
+    kept = np.asarray([1 - row.sparsity for row in rows])
+    axes.barh(places, kept, color=BLUE, height=0.7)
+    axes.barh(places, 1 - kept, left=kept, color=GREY, alpha=0.5, height=0.7)
+    for place, row, share in zip(places, rows, kept, strict=True):
+        inside = share > 0.5
+        axes.annotate(
+            f"{row.sparsity:.1%} removed, {row.kept:,} of {row.size:,} kept", (share, place),
+            xytext=(-4 if inside else 4, 0), textcoords="offset points", ha="right" if inside else "left",
+            va="center", color="white" if inside else INK, fontsize="small",
+        )  # fmt: skip
+    axes.set_yticks(places, [_short(row.path) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the layer's weights that is kept", color=INK)
+    total = summary.prunable
+    axes.set_title(f"{total.sparsity:.1%} of {total.size:,} prunable weights removed", color=INK, fontsize="medium")
+    return frame(axes)
+
+
+def sensitivity(curves: Sensitivity, axes: "Axes") -> "Axes":
+    """Draw the metric against the sparsity of each layer pruned alone, and of all together.
+
+    Args:
+        curves: what `sensitivity` found.
+        axes: where to draw.
+
+    Returns:
+        The axes; their lines are those of the groups, in order, then of all together, then the unpruned metric.
+    """
+    ends = []
+    for i, (name, share, metric) in enumerate(zip(curves.groups, curves.sparsity, curves.metric, strict=True)):
+        style = "-" if i < len(LINES) else "--"
+        color = LINES[i % len(LINES)]
+        axes.plot(share, metric, style, color=color, marker="o", markersize=4, linewidth=1.6)
+        ends.append((float(metric[-1]), float(share[-1]), _short(name), color))
+    axes.plot(curves.together_sparsity, curves.together, color=INK, marker="s", markersize=4, linewidth=2.4)
+    ends.append((float(curves.together[-1]), float(curves.together_sparsity[-1]), "all together", INK))
+    axes.axhline(curves.dense, color=INK, linewidth=1, linestyle=":")
+    axes.annotate(
+        f"dense {curves.dense:.4g}", (0, curves.dense), xycoords=("axes fraction", "data"),
+        xytext=(4, 4), textcoords="offset points", ha="left", va="bottom", color=INK, fontsize="small",
+    )  # fmt: skip
+    axes.set_xlim(0, 1)
+    _name_ends(axes, ends)
+    axes.set_xlabel("sparsity of what is pruned", color=INK)
+    axes.set_ylabel("metric", color=INK)
+    return frame(axes)
+
+
+def accuracy(
+    sparsity: Any, curves: Mapping[str, Any], axes: "Axes", *, dense: float | None = None, label: str = "accuracy"
+) -> "Axes":
+    """Draw a metric against sparsity, on an axis logarithmic in the weights left: 90 % and 99 % as far apart as 0 and 90.
+
+    Args:
+        sparsity: the fractions removed, in [0, 1), rising, ``[points]``.
+        curves: by name, the metric of each point, ``[points]`` or ``[seeds, points]`` (then the mean, with bars of one
+            standard deviation).
+        axes: where to draw.
+        dense: the metric of the unpruned network.
+        label: of the vertical axis.
+
+    Returns:
+        The axes.
+    """
+    fewer = 1 / (1 - np.asarray(sparsity, np.float64))
+    ends = []
+    for (name, values), color in zip(curves.items(), LINES, strict=False):
+        table = np.atleast_2d(np.asarray(values, np.float64))
+        spread = table.std(axis=0) if len(table) > 1 else None
+        mean = table.mean(axis=0)
+        axes.errorbar(fewer, mean, spread, color=color, marker="o", markersize=5, linewidth=1.8, capsize=3)
+        ends.append((float(mean[-1]), float(fewer[-1]), name, color))
+    if dense is not None:
+        axes.axhline(dense, color=INK, linewidth=1, linestyle=":")
+        axes.annotate(
+            f"dense {dense:.4g}", (1, dense), xycoords=("axes fraction", "data"),
+            xytext=(-4, 4), textcoords="offset points", ha="right", va="bottom", color=INK, fontsize="small",
+        )  # fmt: skip
+    sparsity_axis(axes, fewer)
+    _name_ends(axes, ends)
+    axes.set_ylabel(label, color=INK)
+    return frame(axes)
+
+
+def mask(values: Any, axes: "Axes") -> "Axes":
+    """Draw a mask as an image, kept weights blue, removed ones white.
+
+    Args:
+        values: a mask of any shape, True = keep. Its last axis (outputs, in Flax) runs to the right, all others run
+            down. Of a larger mask each cell shows the share kept of a block, so that it fits MAX_CELLS.
+        axes: where to draw.
+
+    Returns:
+        The axes; their first image holds the shares.
+    """
+    table = np.asarray(jax.device_get(values), np.float64)
+    table = table.reshape(-1, table.shape[-1]) if table.ndim > 1 else np.atleast_2d(table)
+    shares = _shrunk(_shrunk(table, 0), 1)
+    axes.imshow(
+        shares, cmap=_blues(), vmin=0, vmax=1, interpolation="nearest", aspect="auto",
+        extent=(0, table.shape[1], table.shape[0], 0),
+    )  # fmt: skip
+    axes.set_xlabel("outputs (last axis)", color=INK)
+    axes.set_ylabel("inputs (all other axes)", color=INK)
+    axes.set_title(f"{table.mean():.1%} of {table.size:,} weights kept", color=INK, fontsize="medium")
+    axes.tick_params(colors=INK)
+    return axes
+
+
+def churn(history: Sequence[Mapping[str, float]], axes: "Axes") -> "Axes":
+    """Draw how masks changed while training: sparsity, and the share of mask bits that each change flipped.
+
+    Args:
+        history: what a log hook (`prune`, `rigl`, ...) was told, one mapping a change, with ``"step"``, ``"sparsity"``
+            and ``"churn"``.
+        axes: where to draw.
+
+    Returns:
+        The axes; their two lines are the sparsity and the churn.
+    """
+    steps = [entry["step"] for entry in history]
+    ends = []
+    for key, color, name in (("sparsity", INK, "sparsity"), ("churn", RED, "changed in one update")):
+        values = [entry[key] for entry in history]
+        axes.plot(steps, values, color=color, linewidth=1.8, drawstyle="steps-post" if key == "sparsity" else "default")
+        ends.append((float(values[-1]), float(steps[-1]), name, color))
+    axes.set_ylim(0, 1)
+    _name_ends(axes, ends)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("share of the masked weights", color=INK)
+    return frame(axes)
+
+
+def thresholds_of(params: Any, summary: Summary) -> dict[str, tuple[np.ndarray, float]]:
+    """Return the weights and the threshold of each prunable layer that lost some, by path, for `weights`."""
+    flat = flatten(params, "params")
+    by_path = dict(zip(flat.paths, flat.leaves, strict=True))
+    return {
+        row.path: (np.asarray(by_path[row.path], np.float32), row.threshold)
+        for row in summary.rows
+        if row.prunable and row.threshold is not None and row.path in by_path
+    }
+
+
+def sparsity_axis(axes: "Axes", fewer: np.ndarray) -> None:
+    """Make the horizontal axis logarithmic in how many times fewer weights there are, in rising order."""
+    left = max(0.97, 0.85 * fewer[0])
+    right = fewer[-1] * max(1.35, (fewer[-1] / left) ** 0.22)  # room for the labels at the curves' ends
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    places = [1 / (1 - tick) for tick in SPARSITIES if left <= 1 / (1 - tick) <= right]
+    shown = [places[index] for index in apart(places, left, right, 0.065)]
+    axes.set_xticks(shown, [f"{100 * (1 - 1 / place):.3g} %\n{place:,.3g}x" for place in shown])
+    axes.minorticks_off()
+    axes.set_xlabel("sparsity: weights removed (times fewer weights)", color=INK)
+
+
+def apart(places: Sequence[float], left: float, right: float, gap: float) -> list[int]:
+    """Choose, from the left, the places whose labels do not touch: `gap` is a share of the log axis."""
+    chosen: list[int] = []
+    for index, place in enumerate(places):
+        if not chosen or math.log(place / places[chosen[-1]]) >= gap * math.log(right / left):
+            chosen.append(index)
+    return chosen
+
+
+def frame(axes: "Axes") -> "Axes":
+    """Draw the lower and the left edge only."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    return axes
+
+
+def _name_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name the curves at the right edge, each at its height, moved apart where they would touch."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    height = -math.inf
+    for y, x, name, color in sorted(ends):
+        height = max(y, height + gap)
+        axes.annotate(
+            name, (x, y), (1.01, height), textcoords=("axes fraction", "data"), va="center", color=color,
+            fontsize="small", fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _shrunk(table: np.ndarray, axis: int) -> np.ndarray:
+    """Average blocks along an axis, so that it has at most MAX_CELLS cells."""
+    edges = np.linspace(0, table.shape[axis], min(MAX_CELLS, table.shape[axis]) + 1).astype(int)
+    sums = np.add.reduceat(table, edges[:-1], axis=axis)
+    counts = np.diff(edges)
+    return sums / (counts[:, None] if axis == 0 else counts[None])
+
+
+def _blues() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("kept", ["white", BLUE])
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 30 else f"…{path[-29:]}"

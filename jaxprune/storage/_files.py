@@ -1,0 +1,217 @@
+"""Prune and convert models on disk, one tensor in memory at a time."""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import rules
+from jaxprune._masks import Rule, make_masks
+from jaxprune._paths import is_floating
+from jaxprune._prunable import Predicate, is_kernel
+from jaxprune.storage import _ranking
+from jaxprune.storage._checkpoint import Checkpoint, Encode, Plan, plan
+from jaxprune.storage._tensors import BITS, Encoded, Stored, encode
+from jaxprune.storage._trees import Saved, check_metadata, outputs_of
+
+# (tensor, its values) -> its mask, or None to keep it whole.
+MaskOf = Callable[[Stored, np.ndarray], np.ndarray | None]
+Done = Callable[[Stored], None]
+
+
+def prune_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    k: float,
+    *,
+    rule: Rule = rules.std_threshold,
+    prunable: Predicate | None = None,
+    dense: bool = False,
+    quantize: int | None = None,
+    compress: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    done: Done = lambda tensor: None,
+) -> Saved:
+    """Prune a model on disk by the magnitude of its weights, without its class and without loading it whole.
+
+    What is pruned already stays pruned. The rule is applied to each tensor by itself; `rules.global_sparsity` and
+    `rules.erk_sparsity` rank or allocate over all of them, with the same result as `make_masks` on the whole model.
+    Other rules that look at several layers at once are not for this function.
+
+    Args:
+        source: a safetensors file, plain or written by `save_sparse`, or a folder of shards with their index.
+        target: the file or folder to write; may be the source itself. Each file appears whole or not at all.
+        k: the rule's strength, one number.
+        rule: ``(scores, k) -> masks``, as in `make_masks`.
+        prunable: ``(path, leaf) -> bool``; the path has slashes for the dots of a name, the leaf a shape and a dtype.
+            None prunes what `is_kernel` names.
+        dense: whether to write zeros for pruned weights, a plain file that anything reads.
+        quantize: as in `save_sparse`, with `dense=False`.
+        compress: as in `save_sparse`.
+        metadata: strings for the header, beside those of the source.
+        done: called with each tensor after each of the two times it has been encoded.
+
+    Returns:
+        A `Saved`, as from `save_sparse`.
+
+    Raises:
+        StorageError: the source is damaged.
+        ValueError: nothing is prunable, or k does not fit the rule.
+    """
+    with Checkpoint(source) as checkpoint:
+        names = choose_tensors(checkpoint, prunable)
+        planned = plan_file(
+            checkpoint,
+            masks_by(rule, k, checkpoint, names),
+            dense=dense,
+            quantize=quantize,
+            compress=compress,
+            metadata=metadata,
+            done=done,
+        )
+        return planned.write(Path(target))
+
+
+def convert_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dense: bool = False,
+    quantize: int | None = None,
+    compress: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    done: Done = lambda tensor: None,
+) -> Saved:
+    """Write a model on disk anew: sparse from plain, plain from sparse, quantised, compressed; one tensor at a time.
+
+    Masks that are stored are kept. In a plain tensor that is a kernel (see `is_kernel`) the zeros count as pruned, if
+    there are so many that the bitmask pays.
+
+    Args:
+        source: as in `prune_file`.
+        target: as in `prune_file`.
+        dense: as in `prune_file`.
+        quantize: as in `prune_file`.
+        compress: as in `prune_file`.
+        metadata: as in `prune_file`.
+        done: as in `prune_file`.
+
+    Returns:
+        A `Saved`.
+
+    Raises:
+        StorageError: the source is damaged.
+        ValueError: a tensor to quantise holds NaN or infinity.
+    """
+    with Checkpoint(source) as checkpoint:
+        planned = plan_file(
+            checkpoint,
+            stored_or_paying,
+            dense=dense,
+            quantize=quantize,
+            compress=compress,
+            metadata=metadata,
+            done=done,
+        )
+        return planned.write(Path(target))
+
+
+def choose_tensors(checkpoint: Checkpoint, prunable: Predicate | None) -> list[str]:
+    """Return the names of the tensors to prune; raise a ValueError when there is none."""
+    fits = is_kernel if prunable is None else prunable
+    chosen = [
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.count and is_floating(tensor) and fits(path_of(name), jax.ShapeDtypeStruct(tensor.shape, np.float32))
+    ]
+    if not chosen:
+        names = ", ".join(list(checkpoint.tensors)[:4]) or "none"
+        raise ValueError(f"{checkpoint.path}: no tensor is prunable. Found {names}; say which ones are.")
+    return chosen
+
+
+def masks_by(rule: Rule, k: float, checkpoint: Checkpoint, names: list[str]) -> MaskOf:
+    """Return the function that masks one tensor of a model; rules over all tensors read them all beforehand."""
+    chosen = frozenset(names)
+    if rule in (rules.global_sparsity, rules.erk_sparsity) and not 0 <= k <= 1:
+        raise ValueError(f"rules.{rule.__name__} takes 0 <= k <= 1; got k = {k:g}.")
+    if rule is rules.global_sparsity:
+        of_one = _ranking.GlobalRanking(names, lambda name: checkpoint.tensors[name].load()[0], k).mask
+    elif rule is rules.erk_sparsity:
+        removed = _ranking.erk_removed({name: checkpoint.tensors[name].shape for name in names}, k)
+
+        def of_one(name: str, values: np.ndarray) -> np.ndarray:
+            return _mask_of_one(rules.layer_sparsity, removed[name] / values.size, name, values)
+    else:
+        of_one = functools.partial(_mask_of_one, rule, k)
+    return lambda tensor, values: of_one(tensor.name, values) if tensor.name in chosen else None
+
+
+def path_of(name: str) -> str:
+    """A tensor's name as a path: the dots of PyTorch's names are slashes."""
+    return name.replace(".", "/")
+
+
+def nonzero(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
+    """What a plain tensor says of its mask: the zeros of a kernel count as pruned."""
+    if not (is_floating(values) and is_kernel(path_of(tensor.name), values)):
+        return None
+    return values != 0
+
+
+def _mask_of_one(rule: Rule, k: float, name: str, values: np.ndarray) -> np.ndarray:
+    path = path_of(name)
+    # Rules rank no 8-bit floats, nor more than 32 bits unless JAX is told to.
+    wide = values if values.dtype.itemsize in (2, 4) else values.astype(np.float32)
+    return np.asarray(make_masks({path: jnp.asarray(wide)}, k, rule=rule, prunable={path: True})[path])
+
+
+def stored_or_paying(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
+    """Mask a plain kernel by its zeros, where there are so many that the bitmask pays."""
+    mask = None if tensor.encoded else nonzero(tensor, values)
+    if mask is None:
+        return None
+    rows = mask.size // mask.shape[-1] if mask.size else 0
+    costs = rows * (-(-mask.shape[-1] // 8) + 8)
+    return mask if (mask.size - np.count_nonzero(mask)) * values.itemsize > costs else None
+
+
+def plan_file(
+    checkpoint: Checkpoint,
+    mask_of: MaskOf,
+    *,
+    dense: bool = False,
+    quantize: int | None = None,
+    compress: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    done: Done = lambda tensor: None,
+) -> Plan:
+    """Plan what `prune_file` and `convert_file` write; arguments as there."""
+    if quantize is not None and (dense or quantize not in BITS):
+        raise ValueError(f"quantize is 8, 4 or None, and None with dense=True; got {quantize!r} with dense={dense}.")
+    encode_one: Encode = functools.partial(_encode, mask_of, dense, quantize, compress)
+    strings = checkpoint.metadata | check_metadata(metadata)
+    return plan(checkpoint, encode_one, metadata=strings, compress=compress, done=done)
+
+
+def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, tensor: Stored) -> Encoded:
+    values, before = tensor.load()
+    mask = mask_of(tensor, values)
+    if before is not None:
+        mask = before if mask is None else before & mask
+    if dense:
+        kept = math.prod(values.shape) if mask is None else int(np.count_nonzero(mask))
+        plain: Any = values if mask is None else np.where(mask, values, np.zeros_like(values))
+        return Encoded({tensor.name: plain}, kept)
+    fits = quantize and is_floating(values) and values.dtype.itemsize > 1 and values.size
+    bits = quantize if fits and (mask is not None or is_kernel(path_of(tensor.name), values)) else None
+    if bits and not np.isfinite(values if mask is None else values[mask]).all():
+        raise ValueError(f"{tensor.name} holds NaN or infinity, which has no integer code. Do not quantise this model.")
+    outputs = outputs_of(tensor.name, values) if bits else ()
+    return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)

@@ -1,0 +1,191 @@
+"""What a model on disk holds, and how two models differ, one tensor in memory at a time."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxprune._paths import is_floating
+from jaxprune.storage._checkpoint import Checkpoint
+from jaxprune.storage._files import Done, nonzero
+from jaxprune.storage._tensors import Stored
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorOverview:
+    """One tensor on disk: `threshold` is the smallest magnitude kept (None where nothing is pruned)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+    kept: int
+    sparsity: float
+    threshold: float | None
+    std: float | None
+    bits: int
+    dense_bytes: int
+    stored_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOverview:
+    """What `summarize_file` found; `bytes` are those on disk, `dense_bytes` those of all tensors as arrays."""
+
+    path: str
+    bytes: int
+    dense_bytes: int
+    size: int
+    kept: int
+    sparsity: float
+    metadata: dict[str, str]
+    tensors: tuple[TensorOverview, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers."""
+        return dataclasses.asdict(self)
+
+    def __rich__(self) -> "Table":
+        """Return the table for rich to print."""
+        from rich.table import Table
+
+        table = Table(title=self.path, title_justify="left")
+        table.add_column("tensor", overflow="fold")
+        for column in ("shape", "dtype", "threshold", "std", "kept", "sparsity", "bytes"):
+            table.add_column(column, justify="right")
+        for row in self.tensors:
+            dtype = row.dtype if row.bits == 8 * np.dtype(row.dtype).itemsize else f"{row.dtype}, int{row.bits}"
+            figures = ("" if value is None else f"{value:.4g}" for value in (row.threshold, row.std))
+            share = f"{row.sparsity:.2%}" if row.kept < row.size else ""
+            shape = " x ".join(map(str, row.shape))
+            table.add_row(row.name, shape, dtype, *figures, f"{row.kept:,}", share, f"{row.stored_bytes:,}")
+        table.add_section()
+        table.add_row("all", "", "", "", "", f"{self.kept:,}", f"{self.sparsity:.2%}", f"{self.bytes:,}")
+        return table
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorDifference:
+    """How a tensor differs: `what` in words, and for equal shapes the entries that differ and by how much at most."""
+
+    name: str
+    what: str
+    different: int
+    largest: float
+
+
+def summarize_file(path: str | os.PathLike[str], *, done: Done = lambda tensor: None) -> FileOverview:
+    """Summarise a model on disk: what each tensor keeps, its smallest kept magnitude, its bytes.
+
+    Masks are those stored. In a plain tensor that is a kernel (see `is_kernel`) zeros count as pruned.
+
+    Args:
+        path: a safetensors file, plain or written by `save_sparse`, or a folder of shards with their index.
+        done: called with each tensor once it has been read.
+
+    Returns:
+        A `FileOverview`: a row for each tensor, and totals.
+
+    Raises:
+        StorageError: the model is damaged.
+    """
+    with Checkpoint(path) as checkpoint:
+        rows = []
+        for tensor in checkpoint.tensors.values():
+            rows.append(_overview(tensor))
+            done(tensor)
+        size, kept = sum(row.size for row in rows), sum(row.kept for row in rows)
+        return FileOverview(
+            path=str(path),
+            bytes=checkpoint.stored_bytes,
+            dense_bytes=sum(row.dense_bytes for row in rows),
+            size=size,
+            kept=kept,
+            sparsity=1 - kept / size if size else 0.0,
+            metadata=checkpoint.metadata,
+            tensors=tuple(rows),
+        )
+
+
+def _overview(tensor: Stored) -> TensorOverview:
+    values, mask = tensor.load()
+    mask = mask if tensor.encoded else nonzero(tensor, values)
+    kept = values.size if mask is None else int(np.count_nonzero(mask))
+    threshold = std = None
+    if is_floating(values) and values.size:
+        wide = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+        std = float(np.std(wide, dtype=np.float64))
+        if mask is not None and 0 < kept < values.size:
+            threshold = float(np.min(np.abs(wide[mask])))
+    return TensorOverview(
+        name=tensor.name,
+        shape=tensor.shape,
+        dtype=str(tensor.dtype),
+        size=values.size,
+        kept=kept,
+        sparsity=1 - kept / values.size if values.size else 0.0,
+        threshold=threshold,
+        std=std,
+        bits=tensor.bits,
+        dense_bytes=values.nbytes,
+        stored_bytes=tensor.size,
+    )
+
+
+def diff_files(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], *, done: Callable[[str], None] = lambda name: None
+) -> list[TensorDifference]:
+    """Compare two models on disk, tensor by tensor, in whatever layout each is stored.
+
+    Values are compared bit for bit but for the sign of a zero; two NaN are equal. Masks are compared where both models
+    store one.
+
+    Args:
+        a: a safetensors file, plain or written by `save_sparse`, or a folder of shards with their index.
+        b: another.
+        done: called with each name once its tensors have been compared.
+
+    Returns:
+        One entry for each tensor that differs, by name; an empty list for equal models.
+
+    Raises:
+        StorageError: a model is damaged.
+    """
+    found = []
+    with Checkpoint(a) as first, Checkpoint(b) as second:
+        for name in sorted(first.tensors.keys() | second.tensors.keys()):
+            if name not in second.tensors:
+                found.append(TensorDifference(name, "only in the first", first.tensors[name].count, 0.0))
+            elif name not in first.tensors:
+                found.append(TensorDifference(name, "only in the second", second.tensors[name].count, 0.0))
+            else:
+                found.extend(_differences(name, first.tensors[name], second.tensors[name]))
+            done(name)
+    return found
+
+
+def _differences(name: str, a: Stored, b: Stored) -> Iterator[TensorDifference]:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        what = f"{a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}"
+        yield TensorDifference(name, what, max(a.count, b.count), 0.0)
+        return
+    (values, mask), (others, other_mask) = a.load(), b.load()
+    # A NaN differs from itself, and is equal here to another NaN.
+    different = (values != others) & ~((values != values) & (others != others))
+    count = int(np.count_nonzero(different))
+    masks = 0 if mask is None or other_mask is None else int(np.count_nonzero(mask != other_mask))
+    if not count and not masks:
+        return
+    largest = 0.0
+    if count:
+        wide = np.promote_types(values.dtype, np.complex128 if values.dtype.kind == "c" else np.float64)
+        gaps = np.abs(values[different].astype(wide) - others[different].astype(wide))
+        largest = float(np.max(gaps))
+    words = [f"{count:,} values differ"] if count else []
+    words += [f"{masks:,} mask bits differ"] if masks else []
+    yield TensorDifference(name, ", ".join(words), max(count, masks), largest)

@@ -1,0 +1,233 @@
+"""A model's tensors and the tensors of a file that stand for each: plain, under a bitmask, as small integers."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxprune.storage import _bitmask, _quantize
+from jaxprune.storage._container import TensorFile, is_shape
+
+# compressed-tensors leaves this ending of a name out when it compresses, and puts it back.
+WEIGHT = ".weight"
+OWN_METADATA = "jaxprune"
+PARTS = ("shape", "compressed", "bitmask", "row_offsets", "scale")
+ONLY_PARTS = ("compressed", "bitmask", "row_offsets")  # endings that no other tensor may have
+BITS = (4, 8)
+
+
+class Encoded(NamedTuple):
+    """What one tensor becomes in a file.
+
+    Attributes:
+        arrays: by their names in the file.
+        kept: how many weights they hold.
+        largest_error: by quantising; 0.0 where nothing was.
+        relative_error: the same as a root mean square over that of the weights.
+    """
+
+    arrays: dict[str, np.ndarray]
+    kept: int
+    largest_error: float = 0.0
+    relative_error: float = 0.0
+
+
+def encode(
+    name: str,
+    values: np.ndarray,
+    mask: np.ndarray | None,
+    *,
+    bits: int | None = None,
+    outputs: tuple[int, ...] = (),
+    exchange: bool = True,
+) -> Encoded:
+    """Encode one tensor.
+
+    Args:
+        name: its name.
+        values: what it holds.
+        mask: bool, True = keep, or None; one that keeps everything is not stored.
+        bits: 4 or 8 to quantise the kept values, None to keep them as they are.
+        outputs: the axes that number the output channels; for quantising.
+        exchange: whether to store what can be computed from the bitmask but belongs to the layout of others.
+    """
+    if mask is not None and mask.all():
+        mask = None
+    kept = values.size if mask is None else int(np.count_nonzero(mask))
+    if bits is None and mask is None:
+        return Encoded({name: values}, kept)
+    largest_error = relative_error = 0.0
+    scale = None
+    if bits is not None:
+        pruned = values if mask is None else np.where(mask, values, np.zeros_like(values))
+        values, scale, largest_error, relative_error = _quantize.quantize(pruned, outputs, bits)
+    if mask is None:
+        parts = {"shape": np.array(values.shape, np.int64), "compressed": values.reshape(-1)}
+    else:
+        parts = _bitmask.encode(values, mask)
+        if not exchange:
+            del parts["row_offsets"]
+    if bits == 4:
+        parts["compressed"] = _quantize.pack_nibbles(parts["compressed"])
+    if scale is not None:
+        parts["scale"] = scale
+    stem = name.removesuffix(WEIGHT)
+    return Encoded({f"{stem}.{part}": array for part, array in parts.items()}, kept, largest_error, relative_error)
+
+
+def own_metadata(version: str, members: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """Say in a header who wrote the file, and which names of encoded tensors end in ``.weight``.
+
+    Args:
+        version: of this package.
+        members: by the name of each tensor, the names in the file of what it became.
+
+    Raises:
+        ValueError: a tensor's name would be read as a part of another.
+    """
+    encoded = [name for name, parts in members.items() if name not in parts]
+    taken = {f"{name.removesuffix(WEIGHT)}.{part}": name for name in encoded for part in PARTS}
+    for name in members:
+        if name in taken or name.rpartition(".")[2] in ONLY_PARTS:
+            owner = f"of {taken[name]!r}" if name in taken else "of another tensor"
+            raise ValueError(f"the name {name!r} would be read as a part {owner}; rename it, or store the model dense.")
+    weights = sorted(name.removesuffix(WEIGHT) for name in encoded if name.endswith(WEIGHT))
+    return {OWN_METADATA: json.dumps({"version": version} | ({"weights": weights} if weights else {}))}
+
+
+class Stored:
+    """One tensor of a model as it lies in a file.
+
+    Attributes:
+        file: the file.
+        name: the model's name for it.
+        members: the names in the file, by part; the part of a plain tensor is ``""``.
+        shape: its shape.
+        dtype: its dtype, after dequantising.
+        size: its bytes in the file.
+    """
+
+    def __init__(self, file: TensorFile, name: str, members: Mapping[str, str]) -> None:
+        """Check that its members fit each other, as far as their shapes and dtypes tell."""
+        self.name, self.members, self.file = name, members, file
+        entries = {part: file.entries[member] for part, member in members.items()}
+        self.size = sum(entry.size for entry in entries.values())
+        if "" in entries:
+            self.dtype, self.shape = entries[""].dtype, entries[""].shape
+            return
+        entry = entries["shape"]
+        if entry.dtype != np.int64 or entry.shape not in ((math.prod(entry.shape),), (math.prod(entry.shape), 1)):
+            self._fail(f"has a shape that is {entry.dtype}{list(entry.shape)}, not a vector of int64")
+        shape = self._read("shape").reshape(-1).tolist()
+        if not is_shape(shape):
+            self._fail(f"has the shape {str(shape)[:60]}, which no array has")
+        self.shape = tuple(shape)
+        values = entries["compressed"].dtype
+        if "scale" not in entries:
+            self.dtype = values
+            return
+        self.dtype = entries["scale"].dtype
+        fits = len(entries["scale"].shape) == len(shape) and all(
+            n in (1, axis) for n, axis in zip(entries["scale"].shape, shape, strict=True)
+        )
+        if values not in (np.int8, np.uint8) or not fits or not _is_floating(self.dtype):
+            scale = f"{self.dtype}{list(entries['scale'].shape)}"
+            self._fail(f"of shape {shape} has codes of {values} and a scale of {scale}, which do not fit")
+
+    @property
+    def encoded(self) -> bool:
+        """Whether it is more than a plain tensor."""
+        return "" not in self.members
+
+    @property
+    def count(self) -> int:
+        """The number of its weights, kept or pruned."""
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        """The bits of one stored value."""
+        values = self.file.entries[self.members.get("compressed", self.members.get("", ""))].dtype
+        return 4 if "scale" in self.members and values == np.uint8 else 8 * values.itemsize
+
+    def load(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return its values, zero where they are pruned, and its mask (None where everything is kept)."""
+        if not self.encoded:
+            return self._read(""), None
+        mask = self._mask()
+        kept = math.prod(self.shape) if mask is None else int(np.count_nonzero(mask))
+        values = self.file.entries[self.members["compressed"]]
+        if math.prod(values.shape) != (-(-kept // 2) if self.bits == 4 else kept):
+            self._fail(f"keeps {kept:,} weights, but holds values of {values.dtype}{list(values.shape)}")
+        held = self._read("compressed").reshape(-1)
+        if self.bits == 4:
+            held = _quantize.unpack_nibbles(held, kept)
+        dense = held.reshape(self.shape) if mask is None else _bitmask.decode(held, mask)
+        if "scale" in self.members:
+            dense = _quantize.dequantize(dense, self._read("scale"))
+        return dense, mask
+
+    def _mask(self) -> np.ndarray | None:
+        if "bitmask" not in self.members:
+            return None
+        bits = self._read("bitmask")
+        try:
+            mask = _bitmask.decode_mask(self.shape, bits)
+        except ValueError as error:
+            self._fail(f"has {error}")
+        if "row_offsets" in self.members and not np.array_equal(self._read("row_offsets"), _bitmask.row_offsets(bits)):
+            self._fail("has row_offsets that disagree with its bitmask")
+        return mask
+
+    def _read(self, part: str) -> np.ndarray:
+        return self.file.read(self.members[part])
+
+    def _fail(self, what: str) -> Any:
+        self.file.fail(what, self.name)
+
+
+def tensors(file: TensorFile) -> dict[str, Stored]:
+    """Find the model's tensors in a file, by name; raise a StorageError where parts of one are missing."""
+    ending = _endings(file)
+    found: dict[str, Stored] = {}
+    used: set[str] = set()
+    for member in file.entries:
+        stem, dot, part = member.rpartition(".")
+        if not dot or part != "compressed":
+            continue
+        members = {part: f"{stem}.{part}" for part in PARTS if f"{stem}.{part}" in file.entries}
+        if "shape" not in members or not members.keys() & {"bitmask", "scale"}:
+            file.fail(f"stands without {stem + '.shape'!r} and {stem + '.bitmask'!r}", member)
+        name = stem + (WEIGHT if ending is None or stem in ending else "")
+        found[name] = Stored(file, name, members)
+        used.update(members.values())
+    for member in file.entries.keys() - used:
+        if member.rpartition(".")[2] in ONLY_PARTS:
+            file.fail(f"stands without {member.rpartition('.')[0] + '.compressed'!r}", member)
+        if member in found:
+            file.fail("is there twice, plain and encoded", member)
+        found[member] = Stored(file, member, {"": member})
+    return {name: found[name] for name in sorted(found)}
+
+
+def _endings(file: TensorFile) -> set[str] | None:
+    """Return the stems to which ``.weight`` belongs; None for a file of compressed-tensors, where it always does."""
+    text = file.metadata.get(OWN_METADATA)
+    if text is None:
+        return None
+    try:
+        weights = json.loads(text).get("weights", [])
+        return {str(stem) for stem in weights}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        file.fail(f"has a metadata entry {OWN_METADATA!r} that cannot be read")
+
+
+def _is_floating(dtype: np.dtype[Any]) -> bool:
+    try:
+        ml_dtypes.finfo(dtype)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,298 @@
+"""Parameters and masks of any pytree to one file and back."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from importlib import metadata as importlib_metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._layers import Layer
+from jaxprune._layout import output_axes
+from jaxprune._masks import align_masks
+from jaxprune._paths import Flat, flatten, is_floating, require_arrays
+from jaxprune._prunable import is_kernel
+from jaxprune.storage import _writer
+from jaxprune.storage._container import NAMES, TensorFile, bad_name
+from jaxprune.storage._tensors import BITS, OWN_METADATA, encode, own_metadata, tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedTensor:
+    """One leaf in a file: `stored_bytes` before zstd; the errors are those of quantising (0.0 without)."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+    dense_bytes: int
+    stored_bytes: int
+    largest_error: float
+    relative_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What `save_sparse` wrote: the bytes on disk, those of the dense arrays, and a row for each leaf."""
+
+    path: Path
+    bytes: int
+    dense_bytes: int
+    tensors: tuple[SavedTensor, ...]
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller than the dense arrays the file is."""
+        return self.dense_bytes / self.bytes
+
+
+def save_sparse(
+    path: str | os.PathLike[str],
+    params: Any,
+    masks: Any = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    quantize: int | None = None,
+    compress: bool = False,
+) -> Saved:
+    """Save parameters and their masks in one safetensors file that holds the kept weights alone.
+
+    A leaf with pruned weights is stored in the layout ``sparse-bitmask`` of compressed-tensors (read and written by its
+    releases up to 0.14): the kept values, a bit for every weight, the shape, the row offsets. The mask is stored, not
+    guessed from zeros: a kept weight of zero stays kept. Other leaves are stored plain. The file appears whole or not at
+    all, whatever stops the process. Values are kept bit for bit unless `quantize` is given.
+
+    Args:
+        path: the file; an older one is replaced.
+        params: a pytree of arrays. Leaves are named by their paths, ``block/dense/kernel``. Dtypes: float of 8
+            (e4m3fn, e5m2), 16, 32 and 64 bits, bfloat16, integers of 8 to 64 bits, bool, complex64.
+        masks: their masks, as `apply_masks` takes them; None stores every leaf plain.
+        metadata: strings for the file's header, such as the rule and its k; `read_metadata` returns them.
+        quantize: 8 or 4 to store kernels (see `is_kernel`) and pruned leaves as integers of so many bits, symmetric,
+            with one scale for each output channel; None to keep every value.
+        compress: whether to pass the file through zstd (needs ``jaxprune[storage]``). It then leaves out the row
+            offsets, and ``zstd -d`` makes a plain safetensors file of it.
+
+    Returns:
+        A `Saved`: bytes, and for each leaf what is kept and the errors of quantising.
+
+    Raises:
+        ValueError: a mask does not fit or prunes a leaf that is not floating-point; a dtype or a name cannot be stored;
+            a leaf to quantise is not finite. The message names the leaf.
+        TypeError: a leaf is no array, or metadata are not strings.
+
+    >>> import jax.numpy as jnp, tempfile
+    >>> params = {"kernel": jnp.array([[0.0, 2.0], [5.0, 0.0]])}
+    >>> masks = {"kernel": jnp.array([[True, True], [False, False]])}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = save_sparse(folder + "/model.safetensors", params, masks)
+    ...     params, masks = load_sparse(folder + "/model.safetensors")
+    >>> saved.tensors[0].kept, params["kernel"].tolist(), masks["kernel"].tolist()
+    (2, [[0.0, 2.0], [0.0, 0.0]], [[True, True], [False, False]])
+    """
+    if quantize is not None and (isinstance(quantize, bool) or quantize not in BITS):
+        raise ValueError(f"quantize is 8, 4 or None, not {quantize!r}.")
+    strings = check_metadata(metadata)
+    flat = flatten(params, "params")
+    require_arrays(flat)
+    fitting = [None] * len(flat.paths) if masks is None else align_masks(masks, flat)
+    if "" in flat.paths and len(flat.paths) > 1:
+        raise ValueError(f"{flat.names[flat.paths.index('')]} has an empty path beside other leaves; rename it.")
+    pieces, rows = [], []
+    members: dict[str, Iterable[str]] = {}
+    for path_, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, fitting, strict=True):
+        values, kept = _as_numpy(name, path_, leaf, mask)
+        bits = quantize if quantize and _quantizable(path_, values, kept) else None
+        if bits and not np.isfinite(values if kept is None else np.where(kept, values, 0)).all():
+            raise ValueError(f"{name} holds NaN or infinity, which has no integer code. Save it without quantize=.")
+        encoded = encode(
+            path_, values, kept, bits=bits, outputs=outputs_of(path_, values) if bits else (), exchange=not compress
+        )
+        members[path_] = encoded.arrays
+        pieces.append(_writer.ready(encoded.arrays))
+        stored = sum(array.nbytes for array in encoded.arrays.values())
+        rows.append(SavedTensor(path_, values.shape, values.size, encoded.kept, values.nbytes, stored, *encoded[2:]))
+    header = strings | own_metadata(version(), members)
+    size = _writer.write(Path(path), pieces, header, compress=compress)
+    return Saved(Path(path), size, sum(row.dense_bytes for row in rows), tuple(rows))
+
+
+def load_sparse(path: str | os.PathLike[str], like: Any = None) -> tuple[Any, Any]:
+    """Load what `save_sparse` saved, or any file in that layout, or any plain safetensors file.
+
+    Nothing in the file is executed, and no more memory is taken than its size warrants: 64 times its bytes at most (a
+    compressed file may expand a thousandfold).
+
+    Args:
+        path: the file.
+        like: a tree with the same paths, whose leaves (arrays or ``jax.ShapeDtypeStruct``) have the shapes and dtypes
+            to expect: the results have its treedef, and the shardings of its arrays. None makes nested dicts, whose
+            keys are the parts of the names between slashes.
+
+    Returns:
+        The parameters, zero where they are pruned, and their masks, True = keep; a leaf that was stored plain is all
+        True. Leaves of 64 bits that JAX would cut to 32 stay NumPy arrays.
+
+    Raises:
+        StorageError: the file is damaged or is no such file; a subclass of ValueError.
+        ValueError: the file does not fit `like`; the message names the leaf.
+
+    >>> import jax.numpy as jnp, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_sparse(folder + "/model.safetensors", (jnp.arange(3.0), jnp.zeros(2)))
+    ...     params, masks = load_sparse(folder + "/model.safetensors", like=(jnp.zeros(3), jnp.zeros(2)))
+    >>> params[0].tolist(), masks[1].tolist()
+    ([0.0, 1.0, 2.0], [True, True])
+    """
+    with TensorFile(path) as file:
+        stored = tensors(file)
+        if like is None:
+            _check_nesting(file, list(stored))
+            pairs = {name: _to_arrays(*tensor.load()) for name, tensor in stored.items()}
+            return _nest({name: pair[0] for name, pair in pairs.items()}), _nest(
+                {name: pair[1] for name, pair in pairs.items()}
+            )
+        flat = flatten(like, "like")
+        _check_like(file.path, {name: (t.shape, t.dtype) for name, t in stored.items()}, flat)
+        loaded = [
+            _placed(_to_arrays(*stored[name].load()), leaf) for name, leaf in zip(flat.paths, flat.leaves, strict=True)
+        ]
+    params, masks = zip(*loaded, strict=True) if loaded else ((), ())
+    return flat.treedef.unflatten(params), flat.treedef.unflatten(masks)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the strings in the header of a safetensors file: those given to `save_sparse`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The strings by name.
+
+    Raises:
+        StorageError: the file is damaged.
+
+    >>> import jax.numpy as jnp, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = save_sparse(folder + "/model.safetensors", {"w": jnp.zeros(2)}, metadata={"rule": "n_m", "k": "2"})
+    ...     read_metadata(folder + "/model.safetensors")
+    {'rule': 'n_m', 'k': '2'}
+    """
+    with TensorFile(path) as file:
+        return {name: text for name, text in file.metadata.items() if name != OWN_METADATA}
+
+
+def version() -> str:
+    """The version of this package, or an empty string where it is not installed."""
+    try:
+        return importlib_metadata.version("jaxprune")
+    except importlib_metadata.PackageNotFoundError:
+        return ""
+
+
+def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return metadata as a dict of strings; raise a TypeError or ValueError for anything else."""
+    strings = dict(metadata or {})
+    for name, text in strings.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise TypeError(
+                f"metadata are strings by name, but {name!r} is {text!r}. Convert it, by str or json.dumps."
+            )
+        if name == OWN_METADATA:
+            raise ValueError(f"the name {name!r} in metadata is taken by the file's own record; choose another.")
+    return strings
+
+
+def outputs_of(path: str, values: np.ndarray) -> tuple[int, ...]:
+    """The axes of a tensor that number its output channels; all are one channel where it has a single axis."""
+    path = path.replace(".", "/")  # PyTorch's names
+    return output_axes(Layer(path, path, values)) if values.ndim > 1 else ()  # type: ignore[arg-type]
+
+
+def _quantizable(path: str, values: np.ndarray, mask: np.ndarray | None) -> bool:
+    if not is_floating(values) or values.dtype.itemsize == 1 or not values.size:
+        return False
+    return is_kernel(path.replace(".", "/"), values) or not (mask is None or bool(mask.all()))
+
+
+def _as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    problem = bad_name(path)
+    if problem:
+        raise ValueError(f"{name} {problem}; rename it.")
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(f"{name} is traced; save outside jit.")
+    if jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended):
+        raise ValueError(f"{name} is a PRNG key; store jax.random.key_data(key).")
+    values = np.asarray(leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf))
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if values.dtype not in NAMES:
+        raise ValueError(f"{name} is {values.dtype}, which a safetensors file cannot hold; cast it.")
+    if mask is None:
+        return values, None
+    kept = np.asarray(mask)
+    if not is_floating(values) and not kept.all():
+        raise ValueError(f"masks prunes {name}, which is {values.dtype}; only floating-point leaves are pruned.")
+    return values, kept
+
+
+def _to_arrays(values: np.ndarray, mask: np.ndarray | None) -> tuple[Any, jax.Array]:
+    kept = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
+    exact = jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype
+    return (jnp.asarray(values) if exact else values), kept
+
+
+def _placed(pair: tuple[Any, jax.Array], like: Any) -> tuple[Any, Any]:
+    if not isinstance(like, jax.Array):
+        return pair
+    return jax.device_put(pair[0], like.sharding), jax.device_put(pair[1], like.sharding)
+
+
+def _check_like(path: Path, stored: Mapping[str, tuple[tuple[int, ...], Any]], flat: Flat) -> None:
+    for name, leaf_path, leaf in zip(flat.names, flat.paths, flat.leaves, strict=True):
+        if leaf_path not in stored:
+            raise ValueError(f"{path} has no tensor {leaf_path!r} for {name}; it has {_some(stored)}.")
+        shape, dtype = stored[leaf_path]
+        wanted = getattr(leaf, "dtype", None)
+        if shape != np.shape(leaf) or (wanted is not None and dtype != wanted):
+            raise ValueError(
+                f"{path} has for {name} an array of {dtype}{list(shape)}, not of {wanted}{list(np.shape(leaf))}. "
+                "Give like= the shapes and dtypes that were saved."
+            )
+    extra = stored.keys() - set(flat.paths)
+    if extra:
+        raise ValueError(f"{path} has tensors that like= has no leaf for: {_some(sorted(extra))}.")
+
+
+def _some(names: Any) -> str:
+    shown = [repr(name) for name in names]
+    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "") if shown else "none"
+
+
+def _check_nesting(file: TensorFile, names: list[str]) -> None:
+    """Raise a StorageError where one name is a module of another: a dict cannot hold both."""
+    known = set(names)
+    for name in names:
+        parts = name.split("/")
+        for depth in range(1, len(parts)):
+            if "/".join(parts[:depth]) in known:
+                file.fail(f"lies inside another tensor, {'/'.join(parts[:depth])!r}", name)
+    if "" in known and len(known) > 1:
+        file.fail("has no name, which only the one tensor of a file may be", "")
+
+
+def _nest(flat: Mapping[str, Any]) -> Any:
+    if "" in flat:
+        return flat[""]
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *modules, last = name.split("/")
+        within = tree
+        for module in modules:
+            within = within.setdefault(module, {})
+        within[last] = leaf
+    return tree

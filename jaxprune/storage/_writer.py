@@ -1,0 +1,112 @@
+"""Write safetensors files piece by piece: the header first, then each tensor as it is made."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from jaxprune.storage import _atomic, _zstd
+from jaxprune.storage._container import NAMES, StorageError
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Spec(NamedTuple):
+    """What a header says of a tensor, besides its place."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """Tensors that are made together: what they will be, and the function that makes them."""
+
+    specs: Mapping[str, Spec]
+    make: Callable[[], Arrays]
+
+
+def ready(arrays: Arrays) -> Piece:
+    """Return a piece of arrays that are there already."""
+    return Piece({name: Spec(array.dtype, array.shape) for name, array in arrays.items()}, lambda: arrays)
+
+
+def write(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], *, compress: bool) -> int:
+    """Write a file that appears whole or not at all; return its bytes.
+
+    Args:
+        path: the file; an older one is replaced.
+        pieces: what to write. Each is made when its turn comes, and then forgotten.
+        metadata: strings for the header.
+        compress: whether to pass everything through zstd.
+
+    Raises:
+        ValueError: two tensors have the same name, or a piece is not what it was said to be.
+    """
+    offsets = _place(pieces, aligned=not compress)
+    header = _header(pieces, offsets, metadata)
+    with _atomic.replacing(path) as file:
+        if compress:
+            frame = _zstd.Compressor(file)
+            frame.write(header)
+            for arrays in map(_make, pieces):
+                for array in arrays.values():
+                    frame.write(as_bytes(array))
+            frame.finish()
+        else:
+            file.write(header)
+            for arrays in map(_make, pieces):
+                for name, array in arrays.items():
+                    _write_at(file, len(header) + offsets[name], array)
+        file.seek(0, 2)
+        return file.tell()
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """View an array as its bytes in row-major, little-endian order."""
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).reshape(-1).view(np.uint8)
+
+
+def _write_at(file: BinaryIO, position: int, array: np.ndarray) -> None:
+    if array.size:
+        file.seek(position)
+        file.write(as_bytes(array).data)
+
+
+def _make(piece: Piece) -> Arrays:
+    arrays = piece.make()
+    for name, spec in piece.specs.items():
+        if Spec(arrays[name].dtype, arrays[name].shape) != spec:
+            raise StorageError(f"tensor {name!r} changed while it was being written; write it again.")
+    return {name: arrays[name] for name in piece.specs}
+
+
+def _place(pieces: Sequence[Piece], *, aligned: bool) -> dict[str, int]:
+    """Give each tensor its offset. Readers that map a file want each number at a multiple of its own size."""
+    named = [(name, spec) for piece in pieces for name, spec in piece.specs.items()]
+    if aligned:
+        named.sort(key=lambda item: -item[1].dtype.itemsize)
+    offsets, end = {}, 0
+    for name, spec in named:
+        if name in offsets:
+            raise ValueError(f"two tensors would be stored under the name {name!r}; rename a leaf.")
+        offsets[name], end = end, end + spec.size
+    return offsets
+
+
+def _header(pieces: Sequence[Piece], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, offset in sorted(offsets.items(), key=lambda item: item[1]):
+        dtype, shape = NAMES[specs[name].dtype], list(specs[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + specs[name].size]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
