@@ -96,11 +96,12 @@ class Sensitivity:
         """Return the table for rich to print: the metric, and below it the sparsity."""
         from rich.table import Table
 
-        table = Table(title=f"Metric with one layer pruned (dense {self.dense:.4g}), and the sparsity of that layer")
-        table.add_column("layer", overflow="fold")
+        title = f"Metric with one layer pruned by k (dense {self.dense:.4g}), and the sparsity of that layer"
+        table = Table(title=title, padding=(0, 0, 0, 1))
+        table.add_column("layer", overflow="fold", min_width=12)
         table.add_column("weights", justify="right")
         for k in self.ks:
-            table.add_column(f"k = {k:g}", justify="right")
+            table.add_column(f"{k:g}", justify="right")
         for name, size, metric, sparsity in zip(self.groups, self.sizes, self.metric, self.sparsity, strict=True):
             table.add_row(name, f"{size:,}", *_cells(metric, sparsity))
         table.add_section()
