@@ -44,24 +44,34 @@ class CNN(nn.Module):
         return nn.Dense(self.classes)(x)
 
 
-def create_state(classes: int, images: jax.Array, seed: int, sgd: optax.GradientTransformation) -> TrainState:
-    """Initialise the network, and an optimizer whose masks keep all weights: each is at least 0 deviations large."""
+def initialise(classes: int, images: jax.Array, seed: int, tx: optax.GradientTransformation) -> TrainState:
+    """Initialise the network and an optimizer of any kind; weights that its masks do not keep are zero."""
     model = CNN(classes)
     params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
-    masks = jax.jit(jaxprune.make_masks)(params, 0.0)
-    tx = optax.chain(sgd, jaxprune.keep_pruned(masks))
-    return TrainState.create(apply_fn=model.apply, params=params, tx=tx).replace(step=jnp.int32(0))
+    opt_state = jax.jit(tx.init)(params)
+    params = jaxprune.apply_masks(params, jaxprune.masks_in(opt_state))
+    return TrainState(step=jnp.int32(0), apply_fn=model.apply, params=params, tx=tx, opt_state=opt_state)
+
+
+def create_state(classes: int, images: jax.Array, seed: int, sgd: optax.GradientTransformation) -> TrainState:
+    """Initialise the network, and an optimizer whose masks keep all weights: each is at least 0 deviations large."""
+    everything = functools.partial(jaxprune.make_masks, k=0.0)
+    return initialise(classes, images, seed, optax.chain(sgd, jaxprune.keep_pruned(everything)))
 
 
 @functools.partial(jax.jit, static_argnames="sgd")
-def prune(state: TrainState, k: float, sgd: optax.GradientTransformation) -> TrainState:
-    """Set to zero the weights below k standard deviations of their layer; the fresh optimizer keeps them there."""
-    masks = jaxprune.make_masks(state.params, k)
+def restart(state: TrainState, masks: Any, sgd: optax.GradientTransformation) -> TrainState:
+    """Set to zero what masks do not keep; the fresh optimizer keeps it there."""
     params = jaxprune.apply_masks(state.params, masks)
     tx = optax.chain(sgd, jaxprune.keep_pruned(masks))
     # Masks are state. The transform itself, state.tx, does the same for all of them, so that it need not change,
-    # and train_steps is compiled once for dense training and every k.
+    # and train_steps is compiled once for dense training and all masks.
     return state.replace(params=params, opt_state=tx.init(params))
+
+
+def prune(state: TrainState, k: float, sgd: optax.GradientTransformation) -> TrainState:
+    """Prune the weights below k standard deviations of their layer."""
+    return restart(state, jax.jit(jaxprune.make_masks)(state.params, k), sgd)
 
 
 def loss_and_accuracy(params: Any, state: TrainState, images: jax.Array, labels: jax.Array) -> Any:

@@ -69,6 +69,7 @@ class Experiment:
         self._train = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
         self._test = dataset.test_images, dataset.test_labels
         self.sample_images = self._train[0][:1]
+        self.steps_per_epoch = len(dataset.train_images) // (settings.batch_size * STEPS_PER_CALL) * STEPS_PER_CALL
         self._introduce(dataset)
         if not settings.resume:
             (settings.out / "results.json").unlink(missing_ok=True)
@@ -103,6 +104,20 @@ class Experiment:
         self._epochs_before += epochs
         self.record("training", phase, value=history)
         return state
+
+    def fit(self, phase: str, state: State, train_steps: TrainSteps, evaluate: Evaluate) -> State:
+        """Train for the run's epochs; print and record what `validate` finds."""
+        state = self.train(phase, state, train_steps, self.settings.epochs)
+        self.note(phase, self.validate(state, evaluate))
+        return state
+
+    def accuracy_by_update(self, *phases: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return for each phase the number of updates at the end of each epoch, and its training accuracy in percent."""
+        found = {phase: np.array(self.results["training"][phase]["accuracy"]) for phase in phases}
+        return {
+            phase: (self.steps_per_epoch * np.arange(1, len(accuracy) + 1), 100 * accuracy)
+            for phase, accuracy in found.items()
+        }
 
     def validate(self, state: State, evaluate: Evaluate) -> dict[str, float]:
         """Return the mean of each metric over the test images, and the sparsity of the prunable weights."""

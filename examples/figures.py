@@ -46,7 +46,7 @@ def histograms(weights: Mapping[str, np.ndarray], thresholds: Mapping[str, float
     total = sum(values.size for values in weights.values())
     removed = sum(int(_below(values, thresholds[layer]).sum()) for layer, values in weights.items())
     figure.suptitle(
-        f"Pruning removes {_percent(removed / total)} of {total:,} weights:\n"
+        f"Pruning removes {percent(removed / total)} of {total:,} weights:\n"
         "those nearest to zero in their layer",
         fontsize="large", fontweight="bold", color=INK,
     )  # fmt: skip
@@ -102,11 +102,11 @@ def accuracy_against_sparsity(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _accuracies(top, times_fewer, 100 * before[:, order], 100 * after[:, order], 100 * float(np.mean(dense)))
     _changes(bottom, times_fewer, change, 100 * max_drop)
-    _sparsity_axis(bottom, times_fewer)
+    sparsity_axis(bottom, times_fewer)
     if ks is not None:
         _strength_axis(top, times_fewer, np.asarray(ks)[order])
     good = removed[change.mean(axis=0) >= -100 * max_drop]
-    finding = f"Fine-tuned, {_percent(good.max())} fewer weights cost" if good.size else "No sparsity tried costs"
+    finding = f"Fine-tuned, {percent(good.max())} fewer weights cost" if good.size else "No sparsity tried costs"
     figure.suptitle(
         f"{finding} at most {_points(100 * max_drop)} of accuracy",
         fontsize="large", fontweight="bold", color=INK,
@@ -137,13 +137,13 @@ def _histogram(axes: Axes, layer: str, values: np.ndarray, threshold: float) -> 
     )  # fmt: skip
     share = below.mean() if flat.size else 0.0
     for x, align, text, color in (
-        (0.03, "left", f"{_percent(share)} removed", "#666666"),
-        (0.97, "right", f"{_percent(1 - share)} kept", BLUE),
+        (0.03, "left", f"{percent(share)} removed", "#666666"),
+        (0.97, "right", f"{percent(1 - share)} kept", BLUE),
     ):
         axes.text(x, 0.96, text, transform=axes.transAxes, ha=align, va="top", color=color, fontweight="bold")
     name = layer if len(layer) <= 30 else f"…{layer[-29:]}"
     axes.set_title(f"{name}  ({flat.size:,})", fontsize="medium", color=INK)
-    _frame(axes)
+    frame(axes)
 
 
 def _below(values: np.ndarray, threshold: float) -> np.ndarray:
@@ -172,7 +172,7 @@ def _accuracies(axes: Axes, x: np.ndarray, before: np.ndarray, after: np.ndarray
             text, (x[-1], y), xytext=(9, 0), textcoords="offset points",
             va="center", color=color, fontweight="bold",
         )  # fmt: skip
-    _frame(axes)
+    frame(axes)
 
 
 def _changes(axes: Axes, x: np.ndarray, change: np.ndarray, max_drop: float) -> None:
@@ -188,7 +188,7 @@ def _changes(axes: Axes, x: np.ndarray, change: np.ndarray, max_drop: float) -> 
         f"{_points(max_drop)} lost", (1, -max_drop), xycoords=("axes fraction", "data"),
         xytext=(-4, -3), textcoords="offset points", ha="right", va="top", color=BLUE,
     )  # fmt: skip
-    _frame(axes)
+    frame(axes)
 
 
 def _curve(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
@@ -196,7 +196,8 @@ def _curve(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
     axes.errorbar(x, values.mean(axis=0), spread, capsize=3, linewidth=1.8, markersize=5, **style)
 
 
-def _sparsity_axis(axes: Axes, x: np.ndarray) -> None:
+def sparsity_axis(axes: Axes, x: np.ndarray) -> None:
+    """Make the horizontal axis logarithmic in how many times fewer weights there are, `x`, in rising order."""
     left = max(0.97, 0.85 * x[0])
     right = x[-1] * max(1.35, (x[-1] / left) ** 0.22)  # room for the labels at the curves' ends
     axes.set_xscale("log")
@@ -227,12 +228,14 @@ def _apart(places: Sequence[float], left: float, right: float, gap: float) -> li
     return chosen
 
 
-def _frame(axes: Axes) -> None:
+def frame(axes: Axes) -> None:
+    """Draw the lower and the left edge only."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Write a fraction in percent."""
     return f"{100 * fraction:.1f} %"
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 
 class UsageError(Exception):
@@ -14,7 +14,7 @@ class UsageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run depends on; `k` and `ks` are thresholds in standard deviations of a layer."""
+    """What every run depends on."""
 
     dataset: str
     data_dir: Path | None
@@ -23,28 +23,50 @@ class Settings:
     small: bool
     seed: int
     epochs: int
-    fine_tune_epochs: int
     batch_size: int
     learning_rate: float
     momentum: float
-    k: float
-    ks: tuple[float, ...]
     save_every: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return what decides the results, as JSON can hold it: not where files lie or how often they are saved."""
         free = ("data_dir", "out", "resume", "save_every")
         chosen = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-        return {**chosen, "ks": list(self.ks)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-# Defaults that --small changes; a number given on the command line wins over both.
-FULL: dict[str, Any] = {"epochs": 25, "fine_tune_epochs": 10, "ks": (0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5)}
-SMALL: dict[str, Any] = {"epochs": 2, "fine_tune_epochs": 1, "ks": (1.0, 2.0)}
+@dataclasses.dataclass(frozen=True)
+class SweepSettings(Settings):
+    """What the run of `cnn.py` depends on; `k` and `ks` are thresholds in standard deviations of a layer."""
+
+    fine_tune_epochs: int
+    k: float
+    ks: tuple[float, ...]
 
 
-def parse(description: str, out: str, arguments: Sequence[str] | None = None) -> Settings:
-    """Read the command line; like every argparse program, print the usage and exit with code 2 if it is wrong.
+SettingsOf = TypeVar("SettingsOf", bound=Settings)
+
+
+class Presets(NamedTuple):
+    """Defaults that --small changes; what is given on the command line wins over both."""
+
+    full: dict[str, Any]
+    small: dict[str, Any]
+
+    def help(self, name: str) -> str:
+        """Return both defaults of an option, for its help."""
+        shown = (" ".join(map(str, x)) if isinstance(x, tuple) else x for x in (self.full[name], self.small[name]))
+        return "(default: {}, with --small {})".format(*shown)
+
+
+SWEEP = Presets(
+    full={"epochs": 25, "fine_tune_epochs": 10, "ks": (0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5)},
+    small={"epochs": 2, "fine_tune_epochs": 1, "ks": (1.0, 2.0)},
+)
+
+
+def parse(description: str, out: str, arguments: Sequence[str] | None = None) -> SweepSettings:
+    """Read the command line of `cnn.py`; like every argparse program, print the usage and exit with code 2 if wrong.
 
     Args:
       description: what the program does, for --help.
@@ -53,65 +75,68 @@ def parse(description: str, out: str, arguments: Sequence[str] | None = None) ->
 
     Returns:
       The settings, complete and in range.
+
+    Raises:
+      UsageError: the strengths of the sweep do not rise.
     """
-    parser = argparse.ArgumentParser(description=description)
-    add_options(parser, out)
-    return settings(parser.parse_args(arguments))
+    options = parser(description, out, SWEEP)
+    add = options.add_argument
+    add("--fine-tune-epochs", type=count(1), help=f"after each pruning {SWEEP.help('fine_tune_epochs')}")
+    add("--k", type=number(), default=1.0, help="prune below k standard deviations of a layer (default: %(default)s)")
+    add("--ks", type=number(), nargs="+", metavar="K", help=f"of the sweep, rising {SWEEP.help('ks')}")
+    chosen = complete(SweepSettings, options.parse_args(arguments), SWEEP)
+    require_rising("--ks", chosen.ks)
+    return chosen
 
 
-def add_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the options of a run to a parser, for `settings` to read."""
-    add = parser.add_argument
+def parser(description: str, out: str, presets: Presets) -> argparse.ArgumentParser:
+    """Return a parser of the options that all runs share; a program adds its own."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = options.add_argument
     default = "(default: %(default)s)"
     add("--dataset", default="digits", help=f"digits, mnist, fashion_mnist, cifar10 or another of TFDS {default}")
     add("--data-dir", type=Path, help="folder of prepared data sets (default: the user's cache)")
     add("--out", type=Path, default=Path(out), help=f"folder for results, figures and checkpoints {default}")
     add("--resume", action="store_true", help="continue the run in --out; otherwise it is replaced")
     add("--small", action="store_true", help="few images, epochs and strengths, to see that everything runs")
-    add("--seed", type=_count(0), default=0, help=f"of the first weights and the images' order {default}")
-    add("--epochs", type=_count(1), help=f"of dense training {_presets('epochs')}")
-    add("--fine-tune-epochs", type=_count(1), help=f"after each pruning {_presets('fine_tune_epochs')}")
-    add("--batch-size", type=_count(1), default=32, help=f"images per step {default}")
-    add("--learning-rate", type=_number(), default=0.01, help=f"of the gradient descent {default}")
-    add("--momentum", type=_number(high=1), default=0.9, help=f"of the gradient descent {default}")
-    add("--k", type=_number(), default=1.0, help=f"prune below k standard deviations of a layer {default}")
-    add("--ks", type=_number(), nargs="+", metavar="K", help=f"of the sweep, rising {_presets('ks')}")
-    add("--save-every", type=_count(1), default=10, metavar="EPOCHS", help=f"between checkpoints {default}")
+    add("--seed", type=count(0), default=0, help=f"of the first weights and the images' order {default}")
+    add("--epochs", type=count(1), help=f"of each network's training {presets.help('epochs')}")
+    add("--batch-size", type=count(1), default=32, help=f"images per step {default}")
+    add("--learning-rate", type=number(), default=0.01, help=f"of the gradient descent {default}")
+    add("--momentum", type=number(high=1), default=0.9, help=f"of the gradient descent {default}")
+    add("--save-every", type=count(1), default=10, metavar="EPOCHS", help=f"between checkpoints {default}")
+    return options
 
 
-def settings(options: argparse.Namespace) -> Settings:
-    """Complete the options that `add_options` has read.
-
-    Raises:
-      UsageError: the strengths of the sweep do not rise.
-    """
-    preset = SMALL if options.small else FULL
-    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
+def complete(kind: type[SettingsOf], options: argparse.Namespace, presets: Presets) -> SettingsOf:
+    """Return the settings that a parser has read, with the preset for what was not given."""
+    preset = presets.small if options.small else presets.full
+    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(kind)}
     chosen.update({name: value for name, value in preset.items() if chosen[name] is None})
-    chosen["ks"] = tuple(chosen["ks"])
-    if any(low >= high for low, high in zip(chosen["ks"], chosen["ks"][1:], strict=False)):
-        raise UsageError(f"--ks must rise, since each prunes what the one before has left; got {chosen['ks']}")
-    return Settings(**chosen)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
 
 
-def _presets(name: str) -> str:
-    full, small = FULL[name], SMALL[name]
-    if isinstance(full, tuple):
-        full, small = (" ".join(map(str, strengths)) for strengths in (full, small))
-    return f"(default: {full}, with --small {small})"
+def require_rising(option: str, strengths: Sequence[float]) -> None:
+    """Raise a UsageError unless each strength is above the one before."""
+    if any(low >= high for low, high in zip(strengths, strengths[1:], strict=False)):
+        raise UsageError(f"{option} must rise, since each prunes what the one before has left; got {tuple(strengths)}")
 
 
-def _count(low: int) -> Any:
+def count(low: int) -> Any:
+    """Return a type of option: a whole number of at least `low`."""
+
     def count(text: str) -> int:
-        number = int(text)
-        if number < low:
+        value = int(text)
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return number
+        return value
 
     return count
 
 
-def _number(high: float = math.inf) -> Any:
+def number(high: float = math.inf) -> Any:
+    """Return a type of option: a finite number between 0 and `high`."""
+
     def number(text: str) -> float:
         value = float(text)
         if not 0 <= value <= high or math.isinf(value):

@@ -42,6 +42,9 @@ def prune(
     Placement: last in the chain, as `keep_pruned`. Inside ``optax.MultiSteps`` it counts the updates that are emitted
     (what it makes of the others is thrown away); after it, every mini-step.
 
+    From a dense run: with ``tx = optax.chain(dense, prune(...))`` and the parameters and the state of `dense` from its
+    checkpoint, go on with the state ``(dense_state, *tx.init(params)[1:])``; the schedule begins at that update.
+
     Args:
         make: ``(params, k) -> masks``, for example ``functools.partial(make_masks, rule=rules.global_sparsity)``.
         schedule: k as an optax schedule of the update's number (from 0), or a number; one for all layers (to give each

@@ -39,6 +39,15 @@ def straight_through(params: Any, masks: Any, backward: Any = None) -> Any:
     >>> jax.grad(lambda p: jnp.sum(5 * straight_through(p, masks)[0]))([jnp.array([3.0, 2.0])])[0].tolist()
     [5.0, 5.0]
 
+    Top-KAST makes both masks anew in the loss; a weight that only `backward` keeps is trained, but not used yet.
+
+    >>> from jaxprune import make_masks
+    >>> def loss(p):  # std = 1.9
+    ...     return jnp.sum(5 * straight_through(p, make_masks(p, 2.0), make_masks(p, 1.0))["kernel"])
+    >>> params = {"kernel": jnp.array([[6.0, 2.0, 1.0, 1.0, 2.0, 0.0]])}
+    >>> jax.grad(loss)(params)["kernel"].tolist()
+    [[5.0, 5.0, 0.0, 0.0, 5.0, 0.0]]
+
     Reference: Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013;
     Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, section 2.1.
     """

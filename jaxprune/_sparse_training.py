@@ -81,8 +81,9 @@ def rigl(
     At the updates 0, every, 2 * every, ... and at `until`, the last one, each layer loses the fraction `drop_fraction`
     of its weights (rounded down), those of the smallest magnitude, and gains as many at the positions of the largest
     gradients; its number of weights never changes. Such an update changes masks only; at all others `inner` steps with
-    the masked gradient. New weights start at zero with the optimizer's state fresh. A weight that is dropped and grown
-    at once just stays. Pruned weights are exactly ``+0.0`` after every ``optax.apply_updates``.
+    the masked gradient. New weights start at zero with the optimizer's state fresh, but for statistics that weights share
+    (the row and column sums of a factored Adafactor), which stay. A weight that is dropped and grown at once just
+    stays. Pruned weights are exactly ``+0.0`` after every ``optax.apply_updates``.
 
     Placement: outermost, around the whole optimizer, since growing needs the gradient before the optimizer sees it; for
     accumulated gradients inside ``optax.MultiSteps``, where it counts the updates that are emitted. It needs the dense
@@ -246,24 +247,24 @@ def _drop_and_grow(
     ) -> tuple[Any, SparseTrainingState]:
         require_params(params, title)
 
-        def step(state: SparseTrainingState) -> tuple[Any, SparseTrainingState]:
-            return _inner_update(inner, updates, state, params, extra_args)
-
-        shapes = jax.eval_shape(step, state)[0]
-
-        def change(state: SparseTrainingState) -> tuple[Any, SparseTrainingState]:
+        def change(masks: Any) -> Any:
             share = jnp.asarray(fraction(state.count) if callable(fraction) else fraction, jnp.float32)
             changed = _change(state, updates, params, share, growth, prunable, stacked)
             if log is not None:
-                scalars = {"step": state.count, "drop_fraction": share}
-                tell(log, scalars, params, params, state.masks, changed, stacked)
-            still = jax.tree.map(lambda update, like: jnp.zeros_like(update, dtype=like.dtype), updates, shapes)
-            grown = jax.tree.map(lambda new, old: new & ~old, changed, state.masks)
-            inner_state = refresh(state.inner_state, lambda: inner.init(params), grown)
-            count = optax.safe_increment(state.count)
-            return enforce(still, params, changed), SparseTrainingState(count, changed, inner_state)
+                tell(log, {"step": state.count, "drop_fraction": share}, params, params, masks, changed, stacked)
+            return changed
 
-        return jax.lax.cond(is_due(state.count, every, until), change, step, state)
+        due = is_due(state.count, every, until)
+        masks = jax.lax.cond(due, change, lambda masks: masks, state.masks)
+        grown = jax.tree.map(lambda new, old: new & ~old, masks, state.masks)
+        # The optimizer steps in any case and is not heard when masks change: inside a conditional, its state and the
+        # updates would be copied at every step.
+        stepped, stepped_state = inner.update(_masked(updates, state.masks), state.inner_state, params, **extra_args)
+        still = jax.tree.map(jnp.zeros_like, stepped)
+        refreshed = refresh(state.inner_state, lambda: inner.init(params), grown)
+        inner_state = optax.tree.where(due, refreshed, stepped_state)
+        held = enforce(optax.tree.where(due, still, stepped), params, masks)
+        return held, SparseTrainingState(optax.safe_increment(state.count), masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

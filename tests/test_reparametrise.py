@@ -3,12 +3,13 @@
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from one_layer import KEEP, KERNEL, MASKS, assert_positive_zeros, dense_params, loss, step
+from one_layer import KEEP, KERNEL, MASKS, TARGET, assert_positive_zeros, dense_params, loss, step
 
 from jaxprune import apply_masks, decay_pruned, make_masks, merge_lora, rules, soft_threshold, straight_through
 
@@ -82,6 +83,40 @@ def test_masked_weights_stay_zero_through_quantisation():
     assert_positive_zeros(np.asarray(kernel)[~KEEP])
     assert 0 < np.abs(kernel - np.where(KEEP, KERNEL, 0)).max() < np.abs(KERNEL).max() / 127
     np.testing.assert_allclose(jax.grad(lambda p: slanted(forward(p)))(dense_params())["kernel"], SLOPE, rtol=1e-6)
+
+
+# qwix looks for a class by a name that Flax has given up.
+@pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning")
+def test_masked_weights_stay_zero_through_qwix():
+    """The fake-quantised forward pass of qwix, on a layer that reads off its kernel row by row."""
+    qwix = pytest.importorskip("qwix", reason="qwix is not installed")
+    rule = qwix.QtRule(module_path=".*", weight_qtype=jnp.int8)
+    layer = qwix.quantize_model(nn.Dense(3, use_bias=False), qwix.QtProvider([rule]))
+
+    def forward(params: Any) -> jax.Array:
+        kernel = straight_through(params, MASKS)["kernel"]
+        return layer.apply({"params": {"kernel": kernel}}, jnp.eye(4))
+
+    kernel = np.asarray(forward(dense_params()))
+    np.testing.assert_array_equal(kernel[~KEEP], 0.0)
+    assert 0 < np.abs(kernel - np.where(KEEP, KERNEL, 0)).max() < np.abs(KERNEL).max() / 127
+    grads = jax.grad(lambda params: jnp.sum(forward(params) * SLOPE))(dense_params())
+    assert (np.asarray(grads["kernel"]) != 0).all()
+
+
+def test_top_kast_trains_a_superset_of_what_the_loss_sees():
+    """Equation 3 with masks made anew in every step: A the largest quarter of the kernel, B the largest half."""
+    exactly = functools.partial(make_masks, rule=rules.layer_sparsity, prunable={"kernel": True, "bias": False})
+    grad = jax.jit(jax.grad(lambda params: loss(straight_through(params, exactly(params, 0.75), exactly(params, 0.5)))))
+    params, kernel, moved = dense_params(), KERNEL.astype(np.float64), np.zeros((4, 3), bool)
+    for _ in range(10):
+        params = jax.tree.map(lambda leaf, slope: leaf - 0.05 * slope, params, grad(params))
+        rank = np.argsort(np.argsort(-np.abs(kernel).ravel())).reshape(4, 3)
+        kernel = kernel - 0.05 * np.where(rank < 6, 2 * (np.where(rank < 3, kernel, 0) - TARGET), 0)
+        moved |= rank < 6
+        np.testing.assert_allclose(params["kernel"], kernel, atol=1e-5)
+    assert (np.asarray(params["kernel"]) == KERNEL)[~moved].all()
+    assert 6 <= moved.sum() < 12
 
 
 # --- SR-STE. ---
