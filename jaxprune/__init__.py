@@ -3,6 +3,7 @@
 from jaxprune import plot as plot
 from jaxprune import rules as rules
 from jaxprune import scores as scores
+from jaxprune import storage as storage
 from jaxprune._algebra import intersect as intersect
 from jaxprune._algebra import invert as invert
 from jaxprune._algebra import masks_of as masks_of
@@ -46,3 +47,10 @@ from jaxprune._transforms import KeepPrunedState as KeepPrunedState
 from jaxprune._transforms import keep_pruned as keep_pruned
 from jaxprune._transforms import keep_zeros as keep_zeros
 from jaxprune._transforms import masks_in as masks_in
+from jaxprune.storage import Saved as Saved
+from jaxprune.storage import StorageError as StorageError
+from jaxprune.storage import load_sparse as load_sparse
+from jaxprune.storage import multiply_bcsr as multiply_bcsr
+from jaxprune.storage import read_metadata as read_metadata
+from jaxprune.storage import save_sparse as save_sparse
+from jaxprune.storage import to_bcsr as to_bcsr

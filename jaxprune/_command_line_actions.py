@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -85,16 +86,18 @@ def diff(options: argparse.Namespace) -> bool:
 
 
 def report(options: argparse.Namespace) -> bool:
-    """Write a page about a model."""
-    from jaxprune.storage import load_sparse
-
-    _refuse_existing(Path(options.out), options.force)
-    if Path(options.model).is_dir():
-        raise ValueError(f"{options.model} is a folder; a page is made of one file, such as jaxprune convert writes.")
+    """Write a page about a model; unlike the others, this holds the whole model in memory."""
     import jaxprune
 
-    params, masks = load_sparse(options.model)
-    jaxprune.report(options.out, params, masks)
+    _refuse_existing(Path(options.out), options.force)
+    params, masks = {}, {}
+    with Checkpoint(options.model) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            values, mask = tensor.load()
+            mask = mask if tensor.encoded else _files.nonzero(tensor, values)
+            path = _files.path_of(name)
+            params[path], masks[path] = values, np.ones(values.shape, bool) if mask is None else mask
+    jaxprune.report(options.out, params, masks, title=Path(options.model).name)
     return True
 
 
@@ -214,8 +217,14 @@ def _bar(title: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller: rich would exit with the code that means a difference."""
+        raise
+
+
 def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def _print_json(value: Any) -> None:

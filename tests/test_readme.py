@@ -12,7 +12,8 @@ import jaxprune
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_python_blocks_run_in_order_and_keep_pruned_weights_at_zero():
+def test_python_blocks_run_in_order_and_keep_pruned_weights_at_zero(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them saves a file
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     names: dict = {}

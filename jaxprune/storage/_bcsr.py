@@ -83,5 +83,5 @@ def _rows(path: str, values: np.ndarray, mask: np.ndarray) -> "BCSR":
     ends = np.cumsum(np.count_nonzero(mask, axis=1))
     columns = np.flatnonzero(mask) % mask.shape[1]
     pointers = np.concatenate([[0], ends]).astype(np.int32)
-    buffers = jnp.asarray(take(values, mask)), jnp.asarray(columns, np.int32), jnp.asarray(pointers)
-    return BCSR(buffers, shape=mask.shape, indices_sorted=True, unique_indices=True)
+    data, indices, indptr = jax.device_put((take(values, mask), columns.astype(np.int32), pointers))
+    return BCSR((data, indices, indptr), shape=mask.shape, indices_sorted=True, unique_indices=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import rules
@@ -169,7 +168,7 @@ def _mask_of_one(rule: Rule, k: float, name: str, values: np.ndarray) -> np.ndar
     path = path_of(name)
     # Rules rank no 8-bit floats, nor more than 32 bits unless JAX is told to.
     wide = values if values.dtype.itemsize in (2, 4) else values.astype(np.float32)
-    return np.asarray(make_masks({path: jnp.asarray(wide)}, k, rule=rule, prunable={path: True})[path])
+    return np.asarray(make_masks({path: jax.device_put(wide)}, k, rule=rule, prunable={path: True})[path])
 
 
 def stored_or_paying(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
@@ -211,7 +210,5 @@ def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, 
         return Encoded({tensor.name: plain}, kept)
     fits = quantize and is_floating(values) and values.dtype.itemsize > 1 and values.size
     bits = quantize if fits and (mask is not None or is_kernel(path_of(tensor.name), values)) else None
-    if bits and not np.isfinite(values if mask is None else values[mask]).all():
-        raise ValueError(f"{tensor.name} holds NaN or infinity, which has no integer code. Do not quantise this model.")
     outputs = outputs_of(tensor.name, values) if bits else ()
     return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)

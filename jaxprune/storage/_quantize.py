@@ -1,6 +1,6 @@
 """Weights as small integers: symmetric, with one scale for each output channel."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,15 +29,20 @@ def quantize(weights: np.ndarray, outputs: tuple[int, ...], bits: int) -> Codes:
     it compresses well. No weight moves by more than half its channel's scale, up to rounding in its own dtype.
 
     Args:
-        weights: a floating-point array, finite; those that are pruned are zero.
+        weights: a floating-point array; those that are pruned are zero.
         outputs: the axes that number the output channels.
         bits: 2 to 8.
+
+    Returns:
+        The codes and the scales. A scale is not finite where one of its channel's weights is not.
     """
     wide = weights.astype(np.promote_types(weights.dtype, np.float32))
     most = 2 ** (bits - 1) - 1
     inputs = tuple(axis for axis in range(wide.ndim) if axis not in outputs)
-    scale = _round_up(np.max(np.abs(wide), axis=inputs, keepdims=True, initial=0) / most).astype(weights.dtype)
+    scale = _round_up(np.max(np.abs(wide), axis=inputs, keepdims=True, initial=0) / most, weights.dtype)
     step = scale.astype(wide.dtype)
+    if not np.isfinite(step).all():
+        return Codes(np.zeros(wide.shape, np.int8), scale, np.nan, np.nan)
     # The scale of an empty channel is zero, or of one whose weights are too small to have any.
     ratio = np.divide(wide, step, out=np.zeros_like(wide), where=step > 0)
     codes = np.clip(np.rint(ratio, out=ratio), -most, most, out=ratio).astype(np.int8)
@@ -69,9 +74,11 @@ def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
     return ((halves ^ 8).astype(np.int8) - 8).astype(np.int8)
 
 
-def _round_up(scale: np.ndarray) -> np.ndarray:
-    mantissa, exponent = np.frexp(scale)
-    return np.ldexp(np.ceil(mantissa * 256) / 256, exponent)
+def _round_up(exact: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    mantissa, exponent = np.frexp(exact)
+    scale = np.ldexp(np.ceil(mantissa * 256) / 256, exponent).astype(dtype)
+    # The smallest numbers of a dtype have fewer bits, and casting to them may round down.
+    return np.where(scale < exact, np.nextafter(scale, np.array(np.inf, dtype)), scale)
 
 
 def _largest(values: np.ndarray) -> float:
@@ -79,5 +86,10 @@ def _largest(values: np.ndarray) -> float:
 
 
 def _norm(values: np.ndarray) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        norm = float(np.linalg.norm(values.reshape(-1)))
+    if 1e-15 < norm < 1e15:
+        return norm
+    # Squares of smaller or larger numbers may not be numbers.
     largest = _largest(values)
     return largest * float(np.linalg.norm(values.reshape(-1) / largest)) if largest else 0.0

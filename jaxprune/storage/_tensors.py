@@ -43,6 +43,7 @@ def encode(
     bits: int | None = None,
     outputs: tuple[int, ...] = (),
     exchange: bool = True,
+    title: str | None = None,
 ) -> Encoded:
     """Encode one tensor.
 
@@ -53,6 +54,7 @@ def encode(
         bits: 4 or 8 to quantise the kept values, None to keep them as they are.
         outputs: the axes that number the output channels; for quantising.
         exchange: whether to store what can be computed from the bitmask but belongs to the layout of others.
+        title: what messages call it; its name when None.
     """
     if mask is not None and mask.all():
         mask = None
@@ -64,6 +66,8 @@ def encode(
     if bits is not None:
         pruned = values if mask is None else np.where(mask, values, np.zeros_like(values))
         values, scale, largest_error, relative_error = _quantize.quantize(pruned, outputs, bits)
+        if not np.isfinite(largest_error):
+            raise ValueError(f"{title or name} holds NaN or infinity, which has no integer code. Do not quantise it.")
     if mask is None:
         parts = {"shape": np.array(values.shape, np.int64), "compressed": values.reshape(-1)}
     else:

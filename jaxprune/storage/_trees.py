@@ -107,11 +107,8 @@ def save_sparse(
     for path_, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, fitting, strict=True):
         values, kept = _as_numpy(name, path_, leaf, mask)
         bits = quantize if quantize and _quantizable(path_, values, kept) else None
-        if bits and not np.isfinite(values if kept is None else np.where(kept, values, 0)).all():
-            raise ValueError(f"{name} holds NaN or infinity, which has no integer code. Save it without quantize=.")
-        encoded = encode(
-            path_, values, kept, bits=bits, outputs=outputs_of(path_, values) if bits else (), exchange=not compress
-        )
+        outputs = outputs_of(path_, values) if bits else ()
+        encoded = encode(path_, values, kept, bits=bits, outputs=outputs, exchange=not compress, title=name)
         members[path_] = encoded.arrays
         pieces.append(_writer.ready(encoded.arrays))
         stored = sum(array.nbytes for array in encoded.arrays.values())
@@ -158,9 +155,7 @@ def load_sparse(path: str | os.PathLike[str], like: Any = None) -> tuple[Any, An
             )
         flat = flatten(like, "like")
         _check_like(file.path, {name: (t.shape, t.dtype) for name, t in stored.items()}, flat)
-        loaded = [
-            _placed(_to_arrays(*stored[name].load()), leaf) for name, leaf in zip(flat.paths, flat.leaves, strict=True)
-        ]
+        loaded = [_to_arrays(*stored[name].load(), leaf) for name, leaf in zip(flat.paths, flat.leaves, strict=True)]
     params, masks = zip(*loaded, strict=True) if loaded else ((), ())
     return flat.treedef.unflatten(params), flat.treedef.unflatten(masks)
 
@@ -240,16 +235,12 @@ def _as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, n
     return values, kept
 
 
-def _to_arrays(values: np.ndarray, mask: np.ndarray | None) -> tuple[Any, jax.Array]:
-    kept = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
+def _to_arrays(values: np.ndarray, mask: np.ndarray | None, like: Any = None) -> tuple[Any, jax.Array]:
+    """Put values and mask where `like` is, if it is an array; unlike jnp.asarray, this compiles nothing for a shape."""
+    sharding = like.sharding if isinstance(like, jax.Array) else None
+    kept = jax.device_put(np.ones(values.shape, bool) if mask is None else mask, sharding)
     exact = jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype
-    return (jnp.asarray(values) if exact else values), kept
-
-
-def _placed(pair: tuple[Any, jax.Array], like: Any) -> tuple[Any, Any]:
-    if not isinstance(like, jax.Array):
-        return pair
-    return jax.device_put(pair[0], like.sharding), jax.device_put(pair[1], like.sharding)
+    return (jax.device_put(values, sharding) if exact else values), kept
 
 
 def _check_like(path: Path, stored: Mapping[str, tuple[tuple[int, ...], Any]], flat: Flat) -> None:

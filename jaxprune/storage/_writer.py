@@ -54,7 +54,8 @@ def write(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], *, c
     header = _header(pieces, offsets, metadata)
     with _atomic.replacing(path) as file:
         if compress:
-            frame = _zstd.Compressor(file)
+            total = sum(spec.size for piece in pieces for spec in piece.specs.values())
+            frame = _zstd.Compressor(file, len(header) + total)
             frame.write(header)
             for arrays in map(_make, pieces):
                 for array in arrays.values():

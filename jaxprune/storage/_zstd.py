@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 MAGIC = b"\x28\xb5\x2f\xfd"
-LEVEL = 19  # the highest that does not ask for more memory to read
 CHUNK = 2**20
+# A small file may take its time, for the sake of its names and shapes. In a large one bits and codes repeat by chance
+# alone, and all that zstd can do is give frequent bytes short codes: short matches only lose.
+_SMALL = 2**20
+_THOROUGH, _FAST, _SHORTEST_MATCH = 19, 1, 7
 _WIDEST_WINDOW = 2**27  # what the zstd program reads without being told to
 
 
@@ -26,11 +29,17 @@ def _library() -> Any:
 class Compressor:
     """Write one zstd frame to a file; each piece begins a block of its own, with statistics of its own."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        """Begin a frame."""
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        """Begin a frame for so many bytes."""
         self._library = _library()
         self._file = file
-        self._frame = self._library.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
+        choose = self._library.ZstdCompressionParameters.from_level
+        if size <= _SMALL:
+            parameters = choose(_THOROUGH, source_size=size, write_checksum=True)
+        else:
+            strategy = self._library.STRATEGY_DFAST
+            parameters = choose(_FAST, strategy=strategy, min_match=_SHORTEST_MATCH, write_checksum=True)
+        self._frame = self._library.ZstdCompressor(compression_params=parameters).compressobj(size=size)
 
     def write(self, data: Any) -> None:
         """Compress a piece."""
