@@ -217,7 +217,8 @@ def summarize(
         masks: their masks, True = keep.
         prunable: which leaves count as prunable, as in `make_masks`.
         stacked: as in `make_masks`; each layer of a stack has a row of its own.
-        uses: by path, how often each weight multiplies in one call, to count multiply-accumulates; see `find_sites`.
+        uses: by path, how often each weight multiplies in one call, to count multiply-accumulates: once in a dense
+            layer, as often as there are output positions in a convolution; paths left out count none.
 
     Returns:
         A `Summary`: rows, totals of the prunable weights and of all, and remarks on layers that collapse.
