@@ -26,6 +26,9 @@ from jaxprune._prunable import Stacked, stack_axes
 from jaxprune._sharding import without_explicit_axes
 from jaxprune._synflow import synflow as synflow
 from jaxprune._synflow import synflow_masks as synflow_masks
+from jaxprune.oneshot._allocate import obs as obs
+from jaxprune.oneshot._wanda import ria as ria
+from jaxprune.oneshot._wanda import wanda as wanda
 
 
 @leaf_score

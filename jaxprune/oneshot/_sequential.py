@@ -1,0 +1,217 @@
+"""Prune layer by layer: each layer is calibrated on the outputs of the layers already pruned."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune._paths import is_floating
+from jaxprune._prunable import Predicate, choose
+from jaxprune.graph import _jaxpr
+from jaxprune.graph._contractions import Contraction
+from jaxprune.graph._find import Reading, read
+from jaxprune.graph._lanes import Lanes, Lockstep, Weights
+from jaxprune.graph._sites import Site, Sites
+from jaxprune.graph._views import Each
+from jaxprune.graph._walk import Place
+from jaxprune.oneshot._calibrate import Grams, calibrate_grams, inputs_of, require_alike
+from jaxprune.oneshot._damping import factorise
+from jaxprune.oneshot._solve import sites_of
+from jaxprune.oneshot._statistics import cross_products, grams
+
+# How much is added to the diagonal of a Gram matrix, as a share of its mean, to find the weights to aim at.
+_DAMPING = 0.01
+
+
+class Method(Protocol):
+    """A method that prunes a tree of parameters, as `sparsegpt` and `admm` do once their strength is given."""
+
+    def __call__(self, params: Any, grams: Grams, /, *, prunable: Predicate) -> tuple[Any, Any]:
+        """Return the pruned parameters and their masks."""
+
+
+def sequential(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    method: Method,
+    *,
+    target: Literal["dense", "current"] = "dense",
+    prunable: Predicate | Any = None,
+) -> tuple[Any, Any]:
+    """Prune layer by layer, in the order in which the function uses them, each on what the pruned layers before give.
+
+    Evaluates the function once for all batches in lockstep. Where data meets a prunable parameter, its Gram matrix is
+    taken on the pruned model's activations X~, the method prunes it, and evaluation goes on with the pruned weights.
+    With ``target="dense"`` the dense model is evaluated beside it, and the method is given not the weights W but those
+    that come closest to the dense model's outputs X W on the pruned model's inputs X~,
+    ``W* = (X~'X~ + d I)^-1 (X~'X + d I) W``, so that each layer also makes up for the errors of those before.
+
+    The layers of a scan are pruned one after the other. What is read more than once with other inputs (the weights
+    of a recurrent cell, tied weights, whatever stands within while or cond) is pruned first, in one go, on the
+    dense model's activations. Keeps the activations of all batches that are still needed at any one time: of a
+    transformer its residual stream. Not for use under jit.
+
+    Args:
+        fn: ``fn(params, *inputs)``, as in `calibrate_grams`.
+        params: a pytree of arrays.
+        batches: an iterable of inputs of equal shapes, as in `calibrate_grams`; all are kept.
+        method: ``(params, grams, prunable=...) -> (params, masks)``, for example
+            ``functools.partial(jaxprune.sparsegpt, k=0.5)``. It is called for one parameter, or one layer of a stack, at
+            a time: a tree prefix k reaches it whole, but k cannot differ within a stack.
+        target: what the pruned layer imitates: the outputs of the dense model, or (as published) its own outputs
+            before it was pruned, given the pruned model's inputs.
+        prunable: which leaves are pruned, as in `make_masks`.
+
+    Returns:
+        The pruned parameters and their masks, of the treedef of params; True = keep.
+
+    Raises:
+        ValueError: there is no batch, a batch has another shape than the first, a prunable parameter multiplies no data
+            in a way that is understood, or target is neither; and whatever the method raises.
+
+    >>> import functools, jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
+    >>> data = [jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])]
+    >>> method = functools.partial(jaxprune.sparsegpt, k=0.5, damping=0.0)
+    >>> pruned, masks = sequential(lambda params, x: x @ params["kernel"], params, data, method)
+    >>> pruned["kernel"].ravel().tolist()
+    [0.0, 2.5]
+
+    Reference: Frantar, Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023,
+    section 3 (layer by layer); the target is that of least squares between the two models' activations.
+    """
+    if target not in ("dense", "current"):
+        raise ValueError(f'sequential takes target="dense" or "current", not {target!r}.')
+    held = [inputs_of(batch) for batch in batches]
+    if not held:
+        raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
+    for number, inputs in enumerate(held):
+        require_alike(inputs, held[0], number)
+    reading = read(fn, params, held[0])
+    flat = reading.flat
+    chosen = choose(prunable, params, flat, [0] * len(flat.paths))
+    paths = {path for path, fits in zip(flat.paths, chosen, strict=True) if fits}
+    for path in paths:
+        sites_of(Grams(reading.sites, {}, {}), path, "sequential")
+    masks = [jnp.ones(jnp.shape(leaf), bool) for leaf in flat.leaves]
+    pruner = _Pruner(reading, method, target, list(flat.leaves), masks)
+    planned = _in_order(reading, paths)
+    at_once = paths - {site.path for site, _ in planned.values()}
+    if at_once:
+        found = calibrate_grams(fn, params, held, where=lambda site: site.path in at_once)
+        for path in at_once:
+            pruner.prune(path, found)
+    if planned:
+        pruner.run(held, planned)
+    return jax.tree.unflatten(flat.treedef, pruner.leaves), jax.tree.unflatten(flat.treedef, pruner.masks)
+
+
+_Planned = dict[tuple[Place, int], tuple[Site, Contraction]]
+
+
+def _in_order(reading: Reading, paths: set[str]) -> _Planned:
+    """The uses of parameters that can be pruned where they stand: read once, outside loops other than over layers."""
+    times: dict[Site, int] = {}
+    for site, _ in reading.uses.values():
+        times[site] = times.get(site, 0) + 1
+    planned: _Planned = {}
+    late: set[str] = set()
+    for (place, number), (site, use) in reading.uses.items():
+        if site.path not in paths:
+            continue
+        loops = _jaxpr.enclosing(reading.body, place)
+        over_layers = all(name == "scan" for name in loops) and len(loops) == len(use.piece.frames)
+        if times[site] == 1 and over_layers and all(frame.index is None for frame in use.piece.frames):
+            planned[place, number] = site, use.contraction
+        else:
+            late.add(site.path)
+    return {at: entry for at, entry in planned.items() if entry[0].path not in late}
+
+
+class _Pruner:
+    """The parameters as they are pruned, one after the other."""
+
+    def __init__(
+        self, reading: Reading, method: Method, target: str, leaves: list[Any], masks: list[jax.Array]
+    ) -> None:
+        self.leaves = leaves
+        self.masks = masks
+        self._reading = reading
+        self._method = method
+        self._target = target
+
+    def prune(self, path: str, found: Grams) -> None:
+        """Prune a leaf by its sites in `found`."""
+        flat = self._reading.flat
+        position = flat.paths.index(path)
+        # Other leaves are here only for the sake of tree prefixes.
+        tree = {other: jnp.zeros(()) for other, leaf in zip(flat.paths, flat.leaves, strict=True) if is_floating(leaf)}
+        tree[path] = jnp.asarray(self.leaves[position])
+        only = Grams(found.sites.select(lambda site: site.path == path), found.sums, found.counts)
+        weights, masks = self._method(tree, only, prunable=lambda other, _: other == path)
+        self.leaves[position] = weights[path]
+        self.masks[position] = self.masks[position] & masks[path]
+
+    def run(self, held: Sequence[tuple[Any, ...]], planned: _Planned) -> None:
+        """Evaluate the function for all batches, and prune where data meets parameters."""
+        weights = Weights(list(self._reading.flat.leaves), list(self.leaves))
+        left = sum(
+            math.prod(step.size for step in site.steps if isinstance(step, Each)) for site, _ in planned.values()
+        )
+
+        def visit(place: Place, number: int, layers: tuple[int, ...], data: Lanes) -> bool:
+            nonlocal left
+            site, contraction = planned[place, number]
+            self._prune_one(site.entry(layers), contraction, data)
+            position = self._reading.flat.paths.index(site.path)
+            weights.replace(position, self.leaves[position])
+            left -= 1
+            return left > 0
+
+        inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
+        lockstep = Lockstep(weights, set(planned), visit, dense=self._target == "dense")
+        lockstep.run(self._reading.body, inputs)
+
+    def _prune_one(self, site: Site, contraction: Contraction, data: Lanes) -> None:
+        gram, counts = _sum(_grams(contraction, tuple(x)) for x in zip(*(lane.current for lane in data), strict=True))
+        group = site.groups[0]
+        position = self._reading.flat.paths.index(site.path)
+        moved = any(lane.current is not lane.dense for lane in data)
+        if self._target == "dense" and moved and contraction.kind in ("dot", "conv"):
+            pairs = zip(data[0].current, data[0].dense, strict=True)
+            cross = _sum(_cross_products(contraction, x, y) for x, y in pairs)
+            leaf = jnp.asarray(self.leaves[position])
+            aim = _aim(site.matrices(leaf).astype(jnp.float32), gram, cross)
+            self.leaves[position] = site.put(leaf, aim)
+        self.prune(site.path, Grams(Sites((site,)), {group: gram}, {group: counts}))
+
+
+_grams = jax.jit(grams, static_argnums=0)
+_cross_products = jax.jit(cross_products, static_argnums=0)
+
+
+def _sum(parts: Iterable[Any]) -> Any:
+    return functools.reduce(lambda total, part: jax.tree.map(jnp.add, total, part), parts)
+
+
+@jax.jit
+def _aim(weights: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
+    """The weights [N, I, O] that bring the outputs on pruned inputs closest to the dense ones, in the damped sense.
+
+    ``(H + d I)^-1 (G + d I) W`` is ``W + (H + d I)^-1 (G - H) W``.
+    """
+
+    def one(weights: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
+        factor = factorise(gram, jnp.float32(_DAMPING))
+        live = ~factor.dead
+        mean = jnp.sum(jnp.where(live, jnp.diagonal(gram), 0.0)) / jnp.maximum(jnp.sum(live), 1)
+        missing = jnp.matmul(cross - gram, weights, precision="highest") / jnp.where(mean > 0, mean, 1.0)
+        half = jax.lax.linalg.triangular_solve(factor.root, missing, left_side=True, lower=False)
+        change = jax.lax.linalg.triangular_solve(factor.root, half, left_side=True, lower=False, transpose_a=True)
+        return weights + jnp.where(live[:, None] & jnp.isfinite(change), change, 0.0)
+
+    return jax.vmap(one)(weights, gram, cross)

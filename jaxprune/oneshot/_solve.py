@@ -1,0 +1,229 @@
+"""From trees to matrices and back: every site of every leaf that is pruned, one method for all."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxprune import _guard
+from jaxprune._layers import Layer, is_scalar
+from jaxprune._paths import flatten, is_floating, require_arrays, spread
+from jaxprune._prunable import Predicate, choose
+from jaxprune.graph._sites import Site
+from jaxprune.oneshot._calibrate import Grams
+from jaxprune.oneshot._damping import Factor, factorise
+from jaxprune.oneshot._pattern import Pattern
+
+# Matrices of up to so many entries, with their Gram matrices, are solved side by side; larger ones one by one.
+_SIDE_BY_SIDE = 2**20
+
+
+class DampingWarning(UserWarning):
+    """A Gram matrix was singular to working precision, and more was added to its diagonal than was asked for."""
+
+
+class Solution(NamedTuple):
+    """What a method finds for the matrices of one site.
+
+    Attributes:
+        weights: [N, inputs, outputs], float32.
+        mask: [N, inputs, outputs], True = keep.
+        damping: [N], the share of the mean diagonal that was added to each Gram matrix.
+        condition: [N], a lower bound of the condition number before more than asked for was added.
+    """
+
+    weights: jax.Array
+    mask: jax.Array
+    damping: jax.Array
+    condition: jax.Array
+
+
+# (weights [N, I, O], grams [N, I, I], a third array for each matrix or weight) -> Solution
+Method = Callable[[jax.Array, jax.Array, jax.Array], Solution]
+
+
+def prune_sites(
+    params: Any,
+    grams: Grams,
+    k: Any,
+    method: Method,
+    *,
+    title: str,
+    pattern: Pattern,
+    damping: float,
+    prunable: Predicate | Any,
+) -> tuple[Any, Any]:
+    """Prune every prunable leaf by a method that takes matrices, Gram matrices and the pattern's strengths.
+
+    Args:
+        params: a pytree of arrays.
+        grams: of the function that uses them.
+        k: the strength: a number, a scalar array or a tree prefix.
+        method: what to do with the matrices of one site.
+        title: the method's name for messages.
+        pattern: which weights of a matrix the method removes.
+        damping: what the method was asked to add, for messages.
+        prunable: as in `make_masks`.
+
+    Returns:
+        The pruned parameters and their masks.
+    """
+    require_arrays(flatten(params, "params"))
+    flat = grams.sites.check(params)
+    chosen = choose(prunable, params, flat, [0] * len(flat.paths))
+    ks = [k] * len(flat.paths) if is_scalar(k) else spread(k, flat.paths, "k")
+    leaves, masks = [], []
+    for path, name, leaf, fits, strength in zip(flat.paths, flat.names, flat.leaves, chosen, ks, strict=True):
+        mask = jnp.ones(np.shape(leaf), bool) if not is_floating(leaf) else jnp.ones_like(leaf, dtype=bool)
+        for site in sites_of(grams, path, title) if fits else ():
+            weights, order = _in_groups(site, leaf, pattern.group)
+            layer = Layer("kernel", name, weights, stack=1)
+            found = method(weights, _grams(grams, site, order), pattern.strength(strength, layer))
+            report(found, name, damping)
+            leaf = _put(site, leaf, found.weights, order)
+            mask = _put(site, mask, found.mask, order)
+        leaves.append(leaf)
+        masks.append(mask)
+    return flat.treedef.unflatten(leaves), flat.treedef.unflatten(masks)
+
+
+def sites_of(grams: Grams, path: str, title: str) -> tuple[Site, ...]:
+    """The sites of a leaf that is to be pruned; raise where there is none, or two of them share weights."""
+    sites = grams.sites.at(path)
+    unresolved = [entry.reason for entry in grams.sites.unresolved if entry.path == path]
+    if unresolved:
+        raise ValueError(
+            f"{title} knows not all inputs of {sites[0].name}: {'; '.join(unresolved)}. Leave it dense with prunable=..."
+        )
+    operations = {site.operation for site in sites}
+    if "gather" in operations:
+        raise ValueError(
+            f"{sites[0].name} is a table of which rows are read{', and a matrix as well' if len(sites) > 1 else ''}; "
+            f"{title} prunes what multiplies data only. Leave it dense with prunable=..."
+        )
+    if len(sites) > 1 and _overlap(sites):
+        raise ValueError(
+            f"{sites[0].name} multiplies data in {len(sites)} ways that share weights (tied or transposed); {title} "
+            "has one Gram matrix for each way and cannot serve both. Leave it dense with prunable=..."
+        )
+    return sites
+
+
+def _overlap(sites: Sequence[Site]) -> bool:
+    with jax.ensure_compile_time_eval():
+        uses = jnp.zeros(sites[0].shape, jnp.int32)
+        for site in sites:
+            uses = site.put(uses, site.matrices(uses) + 1)
+        return int(uses.max(initial=0)) > 1
+
+
+def as_matrices(site: Site, leaf: Any) -> jax.Array:
+    """The leaf as matrices [N, inputs, outputs] of float32; what is not finite is zero, and so does not spread."""
+    matrices = site.matrices(leaf).astype(jnp.float32)
+    return jnp.where(jnp.isfinite(matrices), matrices, 0.0)
+
+
+def _in_groups(site: Site, leaf: Any, group: int) -> tuple[jax.Array, np.ndarray | None]:
+    """The leaf as matrices whose neighbouring rows form groups, and the order of rows where that is another one."""
+    matrices = as_matrices(site, leaf)
+    if group == 1 or site.operation != "conv":
+        return matrices, None
+    if site.input_axis is None:
+        raise ValueError(
+            f"The inputs of {site.name} run along axes {site.in_axes} of {site.shape}, not along one: they form no "
+            f"groups of {group}. Leave this parameter dense with prunable=..."
+        )
+    # Rows run over the window for each channel; groups are of channels.
+    channels = site.shape[site.input_axis]
+    if channels % group:
+        raise ValueError(
+            f"Groups of {group} do not divide the {channels} input channels of {site.name}. Leave this parameter "
+            "dense with prunable=..."
+        )
+    order = np.arange(site.matrix_shape[1]).reshape(channels, -1).T.ravel()
+    return matrices[:, order], order
+
+
+def _grams(grams: Grams, site: Site, order: np.ndarray | None) -> jax.Array:
+    gram = grams.of(site).astype(jnp.float32)
+    return gram if order is None else gram[:, order][:, :, order]
+
+
+def _put(site: Site, leaf: jax.Array, matrices: jax.Array, order: np.ndarray | None) -> jax.Array:
+    return site.put(leaf, matrices if order is None else matrices[:, np.argsort(order)])
+
+
+def check_damping(damping: float, title: str) -> None:
+    """Raise a ValueError unless damping is a finite number of at least 0."""
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
+        raise ValueError(f"{title} takes damping >= 0, a finite number; got {damping!r}.")
+
+
+def report(found: Solution, name: str, damping: float) -> None:
+    """Say where a Gram matrix was singular or not a number, unless it is traced."""
+    if not _guard.is_known(found.damping):
+        return
+    used, condition = np.asarray(found.damping), np.asarray(found.condition)
+    if not np.isfinite(used).all():
+        raise ValueError(
+            f"The Gram matrix of {name} is not finite: some calibration data or activations are NaN or infinite. "
+            "Look at the batches, or leave this parameter dense with prunable=..."
+        )
+    raised = used > damping * (1 + 1e-6)
+    if raised.any():
+        worst = condition[raised].max()
+        shown = f"has a condition number of at least {worst:.1g}" if np.isfinite(worst) else "is singular"
+        warnings.warn(
+            f"In float32 the Gram matrix of {name} {shown} (fewer samples than features, or features that depend on "
+            f"each other): damping was raised from {damping:g} to {used.max():.1g} of its mean diagonal. More samples, "
+            "or a larger damping=..., avoid this.",
+            DampingWarning,
+            stacklevel=4,
+        )
+
+
+def solve_each(
+    solve: Callable[[jax.Array, Factor, jax.Array], tuple[jax.Array, jax.Array]],
+    weights: jax.Array,
+    grams: jax.Array,
+    others: jax.Array,
+    damping: jax.Array,
+) -> Solution:
+    """Solve for each of N matrices by itself; small ones side by side.
+
+    On a mesh with Explicit axes the work is left to the compiler; weights and mask are sharded as the weights.
+
+    Args:
+        solve: (weights [inputs, outputs], the factorised Gram matrix, the matrix's entry of `others`) -> weights, mask.
+            It sees weights of dead features as zeros, which go first; those it keeps stay what they were.
+        weights: [N, inputs, outputs], float32.
+        grams: [N, inputs, inputs], float32.
+        others: [N, ...].
+        damping: ().
+    """
+
+    def of_one(weights: jax.Array, gram: jax.Array, other: jax.Array) -> Solution:
+        factor = factorise(gram, damping)
+        dead = factor.dead[:, None]
+        found, mask = solve(jnp.where(dead, 0.0, weights), factor, other)
+        return Solution(jnp.where(mask & dead, weights, found), mask, factor.damping, factor.condition)
+
+    def of_all(*arrays: jax.Array) -> Solution:
+        n, inputs, outputs = weights.shape
+        if n == 1:
+            return jax.tree.map(lambda array: array[None], of_one(*(array[0] for array in arrays)))
+        if n * inputs * (inputs + outputs) <= _SIDE_BY_SIDE:
+            return jax.vmap(of_one)(*arrays)
+        return jax.lax.map(lambda each: of_one(*each), arrays)
+
+    sharding = jax.typeof(weights).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return of_all(weights, grams, others)
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    shardings: tuple[Any, ...] = (sharding, sharding, whole, whole)
+    return jax.sharding.auto_axes(of_all, out_sharding=Solution(*shardings))(weights, grams, others)

@@ -1,0 +1,236 @@
+"""SparseGPT: a matrix loses weights row by row, and the rows to come make up for each loss."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune import rules
+from jaxprune._prunable import Predicate
+from jaxprune.oneshot._calibrate import Grams
+from jaxprune.oneshot._damping import Factor, inverse_root
+from jaxprune.oneshot._pattern import Pattern, Rule, read_pattern
+from jaxprune.oneshot._solve import Solution, check_damping, prune_sites, solve_each
+
+# Rows whose errors are handed on one by one; more rows at a time leave the processor's nearest cache.
+_ROWS = 16
+# From so many rows on, products leave out rows that are zero, by choosing among so many sizes.
+_SPLIT, _PRODUCTS = 512, 16
+
+
+# Rows whose masks are chosen together unless the caller says otherwise: few adapt best to what the rows before have lost.
+_MASK_BLOCK = 32
+
+
+def sparsegpt(
+    params: Any,
+    grams: Grams,
+    k: Any,
+    *,
+    rule: Rule = rules.layer_sparsity,
+    damping: float = 0.01,
+    mask_block: int | None = None,
+    block: int = 128,
+    prunable: Predicate | Any = None,
+) -> tuple[Any, Any]:
+    """Prune by SparseGPT: choose weights by optimal brain surgery, and let those to the right make up for the loss.
+
+    The inputs of every layer are gone through in order. When a weight goes, its unit's later weights move so that the
+    layer's outputs on the calibration data change least. Counts are exact, those of the rule: ``round(k * n)`` of every
+    matrix, or of every unit, or N of every M inputs. Weights of inputs that are zero in all samples go first; those of
+    them that stay keep their values. A weight that is not finite counts as zero. Computed in float32 (the weights of a
+    layer in another dtype are cast back), compiled once for each shape; works under ``jit`` and on sharded parameters,
+    where layers sharded over their outputs need scalar collectives only.
+
+    Args:
+        params: a pytree of arrays.
+        grams: from `calibrate_grams` of the function that uses them.
+        k: the rule's strength: a number, a scalar array (may be traced) or a tree prefix of params; where a leaf holds N
+            matrices (stacked layers, experts, groups of a convolution), each is pruned by itself and k may be ``[N]``.
+        rule: `rules.layer_sparsity`, `rules.row_sparsity` or ``rules.n_m(m)`` (static).
+        damping: the share of the mean diagonal that is added to a Gram matrix, >= 0; it grows tenfold, with a warning,
+            where float32 cannot factorise the sum.
+        mask_block: how many inputs have their masks chosen together, at most `block`; None takes 32, for
+            `rules.row_sparsity` `block`, and for N:M rules the size of a group (static). The reference takes 128.
+        block: after how many inputs, rounded down to whole mask blocks, the errors are handed on to all later ones;
+            changes the speed only (static).
+        prunable: which leaves to prune, as in `make_masks`.
+
+    Returns:
+        The pruned parameters and their masks, both of the treedef of params; True = keep.
+
+    Raises:
+        ValueError: a prunable leaf multiplies no calibrated data, or is of another shape; k, the rule or a block does
+            not fit; a Gram matrix is not finite. The message names the leaf.
+
+    Warns:
+        DampingWarning: damping was raised.
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
+    >>> data = jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> grams = jaxprune.calibrate_grams(lambda params, x: x @ params["kernel"], params, [data])  # [[2, 1], [1, 2]]
+    >>> pruned, masks = jaxprune.sparsegpt(params, grams, 0.5, damping=0.0)
+    >>> pruned["kernel"].ravel().tolist()  # the second makes up: 2 + 1 * 1/2
+    [0.0, 2.5]
+
+    Reference: Frantar, Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023,
+    algorithm 1. It removes ``floor(k * n) + 1`` of a block by its code, and chooses masks for 128 inputs at a time.
+    """
+    pattern = read_pattern(rule, "sparsegpt")
+    check_damping(damping, "sparsegpt")
+    mask_block = _checked_blocks(mask_block, block, pattern)
+
+    def method(weights: jax.Array, grams: jax.Array, strength: jax.Array) -> Solution:
+        return _prune(weights, grams, strength, damping, pattern=pattern, mask_block=mask_block, block=block)
+
+    return prune_sites(params, grams, k, method, title="sparsegpt", pattern=pattern, damping=damping, prunable=prunable)
+
+
+def _checked_blocks(mask_block: int | None, block: int, pattern: Pattern) -> int:
+    if mask_block is None:
+        mask_block = pattern.group if not pattern.counts else block if pattern.by_unit else min(_MASK_BLOCK, block)
+    if not all(isinstance(size, int) and size >= 1 for size in (mask_block, block)) or mask_block > block:
+        raise ValueError(f"sparsegpt takes whole numbers 1 <= mask_block <= block; got {mask_block!r} and {block!r}.")
+    if mask_block % pattern.group:
+        raise ValueError(
+            f"sparsegpt chooses masks for whole groups of {pattern.title}; mask_block={mask_block} holds none."
+        )
+    return mask_block
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "mask_block", "block"))
+def _prune(
+    weights: jax.Array,
+    grams: jax.Array,
+    strength: jax.Array,
+    damping: float,
+    *,
+    pattern: Pattern,
+    mask_block: int,
+    block: int,
+) -> Solution:
+    inputs = weights.shape[1]
+    # A layer with few inputs is one block.
+    mask_block = min(mask_block, -(-inputs // pattern.group) * pattern.group)
+    block = min(block // mask_block, -(-inputs // mask_block)) * mask_block
+
+    def solve(weights: jax.Array, factor: Factor, strength: jax.Array) -> tuple[jax.Array, jax.Array]:
+        root = inverse_root(factor.root)
+        return prune_matrix(weights, root, strength, pattern=pattern, mask_block=mask_block, block=block)
+
+    return solve_each(solve, weights, grams, strength, jnp.float32(damping))
+
+
+def prune_matrix(
+    weights: jax.Array, root: jax.Array, strength: jax.Array, *, pattern: Pattern, mask_block: int, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Choose the weights of a matrix block by block, and spread the error of those that go over those still to come.
+
+    Args:
+        weights: [inputs, outputs], float32.
+        root: [inputs, inputs], the upper triangular U of ``H^-1 = U^T U``, with H the damped Gram matrix.
+        strength: (), from `pattern.strength`.
+        pattern: what to choose (static).
+        mask_block: rows whose masks are chosen together, a divisor of `block` and a multiple of the pattern's group
+            (static).
+        block: rows after which errors are handed on to all later blocks by one product of matrices (static).
+
+    Returns:
+        The weights [inputs, outputs] and their bool mask, True = keep.
+    """
+    inputs, _ = weights.shape
+    padding = -inputs % block
+    weights = jnp.pad(weights, ((0, padding), (0, 0)))
+    # Rows of padding: a unit diagonal, and scores that no rule picks.
+    pivots = jnp.pad(jnp.diagonal(root), (0, padding), constant_values=1.0)
+    root = jnp.pad(root, (0, padding))
+
+    def choose(rows: jax.Array, pivots: jax.Array, first: Any) -> jax.Array:
+        real = (first + jnp.arange(rows.shape[0]) < inputs)[:, None]
+        # Equation 3 of the paper: the squared weight over the diagonal of the inverse.
+        return pattern.choose(jnp.where(real, (rows / pivots[:, None]) ** 2, jnp.inf), strength, first, inputs)
+
+    sizes = _nested(len(pivots), block, mask_block)
+    pruned, _, mask = _eliminate(weights, root, pivots, None, choose, 0, sizes, mask_block)
+    return pruned[:inputs], mask[:inputs]
+
+
+def _nested(rows: int, block: int, mask_block: int) -> tuple[int, ...]:
+    """The sizes of blocks within blocks, each a divisor of the one before, down to single rows."""
+    inner = max(_ROWS, mask_block) if mask_block < _ROWS and block % _ROWS == 0 else _ROWS
+    sizes = {rows, block, mask_block, 1}
+    if mask_block % inner == 0 or inner % mask_block == 0:
+        sizes.add(math.gcd(inner, block))
+    return tuple(sorted(sizes, reverse=True))
+
+
+def _eliminate(
+    weights: jax.Array,
+    root: jax.Array,
+    pivots: jax.Array,
+    mask: jax.Array | None,
+    choose: Any,
+    first: Any,
+    sizes: tuple[int, ...],
+    mask_block: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Prune some rows in order, the errors of all rows before them having been handed on already.
+
+    Returns the rows, their errors and their mask.
+    """
+    size, *smaller = sizes
+    if size == mask_block:
+        mask = choose(weights, pivots, first)
+    if size == 1:
+        assert mask is not None
+        errors = jnp.where(mask, 0.0, weights / pivots[:, None])
+        return jnp.where(mask, weights, 0.0), errors, mask
+    step = smaller[0]
+    chosen = mask is not None
+    if mask is None:
+        mask = jnp.zeros_like(weights, dtype=bool)
+
+    def prune(i: jax.Array, carry: Any) -> Any:
+        weights, errors, mask = carry
+        start = i * step
+        part = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=step)
+        across = part(root, axis=1)
+        handed = _product(across, errors, i, step)
+        found = _eliminate(
+            part(weights) - handed,
+            part(across),
+            part(pivots),
+            part(mask) if chosen else None,
+            choose,
+            first + start,
+            tuple(smaller),
+            mask_block,
+        )
+        old = (weights, errors, mask)
+        return tuple(lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(old, found, strict=True))
+
+    return lax.fori_loop(0, size // step, prune, (weights, jnp.zeros_like(weights), mask))
+
+
+def _product(across: jax.Array, errors: jax.Array, i: jax.Array, step: int) -> jax.Array:
+    """``across^T errors``, of which only the first ``i * step`` rows count: the errors of later rows are zero still."""
+
+    def of_first(rows: int) -> Any:
+        def multiply(across: jax.Array, errors: jax.Array) -> jax.Array:
+            return lax.dot_general(
+                across[:rows], errors[:rows], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
+            )
+
+        return multiply
+
+    size = len(across)
+    if size < _SPLIT:
+        return of_first(size)(across, errors)
+    # Shapes are fixed when the loop is compiled; a product for each of a few numbers of rows halves the work.
+    blocks = -(-size // step // _PRODUCTS)
+    branches = [of_first(min(n * blocks * step, size)) for n in range(-(-size // (blocks * step)) + 1)]
+    return lax.switch(-(-i // blocks), branches, across, errors)

@@ -1,0 +1,24 @@
+"""Models that are really smaller: coupled channels of any function, chosen, cut from parameters and from the function."""
+
+from jaxprune.structured._costs import count_macs as count_macs
+from jaxprune.structured._costs import count_parameters as count_parameters
+from jaxprune.structured._graph import Graph as Graph
+from jaxprune.structured._graph import trace as trace
+from jaxprune.structured._groups import ChannelGroup as ChannelGroup
+from jaxprune.structured._groups import FrozenAxis as FrozenAxis
+from jaxprune.structured._groups import Member as Member
+from jaxprune.structured._importance import distance as distance
+from jaxprune.structured._importance import l1 as l1
+from jaxprune.structured._importance import l2 as l2
+from jaxprune.structured._importance import total as total
+from jaxprune.structured._plan import Plan as Plan
+from jaxprune.structured._rebuild import masked as masked
+from jaxprune.structured._rebuild import rebuild as rebuild
+from jaxprune.structured._select import select_channels as select_channels
+from jaxprune.structured._select import select_channels_globally as select_channels_globally
+from jaxprune.structured._select import sparsity_within as sparsity_within
+from jaxprune.structured._shrink import channel_masks as channel_masks
+from jaxprune.structured._shrink import shrink as shrink
+from jaxprune.structured._verify import OutputError as OutputError
+from jaxprune.structured._verify import Verification as Verification
+from jaxprune.structured._verify import verify as verify

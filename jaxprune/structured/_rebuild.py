@@ -1,0 +1,154 @@
+"""The function again: on smaller parameters, or on whole ones under masks."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._paths import Flat, align, flatten
+from jaxprune.graph._dims import Cat, Var, kept_size, leaves, resolve, size
+from jaxprune.graph._program import Value, walk
+from jaxprune.graph._replay import Masks, Replay
+from jaxprune.structured._graph import Graph
+from jaxprune.structured._plan import Plan, solve
+
+# What a mean over channels divides by: how many there were, or how many stay.
+Counts = Literal["kept", "rescaled"]
+
+
+def rebuild(graph: Graph, plan: Plan, counts: Counts = "kept") -> Callable[..., Any]:
+    """Return the function for parameters that a plan has cut: ``small_fn(shrink(plan, params), *inputs)``.
+
+    It is jitted, and can be differentiated, vmapped and exported; derivatives that the function defines itself
+    (``custom_jvp``, ``custom_vjp``) are kept, to the first order. The leading axis of inputs, the batch, may have
+    another size than when the function was traced, unless it is tied to a parameter; all other axes may not.
+
+    Args:
+        graph: the function, by `trace`.
+        plan: the channels that stay.
+        counts: what normalisation layers divide by where they average over channels. ``"kept"``, the number before
+            anything was cut: the function then equals the original one in which the channels are masked.
+            ``"rescaled"``, the number that stays: it then equals a module built at the smaller width, for which fine-
+            tuning and export to a module are easier, but differs from the original before it is fine-tuned.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: the plan does not fit the graph; later, parameters or inputs of other shapes or structure.
+
+    >>> from jaxprune.structured._graph import trace
+    >>> from jaxprune.structured._shrink import shrink
+    >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}
+    >>> graph = trace(lambda p, x: (x @ p["up"]) @ p["down"], params, jnp.ones((2, 1)))
+    >>> plan = Plan({"up": {1: (0, 2)}, "down": {0: (0, 2)}}, {"up": (1, 3), "down": (3, 1)})
+    >>> rebuild(graph, plan)(shrink(plan, params), jnp.ones((2, 1))).tolist()
+    [[4.0], [4.0]]
+    """
+    if counts not in ("kept", "rescaled"):
+        raise ValueError(f"counts is 'kept' or 'rescaled', not {counts!r}.")
+    kept = solve(graph, plan)
+    sizes = {var: len(indices) for var, indices in kept.items()}
+    shapes = [tuple(kept_size(dim, sizes) for dim in value.dims) for value in graph.params]
+
+    def small_fn(params: Any, *inputs: Any) -> Any:
+        replay = Replay(kept, dict(sizes), rescaled=counts == "rescaled")
+        return evaluate(graph, replay, params, shapes, inputs, {})
+
+    return jax.jit(small_fn)
+
+
+def masked(graph: Graph) -> Callable[..., Any]:
+    """Return the function in which channels are masked: ``masked_fn(params, channel_masks(plan, params), *inputs)``.
+
+    Channels whose masks are False count for nothing wherever the function sums or takes a maximum over them, so that
+    the result is that of the smaller function exactly. (Zeroing parameters alone is not always: a normalisation layer
+    sees the mean of a zeroed channel.) Masks are arguments: new ones compile nothing.
+
+    Args:
+        graph: the function, by `trace`.
+
+    Returns:
+        The function, jitted.
+    """
+
+    def masked_fn(params: Any, masks: Any, *inputs: Any) -> Any:
+        flat = flatten(masks, "masks")
+        return evaluate(graph, Replay(), params, graph.shapes, inputs, _channel_masks(graph, flat))
+
+    return jax.jit(masked_fn)
+
+
+def _channel_masks(graph: Graph, flat: Flat) -> Masks:
+    """Read off which channels the masks keep: those of which any weight stays."""
+    masks = dict(zip(flat.paths, flat.leaves, strict=True))
+    found: Masks = {}
+    for group in graph.groups:
+        member = group.members[0]
+        if member.path not in masks:
+            raise ValueError(f"masks has no entry for {member.path}. Make masks by channel_masks(plan, params).")
+        mask = jnp.asarray(masks[member.path])
+        alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis != member.axis))
+        belongs = member.channels[:, None] == np.arange(group.size)
+        found[group.var] = jnp.any(alive[:, None] & belongs, 0)
+    return found
+
+
+def evaluate(graph: Graph, replay: Replay, params: Any, shapes: Any, inputs: tuple[Any, ...], masks: Masks) -> Any:
+    """Evaluate the function once, on parameters of the given shapes."""
+    flat = flatten(params, "params")
+    like = Flat(list(graph.paths), list(graph.paths), list(graph.paths), flat.treedef)
+    arguments = align(flat, like, "params", "the traced function")
+    for path, leaf, shape in zip(graph.paths, arguments, shapes, strict=True):
+        if tuple(np.shape(leaf)) != tuple(shape):
+            raise ValueError(f"params has {path} of shape {np.shape(leaf)}; the function takes shape {tuple(shape)}.")
+    given = _bind_inputs(graph, replay, inputs)
+    results = replay.run(graph.program, [*arguments, *given], masks)
+    return jax.tree.unflatten(jax.tree.structure(graph.outputs), results)
+
+
+def _bind_inputs(graph: Graph, replay: Replay, inputs: tuple[Any, ...]) -> list[Any]:
+    """Return the leaves of the inputs; their leading axes may have sizes of their own."""
+    traced_as: Any = jax.tree.structure(graph.inputs)
+    structure: Any = jax.tree.structure(inputs)
+    if structure != traced_as:
+        raise ValueError(f"The function was traced with inputs of structure {traced_as}, not {structure}.")
+    given, expected = jax.tree.leaves(inputs), jax.tree.leaves(graph.inputs)
+    fixed = {leaf for value in _constants(graph) for dim in value.dims for leaf in leaves(dim)}
+    values = graph.program.ins[len(graph.paths) :]
+    lengths: dict[Var, tuple[int, Any]] = {}
+    for number, (leaf, traced, value) in enumerate(zip(given, expected, values, strict=True)):
+        shape = tuple(np.shape(leaf)) if isinstance(leaf, int | float) else tuple(leaf.shape)
+        if len(shape) != len(traced.shape) or shape[1:] != traced.shape[1:]:
+            raise ValueError(
+                f"Input {number} has shape {shape}; the function was traced with {traced.shape}, of which the leading "
+                "axis alone may differ. Trace it with these shapes."
+            )
+        if not shape:
+            continue
+        dim = resolve(value.dims[0])
+        outer = next(leaves(dim), None)
+        if shape != traced.shape:
+            if outer is None:
+                raise ValueError(f"Input {number} was traced with a batch of 1, which fits no other; trace with 2.")
+            if outer in fixed or isinstance(dim, Cat):
+                raise ValueError(
+                    f"Input {number} has a leading axis of {shape[0]}, traced with {traced.shape[0]}; it is tied to a "
+                    "parameter or a constant of the function and cannot change."
+                )
+        if outer is not None:
+            length = shape[0] // (size(dim) // outer.size)
+            other, known = lengths.setdefault(outer, (number, length))
+            if known != length:
+                raise ValueError(f"Inputs {other} and {number} differ in the batch: {known} and {length}.")
+        replay.bind(value.dims, shape)
+    return given
+
+
+def _constants(graph: Graph) -> Iterator[Value]:
+    """Yield what has one size alone: parameters and constants."""
+    yield from graph.params
+    for node in walk(graph.program):
+        yield from (value for value in node.ins if value.const is not None)

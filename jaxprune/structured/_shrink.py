@@ -1,0 +1,99 @@
+"""Apply a plan to trees of arrays: masks that zero the channels, or smaller arrays without them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._paths import flatten
+from jaxprune.structured._plan import Plan, check_shapes
+
+
+def channel_masks(plan: Plan, params: Any) -> Any:
+    """Return a plan as masks, to train with or to compare.
+
+    Args:
+        plan: which channels stay.
+        params: the parameters before they are cut, of which shapes matter.
+
+    Returns:
+        The treedef of `params` in bool, True = keep: an element goes if any of its axes loses it.
+
+    Raises:
+        ValueError: the plan does not fit the parameters.
+
+    >>> params = {"up": jnp.ones((1, 4)), "bias": jnp.ones(2)}
+    >>> masks = channel_masks(Plan({"up": {1: (1, 3)}}, {"up": (1, 4)}), params)
+    >>> masks["up"].tolist(), masks["bias"].tolist()
+    ([[False, True, False, True]], [True, True])
+    """
+    flat = flatten(params, "params")
+    check_shapes(plan, flat, "params")
+    masks = []
+    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+        mask = np.ones(np.shape(leaf), bool)
+        for axis, kept in plan.kept.get(path, {}).items():
+            gone = np.ones(mask.shape[axis], bool)
+            gone[np.asarray(kept)] = False
+            np.moveaxis(mask, axis, 0)[gone] = False
+        masks.append(jnp.asarray(mask))
+    return jax.tree.unflatten(flat.treedef, masks)
+
+
+def shrink(plan: Plan, tree: Any) -> Any:
+    """Cut a plan's channels out of parameters, or out of any tree that holds arrays like them.
+
+    Of optimizer state and averages those arrays are cut whose path ends with a parameter's path and whose shape is the
+    parameter's; step counts and the like stay as they are. Works under jit.
+
+    Args:
+        plan: which channels stay.
+        tree: parameters, batch statistics, optimizer state, an average of parameters; arrays or ShapeDtypeStructs.
+
+    Returns:
+        The same treedef with smaller arrays, dtypes as before.
+
+    Raises:
+        ValueError: nothing in the tree is of the plan, or an array of a parameter's path has another shape, as where
+            an optimizer keeps factored moments; make such state anew from the smaller parameters.
+
+    >>> plan = Plan({"up": {1: (1, 3)}}, {"up": (1, 4)})
+    >>> state = {"count": jnp.int32(7), "mu": {"up": jnp.array([[1.0, 2.0, 3.0, 4.0]])}}
+    >>> shrink(plan, state)["mu"]["up"].tolist()
+    [[2.0, 4.0]]
+    """
+    flat = flatten(tree, "tree")
+    leaves, cut = [], False
+    for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
+        known = _known(plan, path)
+        shape = tuple(np.shape(leaf))
+        if known is None or (known != path and int(np.prod(shape)) <= 1):
+            leaves.append(leaf)
+            continue
+        if shape != tuple(plan.shapes[known]):
+            raise ValueError(
+                f"{name} belongs to {known} of shape {plan.shapes[known]} but has shape {shape}. "
+                "If it is state that an optimizer keeps in another form, make it anew from the smaller parameters; "
+                "if it was cut before, cut the original."
+            )
+        leaves.append(_cut(plan, known, leaf))
+        cut = True
+    if plan.kept and not cut:
+        raise ValueError(f"The tree has none of the parameters that the plan cuts: {list(plan.kept)}.")
+    return jax.tree.unflatten(flat.treedef, leaves)
+
+
+def _known(plan: Plan, path: str) -> str | None:
+    """Return the longest path of the plan that a path ends with."""
+    parts = path.split("/")
+    suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((suffix for suffix in suffixes if suffix in plan.kept), None)
+
+
+def _cut(plan: Plan, path: str, leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(plan.shrunk_shape(path), leaf.dtype)
+    for axis, kept in plan.kept[path].items():
+        leaf = jnp.take(leaf, np.asarray(kept), axis)
+    return leaf

@@ -1,0 +1,135 @@
+"""Compare the smaller function with the original in which the same channels are masked."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxprune._masks import apply_masks
+from jaxprune._paths import flatten
+from jaxprune._report import as_html, as_text
+from jaxprune.graph._dims import kept_indices
+from jaxprune.graph._replay import Replay
+from jaxprune.structured._graph import Graph
+from jaxprune.structured._plan import Plan, solve
+from jaxprune.structured._rebuild import evaluate, masked, rebuild
+from jaxprune.structured._shrink import channel_masks, shrink
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputError:
+    """How far one output of the smaller function is from two references.
+
+    Attributes:
+        path: of the output.
+        masked: largest difference from the function with masked channels, relative to its largest magnitude.
+        zeroed: the same from the original function with masked parameters. It is no error: a normalisation layer or a
+            later bias may fill a zeroed channel again.
+    """
+
+    path: str
+    masked: float
+    zeroed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found; prints as a table, and is true if it passed."""
+
+    outputs: tuple[OutputError, ...]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all outputs equal those of the function with masked channels."""
+        return all(output.masked <= self.tolerance for output in self.outputs)
+
+    def __bool__(self) -> bool:
+        """Whether it passed."""
+        return self.passed
+
+    def __rich__(self) -> "Table":
+        """Return the table for rich to print."""
+        from rich.table import Table
+
+        verdict = "equals" if self.passed else "does NOT equal"
+        table = Table(title=f"The smaller function {verdict} the masked one (to {self.tolerance:g})")
+        table.add_column("output")
+        table.add_column("from masked channels", justify="right")
+        table.add_column("from masked parameters", justify="right")
+        for output in self.outputs:
+            style = None if output.masked <= self.tolerance else "bold"
+            table.add_row(output.path or "(the output)", f"{output.masked:.1e}", f"{output.zeroed:.1e}", style=style)
+        return table
+
+    def __str__(self) -> str:
+        """Return the table as plain text."""
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
+def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float = 1e-5) -> Verification:
+    """Run the smaller function beside the original with the same channels masked, and compare every output.
+
+    Differences are relative to the largest magnitude of an output; where only one of the two is finite, infinite.
+
+    Args:
+        graph: the function, by `trace`.
+        plan: the channels that stay.
+        params: the parameters before they are cut.
+        *inputs: the function's other arguments.
+        tolerance: the largest relative difference that passes.
+
+    Returns:
+        The differences by output.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxprune.structured._graph import trace
+    >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}
+    >>> graph = trace(lambda p, x: (x @ p["up"]) @ p["down"], params, jnp.ones((2, 1)))
+    >>> plan = Plan({"up": {1: (0, 2)}, "down": {0: (0, 2)}}, {"up": (1, 3), "down": (3, 1)})
+    >>> result = verify(graph, plan, params, jnp.ones((2, 1)))
+    >>> result.passed, result.outputs[0].masked < 1e-6
+    (True, True)
+    """
+    kept = solve(graph, plan)
+    masks = channel_masks(plan, params)
+    small = rebuild(graph, plan)(shrink(plan, params), *inputs)
+    references = (
+        masked(graph)(params, masks, *inputs),
+        jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, graph.shapes, inputs, {}))(
+            apply_masks(params, masks), *inputs
+        ),
+    )
+    flat = flatten(small, "outputs")
+    found = []
+    for number, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
+        dims = graph.program.outs[number].dims
+        errors = []
+        for reference in references:
+            expected = np.asarray(jax.tree.leaves(reference)[number])
+            for axis, dim in enumerate(dims):
+                if expected.shape[axis] != leaf.shape[axis]:
+                    expected = np.take(expected, kept_indices(dim, kept), axis)
+            errors.append(_difference(np.asarray(leaf), expected))
+        found.append(OutputError(path, *errors))
+    return Verification(tuple(found), tolerance)
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    found, expected = (
+        np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64) for x in (found, expected)
+    )
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    if same.all():
+        return 0.0
+    if not (np.isfinite(found[~same]).all() and np.isfinite(expected[~same]).all()):
+        return float("inf")
+    scale = np.abs(expected[np.isfinite(expected)]).max()
+    return float(np.abs(found - expected)[~same].max() / (scale or 1.0))
