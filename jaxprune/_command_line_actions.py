@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -18,6 +16,7 @@ from rich.table import Table
 
 from jaxprune import rules
 from jaxprune._masks import Rule
+from jaxprune._printing import as_json
 from jaxprune._prunable import Predicate, is_kernel
 from jaxprune.storage import _files
 from jaxprune.storage._checkpoint import Checkpoint, Plan
@@ -228,13 +227,4 @@ def _console() -> Console:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for by null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(as_json(value))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import rules
+from jaxprune import _guard, rules
 from jaxprune._layers import Layer, is_scalar
 from jaxprune._paths import Flat, align, flatten, is_floating, is_nothing, require_arrays, spread
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
@@ -74,11 +74,12 @@ def make_masks(
         k = flat.treedef.unflatten([entry if fits else None for entry, fits in zip(entries, chosen, strict=True)])
     pruned = iter(_read_masks(rule(flat.treedef.unflatten(layers), k), layers, rule))
     return flat.treedef.unflatten(
-        [next(pruned) if fits else _all_true(leaf) for leaf, fits in zip(flat.leaves, chosen, strict=True)]
+        [next(pruned) if fits else all_true(leaf) for leaf, fits in zip(flat.leaves, chosen, strict=True)]
     )
 
 
-def _all_true(leaf: Any) -> jax.Array:
+def all_true(leaf: Any) -> jax.Array:
+    """Return the mask that keeps a leaf whole, sharded as it is."""
     # ones_like keeps the sharding of an array; PRNG keys and numbers have none that matters.
     if not is_floating(leaf):
         return jnp.ones(np.shape(leaf), bool)
@@ -107,9 +108,15 @@ def _given_scores(flat: Flat, scores: Any, chosen: list[bool]) -> list[Any]:
             raise ValueError(
                 f"scores for {name} are {found}, not floating-point numbers of its shape {list(np.shape(leaf))}."
             )
-        if not isinstance(score, jax.core.Tracer) and bool(jnp.isnan(score).any()):
+        if _guard.is_known(score) and _has_nan(score):
             raise ValueError(f"scores for {name} hold NaN; a score says how much a weight matters (-inf: not at all).")
     return given
+
+
+def _has_nan(score: Any) -> bool:
+    # Scores that a traced function closes over are known, but what is computed of them there is not.
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.isnan(score).any())
 
 
 def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.Array]:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import io
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from jaxprune._layers import Layer
 from jaxprune._layout import output_axes
 from jaxprune._masks import align_masks
 from jaxprune._paths import flatten, require_arrays
+from jaxprune._printing import Printable, as_json
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Total:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(Printable):
     """What `summarize` found; prints as a table."""
 
     rows: tuple[Row, ...]
@@ -94,7 +93,7 @@ class Summary:
 
     def to_json(self) -> str:
         """Return `to_dict` as JSON text; JSON has no infinity and no NaN, they become null."""
-        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+        return as_json(self.to_dict())
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
@@ -135,40 +134,6 @@ class Summary:
                 *([amount(sum(row.macs_kept or 0 for row in rows))] if told else []),
             )
         return table
-
-    def __str__(self) -> str:
-        """Return the table as plain text."""
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
-
-def as_html(printable: Any) -> str:
-    """Return what rich prints as HTML, for notebooks."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=120, record=True)
-    console.print(printable)
-    return console.export_html(inline_styles=True, code_format="<pre style='line-height:normal'>{code}</pre>")
-
-
-def as_text(printable: Any) -> str:
-    """Return what rich prints as plain text."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=120, no_color=True)
-    with console.capture() as capture:
-        console.print(printable)
-    return capture.get()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _remarks(row: Row) -> Iterator[str]:

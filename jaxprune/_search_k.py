@@ -14,8 +14,8 @@ from jaxprune import rules
 from jaxprune._costs import kept_weights
 from jaxprune._guard import PruningWarning
 from jaxprune._masks import Rule, apply_masks, make_masks, sparsity
+from jaxprune._printing import Printable
 from jaxprune._prunable import Predicate, Stacked
-from jaxprune._report import as_html, as_text
 from jaxprune._sensitivity import Evaluate, as_metric
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Trial(NamedTuple):
     accepted: bool
 
 
-class Strength(float):
+class Strength(Printable, float):
     """A strength that knows how it was found: a float, to be used as k; prints as a table of what was tried.
 
     Attributes:
@@ -69,13 +69,6 @@ class Strength(float):
             style = "bold" if trial.k == self else None
             table.add_row(f"{trial.k:.6g}", f"{trial.sparsity:.2%}", f"{trial.value:.6g}", verdict, style=style)
         return table
-
-    def __str__(self) -> str:
-        """Return the table as plain text."""
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
 
 def search_k(
@@ -135,25 +128,28 @@ def search_k(
         raise ValueError("search_k takes exactly one of max_drop=, min_metric= and budget=.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"search_k takes steps >= 2, a whole number; got {steps!r}.")
-    make = functools.partial(make_masks, rule=rule, scores=scores, prunable=prunable, stacked=stacked)
+    make = functools.partial(make_masks, rule=rule, prunable=prunable, stacked=stacked)
     high = _highest(make, params) if high is None else float(high)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"search_k looks from low to high, low < high; got {low:g} and {high:g}.")
     counted = functools.partial(sparsity, prunable=prunable, stacked=stacked)
 
     @jax.jit
-    def prune(params: Any, k: jax.Array) -> tuple[Any, Any, jax.Array]:
-        masks = make(params, k)
+    def prune_by(params: Any, scores: Any, k: jax.Array) -> tuple[Any, Any, jax.Array]:
+        masks = make(params, k, scores=scores)
         return masks, apply_masks(params, masks), counted(masks)
 
+    def prune(k: float) -> tuple[Any, Any, jax.Array]:
+        return prune_by(params, scores, jnp.float32(k))
+
     if budget is not None:
-        return _within_budget(params, prune, cost, budget, float(low), high, steps, prunable, stacked)
+        return _within_budget(prune, cost, budget, float(low), high, steps, prunable, stacked)
     if evaluate is None:
         raise ValueError("search_k needs evaluate= for max_drop and min_metric.")
     least, asked = _least(evaluate, params, max_drop, min_metric)
 
     def attempt(k: float) -> Trial:
-        _, pruned, gone = prune(params, jnp.float32(k))
+        _, pruned, gone = prune(k)
         value = as_metric(evaluate(pruned), f"the parameters pruned at k = {k:g}")
         # Metrics are computed in float32: what differs by its rounding is equal.
         return Trial(k, float(gone), value, value >= least or math.isclose(value, least, rel_tol=1e-6))
@@ -197,8 +193,7 @@ def _largest_accepted(attempt: Callable[[float], Trial], low: float, high: float
 
 
 def _within_budget(
-    params: Any,
-    prune: Any,
+    prune: Callable[[float], tuple[Any, Any, jax.Array]],
     cost: Callable[[Any], Any] | None,
     budget: float,
     low: float,
@@ -208,7 +203,7 @@ def _within_budget(
     stacked: Any,
 ) -> Strength:
     def attempt(k: float) -> Trial:
-        masks, _, gone = prune(params, jnp.float32(k))
+        masks, _, gone = prune(k)
         value = kept_weights(masks, prunable=prunable, stacked=stacked) if cost is None else float(cost(masks))
         return Trial(k, float(gone), value, value <= budget)
 

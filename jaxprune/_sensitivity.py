@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from jaxprune import rules
 from jaxprune._masks import Rule, make_masks
 from jaxprune._masks import sparsity as mask_sparsity
 from jaxprune._paths import Flat, flatten
+from jaxprune._printing import Printable, as_json
 from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
-from jaxprune._report import as_html, as_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +29,7 @@ NEGLIGIBLE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Printable):
     """What `sensitivity` found; prints as a table.
 
     Attributes:
@@ -66,8 +65,8 @@ class Sensitivity:
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
 
     def to_json(self) -> str:
-        """Return `to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        """Return `to_dict` as JSON text; an infinite metric becomes null."""
+        return as_json(self.to_dict())
 
     def remarks(self, max_drop: float) -> list[str]:
         """Say in words, group by group, which strengths are too low to matter and which too high to survive.
@@ -107,13 +106,6 @@ class Sensitivity:
         table.add_section()
         table.add_row("all together", f"{sum(self.sizes):,}", *_cells(self.together, self.together_sparsity))
         return table
-
-    def __str__(self) -> str:
-        """Return the table as plain text."""
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
 
 def _cells(metric: np.ndarray, sparsity: np.ndarray) -> list[str]:

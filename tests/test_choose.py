@@ -191,6 +191,16 @@ def test_the_largest_k_within_a_drop():
     assert kept_share(jaxprune.apply_masks(LINE, above)) < 0.7
 
 
+def test_scores_of_your_own_are_arguments_of_one_program():
+    # Signed scores remove the other end first: 100 goes before 1.
+    scores = {"kernel": -LINE["kernel"]}
+    k = jaxprune.search_k(kept_share, LINE, max_drop=0.3, rule=rules.layer_sparsity, scores=scores, steps=20)
+    masks = jaxprune.make_masks(LINE, k, rule=rules.layer_sparsity, scores=scores)
+    assert LINE["kernel"][masks["kernel"]].tolist() == list(range(1, 71))
+    swept = jaxprune.sensitivity(kept_share, LINE, [0.3], rule=rules.layer_sparsity, scores=scores)
+    assert swept.metric.tolist() == [[pytest.approx(0.7)]]
+
+
 def test_the_lowest_metric_accepted_and_the_default_rule():
     k = jaxprune.search_k(kept_share, LINE, min_metric=0.5)
     masks = jaxprune.make_masks(LINE, k)

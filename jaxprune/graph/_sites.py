@@ -1,7 +1,6 @@
 """Sites: where a function multiplies its inputs by a parameter, and how to see that parameter as matrices."""
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune._paths import Flat, flatten
+from jaxprune._printing import Printable
 from jaxprune._sharding import without_explicit_axes
 from jaxprune.graph._views import Axes, Each, Entry, Step, apply_steps, restore_steps
 
@@ -136,7 +136,7 @@ class Unresolved:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sites:
+class Sites(Printable):
     """Every site of a function, in the order of its operations; iterable, and prints as a table.
 
     Attributes:
@@ -242,12 +242,3 @@ class Sites:
         for path in self.unused:
             table.add_row(path, "unused", style="dim")
         return table
-
-    def __str__(self) -> str:
-        """Return the table as plain text."""
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=140, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()

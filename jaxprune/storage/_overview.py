@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxprune._paths import is_floating
+from jaxprune._printing import Printable
 from jaxprune.storage._checkpoint import Checkpoint
 from jaxprune.storage._files import Done, nonzero
 from jaxprune.storage._tensors import Stored
@@ -34,7 +35,7 @@ class TensorOverview:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileOverview:
+class FileOverview(Printable):
     """What `summarize_file` found; `bytes` are those on disk, `dense_bytes` those of all tensors as arrays."""
 
     path: str

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxprune._paths import flatten, require_arrays
-from jaxprune._report import as_html, as_text
+from jaxprune._printing import Printable
 from jaxprune.graph import _jaxpr
 from jaxprune.graph._dims import Dim, freeze
 from jaxprune.graph._program import Program, Value, free
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Graph:
+class Graph(Printable):
     """What `trace` found; prints as a table of coupled groups and frozen axes.
 
     Attributes:
@@ -58,13 +58,6 @@ class Graph:
         from jaxprune.structured._show import tables
 
         return tables(self)
-
-    def __str__(self) -> str:
-        """Return the tables as plain text."""
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
     def to_dot(self) -> str:
         """Return the groups and the parameters they tie together in the language of Graphviz."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune._masks import apply_masks
 from jaxprune._paths import flatten
-from jaxprune._report import as_html, as_text
+from jaxprune._printing import Printable
 from jaxprune.graph._dims import kept_indices
 from jaxprune.graph._replay import Replay
 from jaxprune.structured._graph import Graph
@@ -37,7 +37,7 @@ class OutputError:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification:
+class Verification(Printable):
     """What `verify` found; prints as a table, and is true if it passed."""
 
     outputs: tuple[OutputError, ...]
@@ -65,13 +65,6 @@ class Verification:
             style = None if output.masked <= self.tolerance else "bold"
             table.add_row(output.path or "(the output)", f"{output.masked:.1e}", f"{output.zeroed:.1e}", style=style)
         return table
-
-    def __str__(self) -> str:
-        """Return the table as plain text."""
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
 
 def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float = 1e-5) -> Verification:
