@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.figures import BLUE, INK, ORANGE, frame, sparsity_axis
+from jaxprune.plot import BLUE, INK, LINES, frame, sparsity_axis
 
-COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999933")
 DENSE = "dense"  # drawn dotted, in the colour of the text
 LINE_HEIGHT = 0.15  # of a label, in inches
 
@@ -43,7 +42,7 @@ def draw(title: str, label: str, panels: Sequence[Panel], *, by_sparsity: bool =
     figure = Figure(figsize=(7.6, height), layout="constrained", dpi=150)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[panel.height for panel in panels])
     names = dict.fromkeys(name for panel in panels for name in panel.curves if name not in ("", DENSE))
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)} | {"": BLUE, DENSE: INK}
+    colors = {name: LINES[i % len(LINES)] for i, name in enumerate(names)} | {"": BLUE, DENSE: INK}
     for axes, panel in zip(rows[:, 0], panels, strict=True):
         _panel(axes, panel, colors, by_sparsity)
     last = rows[-1, 0]

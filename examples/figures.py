@@ -1,8 +1,7 @@
 """The examples' two figures: weights with their thresholds, and accuracy against sparsity.
 
 Both take plain NumPy arrays and return a matplotlib figure, to be written with `figure.savefig("name.png")`;
-no display and no global state are involved. The colours are those of Okabe and Ito (2008), told apart
-without colour vision.
+no display and no global state are involved. Colours and axes are those of `jaxprune.plot`.
 """
 
 import math
@@ -13,8 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#BBBBBB", "#333333"
-SPARSITY_TICKS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+from jaxprune import plot
+from jaxprune.plot import BLUE, INK, RED
 
 
 def histograms(weights: Mapping[str, np.ndarray], thresholds: Mapping[str, float]) -> Figure:
@@ -102,7 +101,7 @@ def accuracy_against_sparsity(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _accuracies(top, times_fewer, 100 * before[:, order], 100 * after[:, order], 100 * float(np.mean(dense)))
     _changes(bottom, times_fewer, change, 100 * max_drop)
-    sparsity_axis(bottom, times_fewer)
+    plot.sparsity_axis(bottom, times_fewer)
     if ks is not None:
         _strength_axis(top, times_fewer, np.asarray(ks)[order])
     good = removed[change.mean(axis=0) >= -100 * max_drop]
@@ -115,35 +114,10 @@ def accuracy_against_sparsity(
 
 
 def _histogram(axes: Axes, layer: str, values: np.ndarray, threshold: float) -> None:
-    flat = np.asarray(values, np.float64).ravel()
-    below = _below(flat, threshold)
-    limit = float(np.abs(flat).max(initial=threshold)) or 1.0
-    # Whole bins between the two thresholds, so that no bar is partly grey.
-    step = limit / 24
-    inside = max(1, round(2 * threshold / step)) if threshold else 0
-    step = max(2 * threshold / inside, step / 2) if threshold else step
-    beyond = threshold + step * np.arange(1, math.ceil((limit - threshold) / step) + 1)
-    edges = np.concatenate([-beyond[::-1], np.linspace(-threshold, threshold, inside + 1), beyond])
-    for part, color in ((flat[below], GREY), (flat[~below], BLUE)):
-        # Rounding must not put a weight that equals the limit outside the last edge.
-        counts = np.histogram(np.clip(part, edges[0], edges[-1]), edges)[0]
-        axes.stairs(counts, edges, fill=True, color=color)
-    axes.margins(y=0.4)
-    for sign in (-1, 1):
-        axes.axvline(sign * threshold, ymax=0.74, color=INK, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"±{threshold:.3g}", (threshold, 0.75), xycoords=("data", "axes fraction"),
-        ha="center", va="bottom", color=INK, fontsize="small",
-    )  # fmt: skip
-    share = below.mean() if flat.size else 0.0
-    for x, align, text, color in (
-        (0.03, "left", f"{percent(share)} removed", "#666666"),
-        (0.97, "right", f"{percent(1 - share)} kept", BLUE),
-    ):
-        axes.text(x, 0.96, text, transform=axes.transAxes, ha=align, va="top", color=color, fontweight="bold")
+    plot.weights(values, threshold, axes)
+    axes.set(xlabel="", ylabel="")  # the figure names them once
     name = layer if len(layer) <= 30 else f"…{layer[-29:]}"
-    axes.set_title(f"{name}  ({flat.size:,})", fontsize="medium", color=INK)
-    frame(axes)
+    axes.set_title(f"{name}  ({values.size:,})", fontsize="medium", color=INK)
 
 
 def _below(values: np.ndarray, threshold: float) -> np.ndarray:
@@ -152,7 +126,7 @@ def _below(values: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _accuracies(axes: Axes, x: np.ndarray, before: np.ndarray, after: np.ndarray, dense: float) -> None:
-    _curve(axes, x, before, color=ORANGE, marker="s", linestyle="--")
+    _curve(axes, x, before, color=RED, marker="s", linestyle="--")
     _curve(axes, x, after, color=BLUE, marker="o", linestyle="-")
     axes.axhline(dense, color=INK, linewidth=1, linestyle=":")
     low, high = min(before.min(), after.min(), dense), max(before.max(), after.max(), dense)
@@ -167,12 +141,12 @@ def _accuracies(axes: Axes, x: np.ndarray, before: np.ndarray, after: np.ndarray
     gap, ceiling = 0.07 * span, dense - 0.05 * span
     after_end = min(max(after[:, -1].mean(), before[:, -1].mean() + gap), ceiling)
     before_end = min(before[:, -1].mean(), after_end - gap)
-    for text, y, color in (("fine-tuned", after_end, BLUE), ("only pruned", before_end, ORANGE)):
+    for text, y, color in (("fine-tuned", after_end, BLUE), ("only pruned", before_end, RED)):
         axes.annotate(
             text, (x[-1], y), xytext=(9, 0), textcoords="offset points",
             va="center", color=color, fontweight="bold",
         )  # fmt: skip
-    frame(axes)
+    plot.frame(axes)
 
 
 def _changes(axes: Axes, x: np.ndarray, change: np.ndarray, max_drop: float) -> None:
@@ -188,7 +162,7 @@ def _changes(axes: Axes, x: np.ndarray, change: np.ndarray, max_drop: float) -> 
         f"{_points(max_drop)} lost", (1, -max_drop), xycoords=("axes fraction", "data"),
         xytext=(-4, -3), textcoords="offset points", ha="right", va="top", color=BLUE,
     )  # fmt: skip
-    frame(axes)
+    plot.frame(axes)
 
 
 def _curve(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
@@ -196,42 +170,14 @@ def _curve(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
     axes.errorbar(x, values.mean(axis=0), spread, capsize=3, linewidth=1.8, markersize=5, **style)
 
 
-def sparsity_axis(axes: Axes, x: np.ndarray) -> None:
-    """Make the horizontal axis logarithmic in how many times fewer weights there are, `x`, in rising order."""
-    left = max(0.97, 0.85 * x[0])
-    right = x[-1] * max(1.35, (x[-1] / left) ** 0.22)  # room for the labels at the curves' ends
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
-    places = [1 / (1 - tick) for tick in SPARSITY_TICKS if left <= 1 / (1 - tick) <= right]
-    shown = [places[index] for index in _apart(places, left, right, 0.065)]
-    axes.set_xticks(shown, [f"{100 * (1 - 1 / place):.3g} %\n{place:,.3g}x" for place in shown])
-    axes.minorticks_off()
-    axes.set_xlabel("sparsity: weights removed (times fewer weights)", color=INK)
-
-
 def _strength_axis(axes: Axes, x: np.ndarray, ks: np.ndarray) -> None:
-    shown = _apart(x.tolist(), *axes.get_xlim(), 0.04)
+    shown = plot.apart(x.tolist(), *axes.get_xlim(), 0.04)
     strengths = axes.secondary_xaxis("top")
     strengths.set_xticks(x[shown], [f"{k:g}" for k in ks[shown]], fontsize="small")
     strengths.minorticks_off()
     strengths.set_xlabel("strength k", color=INK)
     strengths.tick_params(colors=INK)
     strengths.spines["top"].set_visible(False)
-
-
-def _apart(places: Sequence[float], left: float, right: float, gap: float) -> list[int]:
-    """Choose, from the left, the places whose labels do not touch: `gap` is a share of the log axis."""
-    chosen: list[int] = []
-    for index, place in enumerate(places):
-        if not chosen or math.log(place / places[chosen[-1]]) >= gap * math.log(right / left):
-            chosen.append(index)
-    return chosen
-
-
-def frame(axes: Axes) -> None:
-    """Draw the lower and the left edge only."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
 
 
 def percent(fraction: float) -> str:

@@ -38,7 +38,7 @@ def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
     """Draw a histogram of weights, those below the threshold grey, the others blue.
 
     Args:
-        values: finite weights of any shape.
+        values: weights of any shape; those that are not finite are left out.
         threshold: the magnitude below which weights are removed, >= 0.
         axes: where to draw.
 
@@ -46,7 +46,10 @@ def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
         The axes; their first patch holds the removed weights, their second one the kept ones.
     """
     flat = np.asarray(values, np.float64).ravel()
+    flat = flat[np.isfinite(flat)]
     below = np.abs(flat) < float(threshold)
+    # A bin holds its lower edge: without this a weight of exactly -threshold would stand among those below.
+    flat = np.where(~below & (flat == -threshold) & (threshold > 0), np.nextafter(-threshold, -np.inf), flat)
     limit = float(np.abs(flat).max(initial=threshold)) or 1.0
     # Whole bins between the two thresholds, so that no bar is partly grey.
     step = limit / 24
@@ -67,8 +70,8 @@ def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
     )  # fmt: skip
     share = float(below.mean()) if flat.size else 0.0
     for x, align, text, color in (
-        (0.03, "left", f"{share:.1%} removed", "#666666"),
-        (0.97, "right", f"{1 - share:.1%} kept", BLUE),
+        (0.03, "left", f"{100 * share:.1f} % removed", "#666666"),
+        (0.97, "right", f"{100 * (1 - share):.1f} % kept", BLUE),
     ):
         axes.text(x, 0.96, text, transform=axes.transAxes, ha=align, va="top", color=color, fontweight="bold")
     axes.set_xlabel("weight", color=INK)

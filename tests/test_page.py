@@ -65,6 +65,13 @@ def test_the_page_shows_the_summary_and_loads_nothing(tmp_path):
     assert summary.remarks[0].replace("<", "&lt;") in text
 
 
+def test_a_model_with_nan_has_a_page(tmp_path):
+    params = {"kernel": jnp.array([[1.0, jnp.nan], [3.0, -2.0]])}
+    masks = jaxprune.make_masks(params, 0.5, rule=jaxprune.rules.layer_sparsity)
+    jaxprune.report(tmp_path / "page.html", params, masks)
+    assert "kernel" in read(tmp_path / "page.html").cells
+
+
 def test_without_anything_removed(tmp_path):
     whole = jaxprune.make_masks(PARAMS, 0.0)
     jaxprune.report(tmp_path / "page.html", PARAMS, whole, title="Nothing & all")

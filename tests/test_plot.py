@@ -24,6 +24,14 @@ def test_weights_are_counted_on_their_side_of_the_threshold(axes):
     assert [line.get_xdata()[0] for line in axes.lines] == [-1.0, 1.0]
 
 
+def test_weights_that_are_not_finite_are_left_out_and_one_at_minus_the_threshold_stands_outside(axes):
+    plot.weights(np.array([np.nan, np.inf, -0.5, 0.25, 1.0]), 0.5, axes)
+    removed, kept = (patch.get_data() for patch in axes.patches[:2])
+    assert (removed.values.sum(), kept.values.sum()) == (1, 2)
+    inside = np.abs((kept.edges[1:] + kept.edges[:-1]) / 2) < 0.5
+    assert kept.values[inside].sum() == 0
+
+
 def test_bars_show_what_is_kept(axes):
     params = {name: {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)} for name in "ab"}
     masks = {
