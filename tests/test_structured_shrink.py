@@ -3,11 +3,13 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from structured_cases import CASES
 from structured_zoo import Case, normal
 
@@ -207,3 +209,24 @@ def test_a_batch_that_is_tied_or_one_cannot_change():
     plan = select_channels(graph, params, 0.5)
     with pytest.raises(ValueError, match=r"traced with a batch of 1"):
         rebuild(graph, plan)(shrink(plan, params), normal(6, 3))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_are_cut_alike_and_their_masks_sharded_as_they_are(kind):
+    rng = np.random.default_rng(0)
+    params = {
+        "up": jnp.asarray(rng.normal(size=(6, 24)), jnp.float32),
+        "down": jnp.asarray(rng.normal(size=(24, 8)), jnp.float32),
+    }
+    plan = Plan(
+        {"up": {1: tuple(range(0, 24, 2))}, "down": {0: tuple(range(0, 24, 2))}}, {"up": (6, 24), "down": (24, 8)}
+    )
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    specs = {"up": PartitionSpec(None, "y"), "down": PartitionSpec("y", None)}
+    sharded = {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in params.items()}
+    chex.assert_trees_all_equal(shrink(plan, sharded), {"up": params["up"][:, ::2], "down": params["down"][::2]})
+    masks = channel_masks(plan, sharded)
+    chex.assert_trees_all_equal(masks, channel_masks(plan, params))
+    assert {name: mask.sharding for name, mask in masks.items()} == {
+        name: leaf.sharding for name, leaf in sharded.items()
+    }

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxprune._masks import all_true
 from jaxprune._paths import is_floating
 from jaxprune._prunable import Predicate, choose
 from jaxprune.graph import _jaxpr
@@ -97,7 +98,7 @@ def sequential(
     paths = {path for path, fits in zip(flat.paths, chosen, strict=True) if fits}
     for path in paths:
         sites_of(Grams(reading.sites, {}, {}), path, "sequential")
-    masks = [jnp.ones(jnp.shape(leaf), bool) for leaf in flat.leaves]
+    masks = [all_true(leaf) for leaf in flat.leaves]
     pruner = _Pruner(reading, method, target, list(flat.leaves), masks)
     planned = _in_order(reading, paths)
     at_once = paths - {site.path for site, _ in planned.values()}

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import _guard
 from jaxprune._layers import Layer, is_scalar
-from jaxprune._paths import flatten, is_floating, require_arrays, spread
+from jaxprune._masks import all_true
+from jaxprune._paths import flatten, require_arrays, spread
 from jaxprune._prunable import Predicate, choose
 from jaxprune.graph._sites import Site
 from jaxprune.oneshot._calibrate import Grams
@@ -79,7 +80,7 @@ def prune_sites(
     ks = [k] * len(flat.paths) if is_scalar(k) else spread(k, flat.paths, "k")
     leaves, masks = [], []
     for path, name, leaf, fits, strength in zip(flat.paths, flat.names, flat.leaves, chosen, ks, strict=True):
-        mask = jnp.ones(np.shape(leaf), bool) if not is_floating(leaf) else jnp.ones_like(leaf, dtype=bool)
+        mask = all_true(leaf)
         for site in sites_of(grams, path, title) if fits else ():
             weights, order = _in_groups(site, leaf, pattern.group)
             layer = Layer("kernel", name, weights, stack=1)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._masks import all_true
 from jaxprune._paths import flatten
+from jaxprune._sharding import without_explicit_axes
 from jaxprune.structured._plan import Plan, check_shapes
 
 
@@ -18,7 +20,7 @@ def channel_masks(plan: Plan, params: Any) -> Any:
         params: the parameters before they are cut, of which shapes matter.
 
     Returns:
-        The treedef of `params` in bool, True = keep: an element goes if any of its axes loses it.
+        The treedef of `params` in bool, True = keep, sharded like `params`: an element goes if any of its axes loses it.
 
     Raises:
         ValueError: the plan does not fit the parameters.
@@ -32,12 +34,11 @@ def channel_masks(plan: Plan, params: Any) -> Any:
     check_shapes(plan, flat, "params")
     masks = []
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
-        mask = np.ones(np.shape(leaf), bool)
+        mask = all_true(leaf)
         for axis, kept in plan.kept.get(path, {}).items():
-            gone = np.ones(mask.shape[axis], bool)
-            gone[np.asarray(kept)] = False
-            np.moveaxis(mask, axis, 0)[gone] = False
-        masks.append(jnp.asarray(mask))
+            stays = np.isin(np.arange(mask.shape[axis]), kept)
+            mask &= np.expand_dims(stays, [other for other in range(mask.ndim) if other != axis])
+        masks.append(mask)
     return jax.tree.unflatten(flat.treedef, masks)
 
 
@@ -94,6 +95,11 @@ def _known(plan: Plan, path: str) -> str | None:
 def _cut(plan: Plan, path: str, leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(plan.shrunk_shape(path), leaf.dtype)
-    for axis, kept in plan.kept[path].items():
-        leaf = jnp.take(leaf, np.asarray(kept), axis)
-    return leaf
+    leaf = jnp.asarray(leaf)
+
+    def take(leaf: jax.Array) -> jax.Array:
+        for axis, kept in plan.kept[path].items():
+            leaf = jnp.take(leaf, np.asarray(kept), axis)
+        return leaf
+
+    return without_explicit_axes(take, leaf, plan.shrunk_shape(path))(leaf)
