@@ -10,7 +10,7 @@ import pytest
 from graph_zoo import CASES, built, normal
 
 from jaxprune.graph._find import read
-from jaxprune.oneshot._calibrate import CalibrationWarning, Grams, Norms, calibrate_grams, calibrate_norms
+from jaxprune.oneshot._calibrate import CalibrationWarning, Grams, Norms, _calibrate, calibrate_grams, calibrate_norms
 from jaxprune.oneshot._statistics import grams, sums_of_squares
 
 # Most models of the zoo are given a handful of samples only.
@@ -261,3 +261,19 @@ def test_tables_have_no_gram() -> None:
     assert [site.operation for site in found.sites.at("embedding")] == ["dot"]
     with pytest.raises(ValueError, match=r"no such statistic of params\['embedding'\].* \(gather\)"):
         found.of(table)
+
+
+def test_more_batches_trace_nothing_more():
+    def traces(batches: int) -> int:
+        traced = []
+
+        def measure(contraction: Any, operands: Any) -> Any:
+            traced.append(None)
+            return grams(contraction, operands)
+
+        params = {"kernel": jnp.ones((3, 2))}
+        data = [jax.random.normal(jax.random.key(i), (4, 3)) for i in range(batches)]
+        _calibrate(Grams, measure, 2, lambda params, x: x @ params["kernel"], params, data, None, False)
+        return len(traced)
+
+    assert traces(1) == traces(4)

@@ -177,14 +177,13 @@ def _calibrate(
 ) -> _Statistics:
     """Add up a measurement of `rank` axes for each matrix, over all batches."""
     reading: Reading | None = None
-    totals: Any = None
     for number, batch in enumerate(_shown(batches, progress)):
         inputs = inputs_of(batch)
         if reading is None:
             first = inputs
             reading = read(fn, params, inputs)
             sites = _selected(reading.sites, where, rank)
-            update = _updater(reading, measure, rank, {group for site in sites for group in site.groups})
+            update, totals = _accumulator(reading, inputs, measure, rank, {g for site in sites for g in site.groups})
         require_alike(inputs, first, number)
         totals = update(reading.flat.leaves, jax.tree.leaves(inputs), totals)
     if reading is None:
@@ -234,21 +233,28 @@ def _selected(sites: Sites, where: Callable[[Site], bool] | None, rank: int) -> 
     return chosen
 
 
-def _updater(reading: Reading, measure: Measure, rank: int, groups: set[int]) -> Callable[..., Any]:
+def _accumulator(
+    reading: Reading, inputs: Any, measure: Measure, rank: int, groups: set[int]
+) -> tuple[Callable[..., Any], Any]:
+    """Return the program that adds a batch's measurements to the totals, and totals of zero, so that it compiles once."""
+
     def flatten(array: jax.Array, kept: int) -> jax.Array:
         cut = array.ndim - kept
         return array.reshape(math.prod(array.shape[:cut]), *array.shape[cut:])
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def update(leaves: Any, inputs: Any, totals: Any) -> Any:
+    def of_batch(leaves: Any, inputs: Any) -> Any:
         _, measured = reading.run(leaves, inputs, measure, groups)
-        new = (
+        return (
             {group: flatten(sums, rank) for group, (sums, _) in measured.items()},
             {group: flatten(counts, 0) for group, (_, counts) in measured.items()},
         )
-        return new if totals is None else jax.tree.map(jnp.add, totals, new)
 
-    return update
+    @functools.partial(jax.jit, donate_argnums=2)
+    def update(leaves: Any, inputs: Any, totals: Any) -> Any:
+        return jax.tree.map(jnp.add, totals, of_batch(leaves, inputs))
+
+    shapes = jax.eval_shape(of_batch, reading.flat.leaves, jax.tree.leaves(inputs))
+    return update, jax.tree.map(jnp.zeros_like, shapes)
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
