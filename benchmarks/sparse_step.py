@@ -19,8 +19,7 @@ from rich.console import Console
 
 import jaxprune
 from benchmarks import timing
-from benchmarks.training_step import MLP, stepper
-from examples.cnn import CNN
+from benchmarks.training_step import networks, stepper
 from jaxprune import rules, scores
 
 SPARSITY = 0.9
@@ -87,16 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     console = Console()
-
-    def batch(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.key(1)
-        return jax.random.normal(key, shape), jax.random.randint(key, shape[:1], 0, 10)
-
-    networks = {
-        "cnn": (f"the CNN at batch {options.batch_size}", CNN(10), batch((options.batch_size, 32, 32, 3))),
-        "mlp": ("the MLP at batch 8", MLP(options.width), batch((8, options.width))),
-    }
-    chosen = [networks[name] for name in options.networks]
+    cases = networks(options.batch_size, options.width)
+    chosen = [cases[name] for name in options.networks]
     timing.write_json(options.json, [measure(*case, options.steps, options.repeats, console) for case in chosen])
 
 

@@ -88,6 +88,19 @@ def _zeros(params: Any) -> float:
     return float(jaxprune.sparsity(jax.tree.map(lambda leaf: leaf != 0, params)))
 
 
+def networks(batch_size: int, width: int) -> dict[str, tuple[str, Any, tuple[jax.Array, jax.Array]]]:
+    """Return by name each network's title, the network, and a batch of random inputs and labels."""
+
+    def batch(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.key(1)
+        return jax.random.normal(key, shape), jax.random.randint(key, shape[:1], 0, 10)
+
+    return {
+        "cnn": (f"the CNN at batch {batch_size}", CNN(10), batch((batch_size, 32, 32, 3))),
+        "mlp": ("the MLP at batch 8", MLP(width), batch((8, width))),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure both networks, show tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,15 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     console = Console()
-
-    def batch(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.key(1)
-        return jax.random.normal(key, shape), jax.random.randint(key, shape[:1], 0, 10)
-
-    cases = [
-        (f"the CNN at batch {options.batch_size}", CNN(10), batch((options.batch_size, 32, 32, 3))),
-        ("the MLP at batch 8", MLP(options.width), batch((8, options.width))),
-    ]
+    cases = networks(options.batch_size, options.width).values()
     timing.write_json(options.json, [measure(*case, options.steps, options.repeats, console) for case in cases])
 
 

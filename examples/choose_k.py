@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples imp
 
 import jaxprune
 from examples import cnn, options
-from examples.experiment import Experiment, exit_code
+from examples.experiment import Experiment, run_program
 from jaxprune import plot
 
 PRESETS = options.Presets(
@@ -103,12 +103,7 @@ def _finding(curves: jaxprune.Sensitivity, k: float, sparsity: float, max_drop: 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with the arguments of the command line; return the exit code."""
-
-    def program() -> None:
-        settings = parse(arguments)
-        run(Experiment(settings), settings)
-
-    return exit_code(program)
+    return run_program(parse, run, arguments)
 
 
 if __name__ == "__main__":

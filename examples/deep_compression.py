@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples imp
 
 import jaxprune
 from examples import cnn, options
-from examples.experiment import Experiment, exit_code
+from examples.experiment import Experiment, run_program
 from jaxprune import rules
 from jaxprune.storage import load_sparse, save_sparse
 
@@ -136,12 +136,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with the arguments of the command line; return the exit code."""
-
-    def program() -> None:
-        settings = parse(arguments)
-        run(Experiment(settings), settings)
-
-    return exit_code(program)
+    return run_program(parse, run, arguments)
 
 
 if __name__ == "__main__":

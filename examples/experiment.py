@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 import jaxprune
 from examples import data
 from examples.checkpoints import Checkpoints, History, State
-from examples.options import Settings, UsageError
+from examples.options import Settings, SettingsOf, UsageError
 
 # Steps that one compiled call takes. On CPUs XLA runs the gradient of a convolution ten times slower inside a loop
 # than outside one (github.com/jax-ml/jax/issues/12868), so the scan over these steps is unrolled and must be short.
@@ -172,6 +172,20 @@ class Experiment:
             f"data    {dataset.name}: {len(train):,} images to train on, {len(test):,} to test on, {shape}\n"
             f"device  {device.platform} ({device.device_kind}), jax {jax.__version__}"
         )
+
+
+def run_program(
+    parse: Callable[[Sequence[str] | None], SettingsOf],
+    run: Callable[[Experiment, SettingsOf], None],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Read the command line, open the run's folder and run; return the exit code, as `exit_code` does."""
+
+    def program() -> None:
+        settings = parse(arguments)
+        run(Experiment(settings), settings)
+
+    return exit_code(program)
 
 
 def exit_code(program: Callable[[], None]) -> int:

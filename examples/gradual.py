@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples imp
 
 import jaxprune
 from examples import cnn, curves, options
-from examples.experiment import Experiment, exit_code
+from examples.experiment import Experiment, run_program
 from examples.figures import percent
 from examples.mask_log import MaskLog
 from jaxprune import rules
@@ -94,12 +94,7 @@ def draw(experiment: Experiment, settings: Settings) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with the arguments of the command line; return the exit code."""
-
-    def program() -> None:
-        settings = parse(arguments)
-        run(Experiment(settings), settings)
-
-    return exit_code(program)
+    return run_program(parse, run, arguments)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
 
 from examples import cnn, data, options
-from examples.experiment import Experiment, exit_code
-from examples.figures import BLUE, GREY, INK, frame, percent
+from examples.experiment import Experiment, run_program
+from examples.figures import percent
 from jaxprune import scores, structured
+from jaxprune.plot import BLUE, GREY, INK, frame
 
 PRESETS = options.Presets(
     full={"epochs": 25, "fine_tune_epochs": 10, "measures": ("l2", "l1", "taylor", "distance", "random", "scratch")},
@@ -208,12 +209,7 @@ def draw(experiment: Experiment, settings: Settings) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run with the arguments of the command line; return the exit code."""
-
-    def program() -> None:
-        settings = parse(arguments)
-        run(Experiment(settings), settings)
-
-    return exit_code(program)
+    return run_program(parse, run, arguments)
 
 
 if __name__ == "__main__":
