@@ -20,7 +20,7 @@ Norm = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 @functools.cache
-def n_m(m: int, *, axis: int | None = None) -> Rule:
+def n_m(m: int, *, axis: int | Callable[[str], int] | None = None) -> Rule:
     """Make the rule that keeps the k largest of every m consecutive weights along the inputs (N:M, N = k).
 
     Exact: every group keeps k weights, whatever the ties (among equals the lower index is kept) and the dtype; NaN
@@ -29,13 +29,15 @@ def n_m(m: int, *, axis: int | None = None) -> Rule:
 
     Args:
         m: the size of a group, >= 1.
-        axis: the axis of one layer along which groups run; None takes the framework's input axis.
+        axis: the axis of one layer along which groups run; or a function from a leaf's path to its axis, such as
+            ``find_sites(fn, params, x).input_axis``, which knows how fn uses it; None goes by the names of frameworks.
 
     Returns:
         A rule ``(scores, k) -> masks``, with k a whole number, 1 <= k <= m (may be traced).
 
     Raises:
-        ValueError: m < 1; by the rule: k is not within 1 to m, or an axis does not exist or divide into groups of m.
+        ValueError: m < 1; by the rule: k is not within 1 to m, an axis does not exist or divide into groups of m, or
+            whatever a function given as `axis` raises.
 
     >>> import jax.numpy as jnp, jaxprune
     >>> params = {"kernel": jnp.array([[1.0], [4.0], [3.0], [2.0]])}
@@ -55,7 +57,7 @@ def n_m(m: int, *, axis: int | None = None) -> Rule:
         for layer, n in zip(layers, strengths(k, layers, title, 1, m), strict=True):
             if isinstance(n, float) and n != int(n):
                 raise ValueError(f"{title} keeps a whole number of every {m} weights, not k = {n} ({layer.name}).")
-            along = input_axis(layer) if axis is None else resolve_axis(axis, layer, title)
+            along = _group_axis(axis, layer, title)
             if layer.values.shape[along] % m:
                 raise ValueError(
                     f"{title} groups weights by {m} along axis {along - layer.values.ndim}, but {layer.name} has shape "
@@ -66,6 +68,12 @@ def n_m(m: int, *, axis: int | None = None) -> Rule:
 
     rule.__name__ = title
     return rule
+
+
+def _group_axis(axis: int | Callable[[str], int] | None, layer: Layer, title: str) -> int:
+    if callable(axis):
+        return axis(layer.path)
+    return input_axis(layer) if axis is None else resolve_axis(axis, layer, title)
 
 
 @functools.partial(jax.jit, static_argnames=("m", "axis", "magnitude"))

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.experimental import pallas as pl
 
+import jaxprune
+from jaxprune import rules
 from jaxprune.graph._find import find_sites
 from jaxprune.graph._views import View, apply_steps, restore_steps, source_axes
 
@@ -165,6 +167,17 @@ def test_input_axis_is_the_one_of_n_m() -> None:
     assert (sites.input_axis("query/kernel"), sites.input_axis("out/kernel")) == (0, 1)
     with pytest.raises(ValueError, match=r"inputs of params\['kernel'\] run along axes \(0, 1\)"):
         sites_of("linen_conv_depthwise").input_axis("kernel")
+
+
+def test_n_m_runs_along_the_inputs_that_the_sites_know() -> None:
+    # By its name the leaf looks like a Flax kernel [in, out]; the function contracts the last axis.
+    params = {"kernel": jnp.asarray([[1.0, 4.0, 3.0, 2.0], [8.0, 5.0, 6.0, 7.0]])}
+    sites = find_sites(lambda p, x: jnp.einsum("oi,bi->bo", p["kernel"], x), params, jnp.zeros((3, 4)))
+    rule = rules.n_m(4, axis=sites.input_axis)
+    masks = jaxprune.make_masks(params, 2, rule=rule, prunable=sites.prunable)
+    assert masks["kernel"].tolist() == [[False, True, True, False], [True, False, False, True]]
+    with pytest.raises(ValueError, match="No site multiplies data by 'other'"):
+        jaxprune.make_masks({"other": params["kernel"]}, 2, rule=rule, prunable=lambda path, leaf: True)
 
 
 # ---- what is not understood
