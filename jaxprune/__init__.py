@@ -77,6 +77,7 @@ from jaxprune.structured import count_macs as count_macs
 from jaxprune.structured import count_parameters as count_parameters
 from jaxprune.structured import masked as masked
 from jaxprune.structured import rebuild as rebuild
+from jaxprune.structured import repair as repair
 from jaxprune.structured import select_channels as select_channels
 from jaxprune.structured import select_channels_globally as select_channels_globally
 from jaxprune.structured import shrink as shrink

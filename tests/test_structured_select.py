@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from structured_cases import CASES
 from structured_zoo import normal
 
+import jaxprune
 from jaxprune.structured import (
     ChannelGroup,
     Graph,
@@ -61,6 +62,17 @@ def test_scores_take_the_place_of_parameters():
     scores["b"] = jnp.array([0.0, 2.0, -3.0, 1.0])
     plan = select_channels(graph, params, {"a": 0.5}, scores=scores)
     assert plan.kept["b"] == {0: (1, 3)}
+
+
+def test_parameters_without_a_score_count_for_nothing():
+    """Activation norms: the bias multiplies no data; the consumer's inputs tell which channels are dead."""
+    graph, params = two_layers()
+    fn = lambda p, x: jnp.maximum(x @ p["a"] + p["b"][None], 0) @ p["c"] @ p["d"]  # noqa: E731
+    params = {**params, "b": jnp.array([-99.0, 9.0, -99.0, 9.0])}
+    found = jaxprune.scores.wanda(params, jaxprune.calibrate_norms(fn, params, [normal(5, 3)]))
+    assert found["b"] is None
+    only_inputs = {"c": found["c"], "d": found["d"]}
+    assert select_channels(graph, params, {"a": 0.5}, scores=only_inputs).kept["b"] == {0: (1, 3)}
 
 
 def test_among_equals_the_earlier_stay_and_nan_goes_first():
@@ -161,7 +173,9 @@ def test_global_choice_goes_for_what_matters_least():
         ({"sparsity": {"a": -1}}, r"sparsity\['a'\] .* not -1"),
         ({"round_to": 0}, r"round_to is a whole number, at least 1, not 0"),
         ({"importance": lambda weights: weights}, r"importance returned shape \(4, 10\) for 4 channels of a\[1\]"),
-        ({"scores": {"a": jnp.ones((3, 4))}}, r"b is missing; the function was traced with shape \(4,\)"),
+        ({"scores": {"a": jnp.ones((3, 5))}}, r"a has shape \(3, 5\); the function was traced with shape \(3, 4\)"),
+        ({"scores": {"x": jnp.ones(3)}}, r"x is no parameter of the traced function; it has \['a', 'b', 'c', 'd'\]"),
+        ({"scores": {"a": jnp.ones((3, 4))}}, r"scores has nothing for c\[1\]: no score for \['c', 'd'\]"),
     ],
 )
 def test_what_is_refused(change: dict, message: str):

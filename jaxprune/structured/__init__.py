@@ -14,6 +14,7 @@ from jaxprune.structured._importance import total as total
 from jaxprune.structured._plan import Plan as Plan
 from jaxprune.structured._rebuild import masked as masked
 from jaxprune.structured._rebuild import rebuild as rebuild
+from jaxprune.structured._repair import repair as repair
 from jaxprune.structured._select import select_channels as select_channels
 from jaxprune.structured._select import select_channels_globally as select_channels_globally
 from jaxprune.structured._select import sparsity_within as sparsity_within

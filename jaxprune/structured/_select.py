@@ -1,7 +1,7 @@
 """Choose the channels that stay: a share of each group, or the least important of all groups within a budget."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,9 @@ def select_channels(
         sparsity: the fraction removed of each group, at least 0 and below 1; or such fractions by the names of groups
             or by paths, or beginnings of paths, under which all parameters lie that compute the channels. Groups that
             are not named stay whole.
-        scores: a tree of scores like `params`, larger = keep, that importance is measured by; None for the parameters
-            themselves.
+        scores: a tree of scores like `params`, larger = keep, that importance is measured by, such as `scores.saliency`
+            (Taylor) or `scores.wanda` (activation norms); parameters without a score (None, no leaf) count for
+            nothing. None for the parameters themselves.
         importance: a function of the weights of each channel ``[channels, weights]`` to ``[channels]``; None for the
             Euclidean norm of parameters, and the sum of scores.
         round_to: the width of a layer that stays is a multiple of it where the group is large enough; hardware is
@@ -241,31 +242,38 @@ def _check_share(share: Any, name: str) -> None:
 
 
 def _rows(graph: Graph, params: Any, scores: Any) -> dict[str, np.ndarray]:
+    """Return by path what importance is measured by; what has no score counts for nothing."""
     given = flatten(params, "params")
-    _check_tree(graph, given)
+    _check_tree(graph, given, graph.paths)
     if scores is not None:
         given = flatten(scores, "scores")
-        _check_tree(graph, given)
+        _check_tree(graph, given, given.paths)
     # Through float32: NumPy computes in bfloat16 slowly, and loses what it sums.
     return {path: np.asarray(leaf).astype(np.float32) for path, leaf in zip(given.paths, given.leaves, strict=True)}
 
 
-def _check_tree(graph: Graph, flat: Flat) -> None:
+def _check_tree(graph: Graph, flat: Flat, paths: Sequence[str]) -> None:
+    """Raise a ValueError unless the tree and the graph have parameters of the same shapes at these paths."""
     shapes = dict(zip(flat.paths, map(np.shape, flat.leaves), strict=True))
-    for path, shape in zip(graph.paths, graph.shapes, strict=True):
-        if shapes.get(path) != shape:
+    traced = dict(zip(graph.paths, graph.shapes, strict=True))
+    for path in paths:
+        if path not in traced:
+            raise ValueError(f"{path} is no parameter of the traced function; it has {list(traced)}.")
+        if shapes.get(path) != traced[path]:
             found = f"has shape {shapes[path]}" if path in shapes else "is missing"
-            raise ValueError(f"{path} {found}; the function was traced with shape {shape}. Trace it anew.")
+            raise ValueError(f"{path} {found}; the function was traced with shape {traced[path]}. Trace it anew.")
 
 
 def _measure(group: ChannelGroup, rows: Mapping[str, np.ndarray], importance: Importance) -> np.ndarray:
     """Return the importance of each channel from the weights of all members."""
     found: list[np.ndarray] = []
-    for member in group.members:
+    for member in (member for member in group.members if member.path in rows):
         weights = np.moveaxis(rows[member.path], member.axis, 0)
         order = np.argsort(member.channels, kind="stable")
         order = order[np.searchsorted(member.channels[order], 0) :]
         found.append(weights[order].reshape(group.size, -1))
+    if not found:
+        raise ValueError(f"scores has nothing for {group.name}: no score for {[m.path for m in group.members]}.")
     values = np.asarray(importance(np.concatenate(found, 1)), np.float64)
     if values.shape != (group.size,):
         raise ValueError(f"importance returned shape {values.shape} for {group.size} channels of {group.name}.")
