@@ -4,7 +4,8 @@
 the multiply-accumulates by several measures of importance, and fine-tunes each smaller network for as long. A network
 of the same small widths is trained from scratch, for as long in all, to compare with. The output folder receives
 
-- `results.json`: accuracies, multiply-accumulates, parameters, latencies;
+- `results.json`: accuracies before and after the least-squares repair of what reads the channels and after
+  fine-tuning, multiply-accumulates, parameters, latencies;
 - `plan.json`: the channels that stay by the first measure;
 - `model.jax`: the smaller function for any batch, by `jax.export`, where the package flatbuffers is installed;
 - `shrink.png`: accuracy by measure, and latency of the dense, the masked and the smaller network;
@@ -29,6 +30,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
 
+import jaxprune
 from examples import cnn, data, options
 from examples.experiment import Experiment, run_program
 from examples.figures import percent
@@ -40,7 +42,7 @@ PRESETS = options.Presets(
     small={"epochs": 2, "fine_tune_epochs": 1, "measures": ("l2", "scratch")},
 )
 SCRATCH = "scratch"
-GRADIENT_IMAGES = 256
+GRADIENT_IMAGES, CALIBRATION_IMAGES = 256, 1024
 TIMED_IMAGES, ROUNDS = 64, 31
 
 
@@ -105,6 +107,7 @@ def run(experiment: Experiment, settings: Settings) -> None:
     sparsity = structured.sparsity_within(graph, settings.macs, round_to=settings.round_to)
     dataset = data.load(settings.dataset, settings.data_dir)
     sample = tuple(jnp.asarray(part[:GRADIENT_IMAGES]) for part in (dataset.train_images, dataset.train_labels))
+    grams = jaxprune.calibrate_grams(apply, dense.params, [jnp.asarray(dataset.train_images[:CALIBRATION_IMAGES])])
     plans: dict[str, structured.Plan] = {}
     for measure in (name for name in settings.measures if name != SCRATCH):
         told = evidence(measure, dense, *sample)
@@ -115,6 +118,8 @@ def run(experiment: Experiment, settings: Settings) -> None:
         small_fn = structured.rebuild(graph, plan)
         state = smaller(dense, structured.shrink(plan, dense.params), small_fn)
         experiment.record("before", measure, value=experiment.validate(state, cnn.evaluate))
+        repaired = structured.shrink(plan, structured.repair(plan, dense.params, grams))
+        experiment.record("repaired", measure, value=experiment.validate(state.replace(params=repaired), cnn.evaluate))
         state = experiment.train(measure, state, cnn.train_steps, settings.fine_tune_epochs)
         experiment.note(measure, experiment.validate(state, cnn.evaluate))
         plans[measure] = plan
