@@ -282,9 +282,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     network, params, tokenize = load(model_folder())
-    data = text.load()
-    calibration = tokenize(_distinct(data.train, options.calibration))
-    held_out = tokenize(_distinct(np.concatenate([data.valid, data.test]), options.sentences))
+    calibration, held_out = map(tokenize, _split(text.load(), options.calibration, options.sentences))
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
         return network.apply({"params": params}, tokens)
@@ -313,12 +311,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     console.print(f"Written to {options.out / 'results.json'}")
 
 
-def _distinct(source: np.ndarray, count: int) -> list[str]:
-    found = list(dict.fromkeys(sentences(source.tobytes())))
-    if len(found) < count:
-        raise DataError(f"there are only {len(found):,} sentences for the {count:,} asked for; ask for fewer")
-    order = np.random.default_rng(0).permutation(len(found))[:count]
-    return [found[i] for i in order]
+def _split(source: text.Text, *counts: int) -> list[list[str]]:
+    """Return lists of so many sentences, no sentence twice."""
+    found = list(dict.fromkeys(sentences(np.concatenate(source).tobytes())))
+    if len(found) < sum(counts):
+        raise DataError(f"there are only {len(found):,} sentences for the {sum(counts):,} asked for; ask for fewer")
+    order = np.random.default_rng(0).permutation(len(found))
+    ends = np.cumsum(counts)
+    return [[found[i] for i in order[end - count : end]] for count, end in zip(counts, ends, strict=True)]
 
 
 if __name__ == "__main__":
