@@ -9,7 +9,7 @@ keep a reason: the structure is never guessed.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Union
 
 import numpy as np
@@ -26,16 +26,18 @@ class Var:
         size: its number of elements, at least 1.
         bound: the term it was found to be, if any.
         reason: why it must not be cut, if it must not.
+        depth: whether a loop steps along it, so that its elements are layers and not channels.
         number: tells variables apart, and orders them by the time they were made.
     """
 
-    __slots__ = ("bound", "number", "reason", "size")
+    __slots__ = ("bound", "depth", "number", "reason", "size")
 
-    def __init__(self, size: int, reason: str | None = None) -> None:
+    def __init__(self, size: int, reason: str | None = None, depth: bool = False) -> None:
         """Make a new axis."""
         self.size = size
         self.bound: Dim | None = None
         self.reason = reason
+        self.depth = depth
         self.number = next(_numbers)
 
     def __repr__(self) -> str:
@@ -98,9 +100,9 @@ def concatenation(parts: Sequence[Dim]) -> Dim:
     return flat[0] if len(flat) == 1 else Cat(flat)
 
 
-def _piece(size: int, reason: str | None = None) -> Var:
+def _piece(size: int, reason: str | None = None, depth: bool = False) -> Var:
     """Return a part of an axis; where it is one element, cutting it would leave nothing."""
-    return Var(size, reason or ("a single element" if size == 1 else None))
+    return Var(size, reason or ("a single element" if size == 1 else None), depth)
 
 
 def resolve(dim: Dim) -> Dim:
@@ -143,6 +145,12 @@ def freeze(dim: Dim, reason: str) -> None:
         leaf.reason = leaf.reason or reason
 
 
+def step_along(dim: Dim) -> None:
+    """Take note that a loop steps along an axis: its elements are layers."""
+    for leaf in leaves(dim):
+        leaf.depth = True
+
+
 def unify(a: Dim, b: Dim, reason: str) -> None:
     """Make two axes of the same size one, refining both; freeze both where that cannot be done.
 
@@ -175,6 +183,8 @@ def _bind(var: Var, to: Dim) -> None:
         var, to = to, var  # the older one stays, so that names do not depend on how late an axis was met
     if var.reason is not None:
         freeze(to, var.reason)
+    if var.depth:
+        step_along(to)
     var.bound = to
 
 
@@ -214,7 +224,7 @@ def cut(dim: Dim, at: int) -> tuple[Dim, Dim] | None:
     """Split an axis into its first `at` elements and the others, 0 < at < size; None where its structure forbids it."""
     dim = resolve(dim)
     if isinstance(dim, Var):
-        first, second = _piece(at, dim.reason), _piece(dim.size - at, dim.reason)
+        first, second = (_piece(n, dim.reason, dim.depth) for n in (at, dim.size - at))
         dim.bound = Cat((first, second))
         return first, second
     if isinstance(dim, Prod):
@@ -306,7 +316,7 @@ def kept_indices(dim: Dim, kept: Kept) -> np.ndarray:
     return np.concatenate([start + kept_indices(part, kept) for start, part in zip(starts, dim.parts, strict=False)])
 
 
-def is_cut(dim: Dim, kept: Mapping[Var, Any]) -> bool:
+def is_cut(dim: Dim, kept: Container[Any]) -> bool:
     """Whether anything is cut from an axis."""
     return any(leaf in kept for leaf in leaves(dim))
 

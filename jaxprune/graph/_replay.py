@@ -14,8 +14,9 @@ from jaxprune.graph._dims import Cat, Dim, Kept, Prod, Var, is_cut, kept_indices
 from jaxprune.graph._program import Node, Program, Value
 from jaxprune.graph._trace import CUSTOM, REMAT, differentiable, is_floating
 
-# For some variables, which elements stay; an array of bool each, which may be traced.
-Masks = dict[Var, Any]
+# For some variables, which elements stay, and for some sums, whether the branch does (`find_branches`); arrays of bool,
+# which may be traced.
+Masks = dict[Var | Node, Any]
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,8 +68,8 @@ class Replay:
         assert value.const is not None, "a value is read before it is known"
         return self._cut(value.const, value.dims)
 
-    def _cut(self, array: Any, dims: Sequence[Dim]) -> Any:
-        for axis, dim in enumerate(dims):
+    def _cut(self, array: Any, dims: Sequence[Dim], first: int = 0) -> Any:
+        for axis, dim in enumerate(dims, first):
             if is_cut(dim, self.kept):
                 array = jnp.take(array, jnp.asarray(kept_indices(dim, self.kept)), axis)
         return array
@@ -100,6 +101,8 @@ class Replay:
         if resize is not None and self.sizes:
             eqn = eqn.replace(params={**eqn.params, **resize(node, self._size)})
         results = _jaxpr.evaluate(node.jaxpr, eqn, values)
+        if node in masks:
+            return [jnp.where(masks[node], results[0], values[node.notes["stream"]])]
         if node.notes.get("opaque"):
             for value, result in zip(node.outs, results, strict=True):
                 if result is not None:
@@ -112,14 +115,13 @@ class Replay:
         return math.prod(kept_size(dim, sizes) for dim in node.notes["count"])
 
     def _generate(self, node: Node, values: list[Any]) -> Any:
-        """Make whole what belongs to places, then cut it."""
+        """Make whole what belongs to places, then cut it; random keys are cut before."""
         (out,) = node.outs
+        keys = len(node.ins[0].shape) if node.ins else 0
         uncut = {var: n for var, n in self.sizes.items() if var not in self.kept}
-        shape = tuple(kept_size(dim, uncut) for dim in out.dims)
-        if node.name == "random_bits":
-            shape = shape[len(node.ins[0].shape) :]
+        shape = tuple(kept_size(dim, uncut) for dim in out.dims[keys:])
         (result,) = _jaxpr.evaluate(node.jaxpr, node.eqn.replace(params={**node.params, "shape": shape}), values)
-        return self._cut(result, out.dims)
+        return self._cut(result, out.dims[keys:], keys)
 
     # ---- what has programs inside
 
@@ -127,12 +129,17 @@ class Replay:
         first, last = scan.consts, scan.consts + scan.carry
         consts, init, stacked = values[:first], values[first:last], values[last:]
 
-        def step(carry: Sequence[Any], slices: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        def step(carry: Sequence[Any], xs: tuple[Sequence[Any], Any]) -> tuple[list[Any], list[Any]]:
+            slices, stays = xs
             results = self.run(node.bodies[0], [*consts, *carry, *slices], masks)
-            return results[: scan.carry], results[scan.carry :]
+            moved, outs = results[: scan.carry], results[scan.carry :]
+            if stays is not None:
+                moved = [jnp.where(stays, new, old) for new, old in zip(moved, carry, strict=True)]
+            return moved, outs
 
+        xs = stacked, mask_of(node.notes["steps"], masks)
         length = None if stacked else scan.length
-        carry, outs = jax.lax.scan(step, init, stacked, length, reverse=scan.reverse, unroll=scan.unroll)
+        carry, outs = jax.lax.scan(step, init, xs, length, reverse=scan.reverse, unroll=scan.unroll)
         return [*carry, *outs]
 
     def _while(self, node: Node, loop: _jaxpr.While, values: list[Any], masks: Masks) -> list[Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph import _jaxpr, _rules_elementwise, _rules_index, _rules_layout, _rules_reduce
-from jaxprune.graph._dims import Dim, freeze, fresh, size, unify
+from jaxprune.graph._dims import Dim, freeze, fresh, size, step_along, unify
 from jaxprune.graph._jaxpr import Body
 from jaxprune.graph._program import Node, Program, Rule, Value, free, opaque
 
@@ -112,7 +112,12 @@ def _scan(node: Node, scan: _jaxpr.Scan, differentiated: bool) -> list[list[Dim]
     steps = stacked[0].dims[0] if stacked else fresh(scan.length)
     for value in stacked[1:]:
         unify(steps, value.dims[0], "a scan")
-    freeze(steps, "a scan runs along it")
+    node.notes["steps"] = steps
+    # Where a step is left out, what is carried passes by it: steps that take parameters are layers.
+    if scan.carry and any(value.sources for value in stacked):
+        step_along(steps)
+    else:
+        freeze(steps, "a scan runs along it")
     slices = [Value(value.shape[1:], value.dtype, value.dims[1:], sources=value.sources) for value in stacked]
     moving = _plain(init)
     node.bodies = [label(scan.body, [*_plain(consts), *moving, *slices], differentiated=differentiated)]

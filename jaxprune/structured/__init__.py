@@ -1,7 +1,9 @@
 """Models that are really smaller: coupled channels of any function, chosen, cut from parameters and from the function."""
 
+from jaxprune.structured._blocks import Block as Block
 from jaxprune.structured._costs import count_macs as count_macs
 from jaxprune.structured._costs import count_parameters as count_parameters
+from jaxprune.structured._depth import select_blocks as select_blocks
 from jaxprune.structured._graph import Graph as Graph
 from jaxprune.structured._graph import trace as trace
 from jaxprune.structured._groups import ChannelGroup as ChannelGroup
@@ -11,9 +13,12 @@ from jaxprune.structured._importance import distance as distance
 from jaxprune.structured._importance import l1 as l1
 from jaxprune.structured._importance import l2 as l2
 from jaxprune.structured._importance import total as total
+from jaxprune.structured._lasso import group_lasso as group_lasso
 from jaxprune.structured._plan import Plan as Plan
+from jaxprune.structured._plan import combine as combine
 from jaxprune.structured._rebuild import masked as masked
 from jaxprune.structured._rebuild import rebuild as rebuild
+from jaxprune.structured._recover import recover as recover
 from jaxprune.structured._repair import repair as repair
 from jaxprune.structured._select import select_channels as select_channels
 from jaxprune.structured._select import select_channels_globally as select_channels_globally
@@ -23,3 +28,5 @@ from jaxprune.structured._shrink import shrink as shrink
 from jaxprune.structured._verify import OutputError as OutputError
 from jaxprune.structured._verify import Verification as Verification
 from jaxprune.structured._verify import verify as verify
+from jaxprune.structured._verify_module import ModuleVerification as ModuleVerification
+from jaxprune.structured._verify_module import verify_module as verify_module

@@ -1,12 +1,11 @@
-"""What a function costs, counted from its jaxpr, before and after channels are cut."""
+"""What a function costs, counted from its jaxpr, before and after channels and layers are cut."""
 
 import math
 
-from jaxprune.graph import _jaxpr
 from jaxprune.graph._dims import Var, kept_size
 from jaxprune.graph._program import Program
 from jaxprune.structured._graph import Graph
-from jaxprune.structured._plan import Plan, solve
+from jaxprune.structured._plan import Plan, shallower, solve
 
 
 def count_parameters(graph: Graph, plan: Plan | None = None) -> int:
@@ -21,7 +20,12 @@ def count_parameters(graph: Graph, plan: Plan | None = None) -> int:
     (40, 10)
     """
     sizes = _sizes(graph, plan)
-    return sum(math.prod(kept_size(dim, sizes) for dim in value.dims) for value in graph.params)
+    dropped = () if plan is None else plan.dropped
+    return sum(
+        math.prod(kept_size(dim, sizes) for dim in value.dims)
+        for path, value in zip(graph.paths, graph.params, strict=True)
+        if path not in dropped
+    )
 
 
 def count_macs(graph: Graph, plan: Plan | None = None) -> int:
@@ -37,7 +41,7 @@ def count_macs(graph: Graph, plan: Plan | None = None) -> int:
     >>> count_macs(graph)  # 5 (3 x 8 + 8 x 2)
     200
     """
-    return _macs(graph.program, _sizes(graph, plan))
+    return _macs((graph if plan is None else shallower(graph, plan)).program, _sizes(graph, plan))
 
 
 def _sizes(graph: Graph, plan: Plan | None) -> dict[Var, int]:
@@ -52,8 +56,8 @@ def _macs(program: Program, sizes: dict[Var, int]) -> int:
         bodies = [_macs(body, sizes) for body in node.bodies]
         if node.name == "cond":
             total += max(bodies)
-        elif (scan := _jaxpr.scan(node.eqn)) is not None:
-            total += scan.length * bodies[0]
+        elif node.name == "scan":
+            total += kept_size(node.notes["steps"], sizes) * bodies[0]
         else:
             total += sum(bodies)
     return total

@@ -13,7 +13,8 @@ from jaxprune.graph import _jaxpr
 from jaxprune.graph._dims import Dim, freeze
 from jaxprune.graph._program import Program, Value, free
 from jaxprune.graph._trace import label
-from jaxprune.structured._groups import ChannelGroup, FrozenAxis, find_frozen, find_groups
+from jaxprune.structured._blocks import Block, find_blocks
+from jaxprune.structured._groups import ChannelGroup, FrozenAxis, find_frozen, find_groups, find_members
 
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph(Printable):
-    """What `trace` found; prints as a table of coupled groups and frozen axes.
+    """What `trace` found; prints as tables of coupled groups, of blocks, and of frozen axes.
 
     Attributes:
         groups: channels that can be cut.
+        blocks: scanned layers and residual branches that can be dropped.
         frozen: axes that must stay.
         paths: of the parameters, in the order of the program's arguments.
         shapes: of the parameters.
@@ -34,6 +36,7 @@ class Graph(Printable):
     """
 
     groups: tuple[ChannelGroup, ...]
+    blocks: tuple[Block, ...]
     frozen: tuple[FrozenAxis, ...]
     paths: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -69,7 +72,7 @@ class Graph(Printable):
 def trace(
     fn: Callable[..., Any], params: Any, *inputs: Any, prunable_outputs: Callable[[str], bool] | None = None
 ) -> Graph:
-    """Read a function and find its channels: axes of parameters that can only be cut together.
+    """Read a function and find its channels: axes of parameters that can only be cut together; and its layers.
 
     Axes of inputs and outputs stay, and whatever the function does along an axis that no rule explains freezes it, with
     a reason that `Graph.frozen` tells. Values are not read: arrays may be `jax.ShapeDtypeStruct`.
@@ -117,16 +120,19 @@ def trace(
             _freeze_all(value.dims, "an input")
     program = label(body, arguments)
     results = flatten(outputs, "outputs")
-    for path, value in zip(results.paths, program.outs, strict=True):
-        if prunable_outputs is None or not prunable_outputs(path):
+    state = [n for n, path in enumerate(results.paths) if prunable_outputs is not None and prunable_outputs(path)]
+    for number, value in enumerate(program.outs):
+        if number not in state:
             _freeze_all(value.dims, "an output")
     read = {id(value) for node in program.nodes for value in node.ins}
     for value in arguments[: len(flat.paths)]:
         if id(value) not in read:
             _freeze_all(value.dims, "the function does not use it")
+    members = find_members(flat.paths, program)
     return Graph(
-        find_groups(flat.paths, program), find_frozen(flat.paths, program), tuple(flat.paths),
-        tuple(shape.shape for shape in shapes), program, jax.eval_shape(lambda tree: tree, inputs), outputs,
+        find_groups(flat.paths, program, members), find_blocks(flat.paths, program, members, state),
+        find_frozen(flat.paths, program), tuple(flat.paths), tuple(shape.shape for shape in shapes),
+        program, jax.eval_shape(lambda tree: tree, inputs), outputs,
     )  # fmt: skip
 
 

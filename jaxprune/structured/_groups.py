@@ -1,8 +1,7 @@
 """Which axes of parameters make a group of channels, which stay, and which channels are parts of others."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -58,15 +57,15 @@ class FrozenAxis:
     reasons: tuple[str, ...]
 
 
-def find_groups(paths: Sequence[str], program: Program) -> tuple[ChannelGroup, ...]:
-    """Return the channels that can be cut, in the order of the parameters that have them.
+def find_members(paths: Sequence[str], program: Program) -> dict[Var, list[Member]]:
+    """Return what can be cut, in the order of the parameters, with the axes that it is cut from.
 
     Args:
         paths: of the parameters, which are the first arguments of the program.
         program: the function.
     """
     params = program.ins[: len(paths)]
-    produced, widths = _layers(program, params)
+    produced = _produced(program)
     found: dict[Var, list[Member]] = {}
     for number, (path, value) in enumerate(zip(paths, params, strict=True)):
         for axis, dim in enumerate(value.dims):
@@ -75,7 +74,17 @@ def find_groups(paths: Sequence[str], program: Program) -> tuple[ChannelGroup, .
                 last = not any(is_cut(later, {var: None}) for later in value.dims[axis + 1 :])
                 member = Member(path, axis, positions(dim, var), last and (number, var) in produced)
                 found.setdefault(var, []).append(member)
+    return found
+
+
+def find_groups(
+    paths: Sequence[str], program: Program, found_members: Mapping[Var, Sequence[Member]]
+) -> tuple[ChannelGroup, ...]:
+    """Return the channels among what can be cut (`find_members`), in the order of the parameters that have them."""
+    params = program.ins[: len(paths)]
+    found = {var: members for var, members in found_members.items() if not var.depth}
     names = _names(found)
+    widths = _widths(program, params)
     outer = _outer_groups(names, [*widths, *(dim for value in params for dim in value.dims)])
     spans: dict[Var, int] = {}
     for dim in widths:
@@ -98,17 +107,28 @@ def find_frozen(paths: Sequence[str], program: Program) -> tuple[FrozenAxis, ...
     return tuple(frozen)
 
 
-def _layers(program: Program, params: Sequence[Value]) -> tuple[set[tuple[int, Var]], list[Dim]]:
-    """Return the channels that each parameter computes, and the widths of layers: of their units, of their inputs."""
-    produced: set[tuple[int, Var]] = set()
-    widths: list[Dim] = []
+def _layers(program: Program) -> Iterator[tuple[tuple[int, ...], Sequence[Dim], Sequence[Dim]]]:
+    """Yield for each use of parameters in a layer their numbers, the axes of its units, and those it sums over."""
     for node in walk(program):
         for value, (units, summed) in zip(node.ins, node.notes.get("units", ()), strict=False):
             if value.sources:
-                computed = [leaf for dim in units for leaf in leaves(dim)]
-                produced.update(itertools.product(value.sources, computed))
-                widths += [_width(side, params[value.sources[0]]) for side in (units, summed)]
-    return produced, widths
+                yield value.sources, units, summed
+
+
+def _produced(program: Program) -> set[tuple[int, Var]]:
+    """Return the channels that each parameter computes."""
+    return {
+        (number, leaf)
+        for sources, units, _ in _layers(program)
+        for number in sources
+        for dim in units
+        for leaf in leaves(dim)
+    }
+
+
+def _widths(program: Program, params: Sequence[Value]) -> list[Dim]:
+    """Return the widths of layers: of their units, of their inputs."""
+    return [_width(side, params[sources[0]]) for sources, *sides in _layers(program) for side in sides]
 
 
 def _width(dims: Sequence[Dim], param: Value) -> Dim:
@@ -117,14 +137,19 @@ def _width(dims: Sequence[Dim], param: Value) -> Dim:
     return product(sorted(dims, key=lambda dim: min((order.get(leaf, -1) for leaf in leaves(dim)), default=-1)))
 
 
-def _names(found: dict[Var, list[Member]]) -> dict[Var, str]:
-    names: dict[Var, str] = {}
-    for var, members in found.items():
-        first = next((member for member in members if member.produces), members[0])
-        name = f"{first.path}[{first.axis}]"
-        same = sum(other == name or other.startswith(name + "#") for other in names.values())
-        names[var] = f"{name}#{same + 1}" if same else name
-    return names
+def _names(found: Mapping[Var, Sequence[Member]]) -> dict[Var, str]:
+    firsts = [next((member for member in members if member.produces), members[0]) for members in found.values()]
+    return dict(zip(found, unique([f"{first.path}[{first.axis}]" for first in firsts]), strict=True))
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Number the names that occur before: ``a``, ``a#2``."""
+    count: dict[str, int] = {}
+    found = []
+    for name in names:
+        count[name] = count.get(name, 0) + 1
+        found.append(name if count[name] == 1 else f"{name}#{count[name]}")
+    return found
 
 
 def _outer_groups(names: dict[Var, str], dims: Iterable[Dim]) -> dict[Var, dict[str, None]]:

@@ -1,23 +1,29 @@
-"""Which channels stay: by path and axis of each parameter, in plain numbers, so that it outlives the function."""
+"""What stays: by path and axis of each parameter, in plain numbers, so that it outlives the function."""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxprune._paths import Flat
 from jaxprune.graph._dims import Var, kept_indices, split_kept
+from jaxprune.graph._program import Node
+from jaxprune.graph._residuals import without
+from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The elements that stay along each axis that is cut; what it does not name stays whole.
+    """The elements that stay along each axis that is cut, and the parameters that go; what it does not name stays whole.
 
     Attributes:
         kept: by parameter path and axis, the indices that stay, rising.
-        shapes: of the same parameters before they are cut.
+        shapes: of all parameters that the plan names, before they are cut.
+        dropped: paths of parameters that go as a whole, with the residual branch that reads them.
 
     >>> plan = Plan({"up": {1: (0, 2)}}, {"up": (3, 4)})
     >>> plan.shrunk_shape("up"), Plan.from_json(plan.to_json()) == plan
@@ -26,12 +32,17 @@ class Plan:
 
     kept: Mapping[str, Mapping[int, Sequence[int]]]
     shapes: Mapping[str, tuple[int, ...]]
+    dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the indices fit the shapes."""
-        for path, axes in self.kept.items():
+        for path in (*self.kept, *self.dropped):
             if path not in self.shapes:
                 raise ValueError(f"The plan cuts {path} but does not say its shape; make it by select_channels.")
+        for path in self.dropped:
+            if path in self.kept:
+                raise ValueError(f"The plan drops {path}, and says what it keeps of it; it can only do one of the two.")
+        for path, axes in self.kept.items():
             shape = self.shapes[path]
             for axis, kept in axes.items():
                 if not 0 <= axis < len(shape):
@@ -51,15 +62,12 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
-        return json.dumps(
-            {
-                path: {
-                    "shape": list(self.shapes[path]),
-                    "kept": {str(axis): [int(i) for i in kept] for axis, kept in axes.items()},
-                }
-                for path, axes in self.kept.items()
-            }
-        )
+        entries: dict[str, dict[str, Any]] = {
+            path: {"kept": {str(axis): [int(i) for i in kept] for axis, kept in axes.items()}}
+            for path, axes in self.kept.items()
+        }
+        entries.update((path, {"dropped": True}) for path in self.dropped)
+        return json.dumps({path: {"shape": list(self.shapes[path]), **entry} for path, entry in entries.items()})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -68,20 +76,85 @@ class Plan:
         kept = {
             path: {int(axis): tuple(indices) for axis, indices in entry["kept"].items()}
             for path, entry in entries.items()
+            if "kept" in entry
         }
-        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()})
+        dropped = tuple(path for path, entry in entries.items() if entry.get("dropped"))
+        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()}, dropped)
 
 
-def plan_of(graph: Graph, kept: Mapping[Var, np.ndarray]) -> Plan:
-    """Return the plan that keeps these elements of some of a graph's axes."""
+def combine(plan: Plan, other: Plan) -> Plan:
+    """Return the plan that cuts what either cuts: channels and layers, say.
+
+    Args:
+        plan: a plan.
+        other: another one for the same parameters.
+
+    Returns:
+        Both in one. A parameter that one of them drops is dropped.
+
+    Raises:
+        ValueError: they cut the same axis differently, or are for parameters of other shapes.
+
+    >>> width = Plan({"up": {1: (0, 2)}, "down": {0: (0, 2)}}, {"up": (3, 4), "down": (4, 2)})
+    >>> depth = Plan({"up": {0: (1, 2)}}, {"up": (3, 4), "down": (4, 2)}, dropped=("down",))
+    >>> combine(width, depth).kept, combine(width, depth).dropped
+    ({'up': {1: (0, 2), 0: (1, 2)}}, ('down',))
+    """
+    dropped = tuple(dict.fromkeys((*plan.dropped, *other.dropped)))
+    kept: dict[str, dict[int, Sequence[int]]] = {}
+    for path in dict.fromkeys((*plan.shapes, *other.shapes)):
+        first, second = (dict(each.kept.get(path, {})) for each in (plan, other))
+        shapes = {tuple(each.shapes[path]) for each in (plan, other) if path in each.shapes}
+        if len(shapes) > 1:
+            raise ValueError(f"The plans are for {path} of shapes {plan.shapes[path]} and {other.shapes[path]}.")
+        for axis in first.keys() & second.keys():
+            if path not in dropped and tuple(first[axis]) != tuple(second[axis]):
+                raise ValueError(
+                    f"The plans keep {tuple(first[axis])} and {tuple(second[axis])} along axis {axis} of {path}. "
+                    "Let one of them leave it whole."
+                )
+        if path not in dropped and (first or second):
+            kept[path] = first | second
+    return Plan(kept, {**other.shapes, **plan.shapes}, dropped)
+
+
+def plan_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block] = ()) -> Plan:
+    """Return the plan that keeps these elements of some of a graph's axes, and drops these branches."""
+    dropped = {path for block in branches for path in block.paths}
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for path, value in zip(graph.paths, graph.params, strict=True):
         for axis, dim in enumerate(value.dims):
             indices = kept_indices(dim, kept)
-            if len(indices) < value.shape[axis]:
+            if path not in dropped and len(indices) < value.shape[axis]:
                 found.setdefault(path, {})[axis] = tuple(indices.tolist())
     shapes = dict(zip(graph.paths, graph.shapes, strict=True))
-    return Plan(found, {path: shapes[path] for path in found})
+    gone = tuple(path for path in graph.paths if path in dropped)
+    return Plan(found, {path: shapes[path] for path in (*found, *gone)}, gone)
+
+
+def dropped_branches(graph: Graph, plan: Plan) -> list[Block]:
+    """Return the branches that a plan drops, and raise a ValueError where it drops anything else."""
+    gone = set(plan.dropped)
+    found = [block for block in graph.blocks if not block.members and gone.issuperset(block.paths)]
+    for path in sorted(gone.difference(*(block.paths for block in found))):
+        raise ValueError(
+            f"The plan drops {path}, but no residual branch of which it drops all parameters. "
+            "Select blocks from this function's graph."
+        )
+    return found
+
+
+def shallower(graph: Graph, plan: Plan) -> Graph:
+    """Return the graph of the function without the branches that a plan drops, and the results that go with them."""
+    branches = dropped_branches(graph, plan)
+    if not branches:
+        return graph
+    lost = {number for block in branches for number in block.outputs}
+    leaves, treedef = jax.tree.flatten(graph.outputs)
+    outputs = jax.tree.unflatten(treedef, [None if n in lost else leaf for n, leaf in enumerate(leaves)])
+    outs = [value for n, value in enumerate(graph.program.outs) if n not in lost]
+    nodes = [block.place for block in branches if isinstance(block.place, Node)]
+    return dataclasses.replace(graph, program=without(graph.program, nodes, outs), outputs=outputs)
 
 
 def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
@@ -89,7 +162,7 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
     shapes = dict(zip(graph.paths, graph.shapes, strict=True))
     found: dict[Var, np.ndarray] = {}
     values = dict(zip(graph.paths, graph.params, strict=True))
-    for path, axes in plan.kept.items():
+    for path in (*plan.kept, *plan.dropped):
         if path not in shapes:
             raise ValueError(f"The plan cuts {path}, which the function does not have; it has {list(shapes)}.")
         if tuple(plan.shapes[path]) != shapes[path]:
@@ -97,6 +170,7 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
                 f"The plan is for {path} of shape {plan.shapes[path]}, but it has shape {shapes[path]}. "
                 "Select channels anew from this function's graph."
             )
+    for path, axes in plan.kept.items():
         for axis, kept in axes.items():
             if not split_kept(values[path].dims[axis], np.asarray(kept), found):
                 raise ValueError(
@@ -108,6 +182,8 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
         if var.reason is not None:
             raise ValueError(f"The plan cuts an axis of {var.size} elements that must stay: {var.reason}.")
     for path, value in values.items():
+        if path in plan.dropped:
+            continue
         for axis, dim in enumerate(value.dims):
             planned = plan.kept.get(path, {}).get(axis, range(value.shape[axis]))
             if not np.array_equal(kept_indices(dim, kept_vars), np.asarray(planned)):
@@ -121,7 +197,7 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
 def check_shapes(plan: Plan, flat: Flat, what: str) -> None:
     """Raise a ValueError unless the tree has all leaves that the plan cuts, in the shapes before."""
     shapes = dict(zip(flat.paths, (np.shape(leaf) for leaf in flat.leaves), strict=True))
-    for path in plan.kept:
+    for path in (*plan.kept, *plan.dropped):
         if path not in shapes:
             raise ValueError(f"The plan cuts {path}, which {what} does not have; it has {list(shapes)}.")
         if shapes[path] != tuple(plan.shapes[path]):

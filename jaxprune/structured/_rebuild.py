@@ -1,6 +1,7 @@
 """The function again: on smaller parameters, or on whole ones under masks."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 
 from jaxprune._paths import Flat, align, flatten
 from jaxprune.graph._dims import Cat, Var, kept_size, leaves, resolve, size
-from jaxprune.graph._program import Value, walk
+from jaxprune.graph._program import Node, Value, walk
 from jaxprune.graph._replay import Masks, Replay
 from jaxprune.structured._graph import Graph
-from jaxprune.structured._plan import Plan, solve
+from jaxprune.structured._groups import Member
+from jaxprune.structured._plan import Plan, shallower, solve
 
 # What a mean over channels divides by: how many there were, or how many stay.
 Counts = Literal["kept", "rescaled"]
@@ -27,7 +29,8 @@ def rebuild(graph: Graph, plan: Plan, counts: Counts = "kept") -> Callable[..., 
 
     Args:
         graph: the function, by `trace`.
-        plan: the channels that stay.
+        plan: what stays. Where it drops a residual branch, ``x + f(x)`` becomes ``x``, and nothing of f is computed; of
+            results that are state, those that are made in f become None.
         counts: what normalisation layers divide by where they average over channels. ``"kept"``, the number before
             anything was cut: the function then equals the original one in which the channels are masked.
             ``"rescaled"``, the number that stays: it then equals a module built at the smaller width, for which fine-
@@ -49,13 +52,16 @@ def rebuild(graph: Graph, plan: Plan, counts: Counts = "kept") -> Callable[..., 
     """
     if counts not in ("kept", "rescaled"):
         raise ValueError(f"counts is 'kept' or 'rescaled', not {counts!r}.")
-    kept = solve(graph, plan)
+    kept, small = solve(graph, plan), shallower(graph, plan)
     sizes = {var: len(indices) for var, indices in kept.items()}
-    shapes = [tuple(kept_size(dim, sizes) for dim in value.dims) for value in graph.params]
+    shapes = [
+        None if path in plan.dropped else tuple(kept_size(dim, sizes) for dim in value.dims)
+        for path, value in zip(graph.paths, graph.params, strict=True)
+    ]
 
     def small_fn(params: Any, *inputs: Any) -> Any:
         replay = Replay(kept, dict(sizes), rescaled=counts == "rescaled")
-        return evaluate(graph, replay, params, shapes, inputs, {})
+        return evaluate(small, replay, params, shapes, inputs, {})
 
     return jax.jit(small_fn)
 
@@ -65,7 +71,8 @@ def masked(graph: Graph) -> Callable[..., Any]:
 
     Channels whose masks are False count for nothing wherever the function sums or takes a maximum over them, so that
     the result is that of the smaller function exactly. (Zeroing parameters alone is not always: a normalisation layer
-    sees the mean of a zeroed channel.) Masks are arguments: new ones compile nothing.
+    sees the mean of a zeroed channel.) A layer or a residual branch whose masks are all False passes on what it is given.
+    Masks are arguments: new ones compile nothing.
 
     Args:
         graph: the function, by `trace`.
@@ -76,36 +83,67 @@ def masked(graph: Graph) -> Callable[..., Any]:
 
     def masked_fn(params: Any, masks: Any, *inputs: Any) -> Any:
         flat = flatten(masks, "masks")
-        return evaluate(graph, Replay(), params, graph.shapes, inputs, _channel_masks(graph, flat))
+        return evaluate(graph, Replay(), params, graph.shapes, inputs, _read_masks(graph, flat))
 
     return jax.jit(masked_fn)
 
 
-def _channel_masks(graph: Graph, flat: Flat) -> Masks:
-    """Read off which channels the masks keep: those of which any weight stays."""
+def _read_masks(graph: Graph, flat: Flat) -> Masks:
+    """Read off what the masks keep: channels and layers of which any weight stays, branches of which their own do."""
     masks = dict(zip(flat.paths, flat.leaves, strict=True))
+    branches = [block for block in graph.blocks if not block.members]
+    # Branches inside of each other: parameters are a branch's own that are in the fewest.
+    inside = {path: [block.name for block in branches if path in block.paths] for path in graph.paths}
     found: Masks = {}
-    for group in graph.groups:
-        member = group.members[0]
-        if member.path not in masks:
-            raise ValueError(f"masks has no entry for {member.path}. Make masks by channel_masks(plan, params).")
-        mask = jnp.asarray(masks[member.path])
-        alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis != member.axis))
-        belongs = member.channels[:, None] == np.arange(group.size)
-        found[group.var] = jnp.any(alive[:, None] & belongs, 0)
+    for block in branches:
+        own = min(block.paths, key=lambda path: len(inside[path]))
+        found[block.place] = jnp.any(_mask(masks, own))
+    coupled: list[tuple[Var | Node, int, tuple[Member, ...]]] = [
+        *((group.var, group.size, group.members) for group in graph.groups),
+        *((block.place, block.size, block.members) for block in graph.blocks if block.members),
+    ]
+    for place, count, members in coupled:
+        # Members in a branch that is dropped say nothing; one that is in none says it all.
+        telling = {tuple(inside[member.path]): member for member in reversed(members)}
+        outside = [telling[()]] if () in telling else telling.values()
+        stays = functools.reduce(
+            jnp.logical_or, (_alive(member, count, _mask(masks, member.path)) for member in outside)
+        )
+        found[place] = stays | ~jnp.any(stays)
     return found
 
 
-def evaluate(graph: Graph, replay: Replay, params: Any, shapes: Any, inputs: tuple[Any, ...], masks: Masks) -> Any:
-    """Evaluate the function once, on parameters of the given shapes."""
+def _mask(masks: dict[str, Any], path: str) -> jax.Array:
+    if path not in masks:
+        raise ValueError(f"masks has no entry for {path}. Make masks by channel_masks(plan, params).")
+    return jnp.asarray(masks[path])
+
+
+def _alive(member: Member, count: int, mask: jax.Array) -> jax.Array:
+    """Whether any weight of each channel stays in one of its members."""
+    alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis != member.axis))
+    return jnp.any(alive[:, None] & (member.channels[:, None] == np.arange(count)), 0)
+
+
+def evaluate(
+    graph: Graph,
+    replay: Replay,
+    params: Any,
+    shapes: Sequence[tuple[Any, ...] | None],
+    inputs: tuple[Any, ...],
+    masks: Masks,
+) -> Any:
+    """Evaluate the function once, on parameters of the given shapes; those that were dropped have none."""
     flat = flatten(params, "params")
-    like = Flat(list(graph.paths), list(graph.paths), list(graph.paths), flat.treedef)
-    arguments = align(flat, like, "params", "the traced function")
-    for path, leaf, shape in zip(graph.paths, arguments, shapes, strict=True):
-        if tuple(np.shape(leaf)) != tuple(shape):
-            raise ValueError(f"params has {path} of shape {np.shape(leaf)}; the function takes shape {tuple(shape)}.")
+    present = [path for path, shape in zip(graph.paths, shapes, strict=True) if shape is not None]
+    found = align(flat, Flat(present, present, present, flat.treedef), "params", "the traced function")
+    by_path = dict(zip(present, found, strict=True))
+    for path, shape in zip(graph.paths, shapes, strict=True):
+        if shape is not None and tuple(np.shape(by_path[path])) != tuple(shape):
+            actual = np.shape(by_path[path])
+            raise ValueError(f"params has {path} of shape {actual}; the function takes shape {tuple(shape)}.")
     given = _bind_inputs(graph, replay, inputs)
-    results = replay.run(graph.program, [*arguments, *given], masks)
+    results = replay.run(graph.program, [*map(by_path.get, graph.paths), *given], masks)
     return jax.tree.unflatten(jax.tree.structure(graph.outputs), results)
 
 

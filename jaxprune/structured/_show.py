@@ -9,14 +9,15 @@ if TYPE_CHECKING:
 
 
 def tables(graph: "Graph") -> "RichGroup":
-    """Return a table of the coupled groups, and one of the axes that stay."""
+    """Return a table of the coupled groups, one of what can be dropped, and one of the axes that stay."""
     from rich.console import Group as RichGroup
+    from rich.markup import escape
     from rich.table import Table
 
     groups = Table(title="Channels that are cut together", title_justify="left", show_lines=True)
     groups.add_column("group", overflow="fold")
     groups.add_column("channels", justify="right")
-    groups.add_column("members: parameter[axis]", overflow="fold")
+    groups.add_column(escape("members: parameter[axis]"), overflow="fold")
     groups.add_column("part of", overflow="fold")
     for group in graph.groups:
         members = "\n".join(
@@ -24,13 +25,19 @@ def tables(graph: "Graph") -> "RichGroup":
             for member in group.members
         )
         groups.add_row(group.name, str(group.size), members, "\n".join(group.outer))
+    blocks = Table(title="What can be dropped as a whole", title_justify="left", show_lines=True)
+    blocks.add_column("block", overflow="fold")
+    blocks.add_column("layers", justify="right")
+    blocks.add_column("parameters", overflow="fold")
+    for block in graph.blocks:
+        blocks.add_row(block.name, str(block.size) if block.members else "a branch", "\n".join(block.paths))
     frozen = Table(title="Axes that stay", title_justify="left")
-    frozen.add_column("parameter[axis]", overflow="fold")
+    frozen.add_column(escape("parameter[axis]"), overflow="fold")
     frozen.add_column("size", justify="right")
     frozen.add_column("because", overflow="fold")
     for axis in graph.frozen:
         frozen.add_row(f"{axis.path}[{axis.axis}]", axis.parts, "; ".join(axis.reasons))
-    return RichGroup(groups, frozen)
+    return RichGroup(groups, *([blocks] if graph.blocks else []), frozen)
 
 
 def dot(graph: "Graph") -> str:

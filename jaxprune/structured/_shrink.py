@@ -20,7 +20,8 @@ def channel_masks(plan: Plan, params: Any) -> Any:
         params: the parameters before they are cut, of which shapes matter.
 
     Returns:
-        The treedef of `params` in bool, True = keep, sharded like `params`: an element goes if any of its axes loses it.
+        The treedef of `params` in bool, True = keep, sharded like `params`: an element goes if any of its axes loses it;
+        of a parameter that the plan drops, every one.
 
     Raises:
         ValueError: the plan does not fit the parameters.
@@ -38,22 +39,25 @@ def channel_masks(plan: Plan, params: Any) -> Any:
         for axis, kept in plan.kept.get(path, {}).items():
             stays = np.isin(np.arange(mask.shape[axis]), kept)
             mask &= np.expand_dims(stays, [other for other in range(mask.ndim) if other != axis])
+        if path in plan.dropped:
+            mask &= False
         masks.append(mask)
     return jax.tree.unflatten(flat.treedef, masks)
 
 
 def shrink(plan: Plan, tree: Any) -> Any:
-    """Cut a plan's channels out of parameters, or out of any tree that holds arrays like them.
+    """Cut a plan's channels and layers out of parameters, or out of any tree that holds arrays like them.
 
     Of optimizer state and averages those arrays are cut whose path ends with a parameter's path and whose shape is the
-    parameter's; step counts and the like stay as they are. Works under jit.
+    parameter's; step counts and the like stay as they are. What belongs to a parameter that the plan drops becomes None,
+    so that the tree has no leaf there. Works under jit.
 
     Args:
-        plan: which channels stay.
+        plan: what stays.
         tree: parameters, batch statistics, optimizer state, an average of parameters; arrays or ShapeDtypeStructs.
 
     Returns:
-        The same treedef with smaller arrays, dtypes as before.
+        The same containers with smaller arrays, dtypes as before.
 
     Raises:
         ValueError: nothing in the tree is of the plan, or an array of a parameter's path has another shape, as where
@@ -65,10 +69,15 @@ def shrink(plan: Plan, tree: Any) -> Any:
     [[2.0, 4.0]]
     """
     flat = flatten(tree, "tree")
-    leaves, cut = [], False
+    leaves: list[Any] = []
+    cut = False
     for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
         known = _known(plan, path)
         shape = tuple(np.shape(leaf))
+        if known in plan.dropped and known != path:  # in whatever form an optimizer keeps it
+            leaves.append(None)
+            cut = True
+            continue
         if known is None or (known != path and int(np.prod(shape)) <= 1):
             leaves.append(leaf)
             continue
@@ -78,10 +87,10 @@ def shrink(plan: Plan, tree: Any) -> Any:
                 "If it is state that an optimizer keeps in another form, make it anew from the smaller parameters; "
                 "if it was cut before, cut the original."
             )
-        leaves.append(_cut(plan, known, leaf))
+        leaves.append(None if known in plan.dropped else _cut(plan, known, leaf))
         cut = True
-    if plan.kept and not cut:
-        raise ValueError(f"The tree has none of the parameters that the plan cuts: {list(plan.kept)}.")
+    if plan.shapes and not cut:
+        raise ValueError(f"The tree has none of the parameters that the plan cuts: {list(plan.shapes)}.")
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
@@ -89,7 +98,7 @@ def _known(plan: Plan, path: str) -> str | None:
     """Return the longest path of the plan that a path ends with."""
     parts = path.split("/")
     suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((suffix for suffix in suffixes if suffix in plan.kept), None)
+    return next((suffix for suffix in suffixes if suffix in plan.kept or suffix in plan.dropped), None)
 
 
 def _cut(plan: Plan, path: str, leaf: Any) -> Any:

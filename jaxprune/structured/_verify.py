@@ -12,7 +12,7 @@ from jaxprune._printing import Printable
 from jaxprune.graph._dims import kept_indices
 from jaxprune.graph._replay import Replay
 from jaxprune.structured._graph import Graph
-from jaxprune.structured._plan import Plan, solve
+from jaxprune.structured._plan import Plan, shallower, solve
 from jaxprune.structured._rebuild import evaluate, masked, rebuild
 from jaxprune.structured._shrink import channel_masks, shrink
 
@@ -101,18 +101,23 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
         ),
     )
     flat = flatten(small, "outputs")
+    expected_by_path = [_by_path(reference) for reference in references]
     found = []
-    for number, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
-        dims = graph.program.outs[number].dims
+    for path, leaf, value in zip(flat.paths, flat.leaves, shallower(graph, plan).program.outs, strict=True):
         errors = []
-        for reference in references:
-            expected = np.asarray(jax.tree.leaves(reference)[number])
-            for axis, dim in enumerate(dims):
+        for by_path in expected_by_path:
+            expected = np.asarray(by_path[path])
+            for axis, dim in enumerate(value.dims):
                 if expected.shape[axis] != leaf.shape[axis]:
                     expected = np.take(expected, kept_indices(dim, kept), axis)
             errors.append(_difference(np.asarray(leaf), expected))
         found.append(OutputError(path, *errors))
     return Verification(tuple(found), tolerance)
+
+
+def _by_path(outputs: Any) -> dict[str, Any]:
+    flat = flatten(outputs, "outputs")
+    return dict(zip(flat.paths, flat.leaves, strict=True))
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
