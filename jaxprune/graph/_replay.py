@@ -207,7 +207,7 @@ def _no_tangent(result: Any) -> Any:
 
 # ---- the parameters of equations that hold sizes
 
-_GENERATED = frozenset({"iota", "random_bits"})
+_GENERATED = frozenset({"iota", "random_bits", "random_split"})
 
 
 def _sliced(node: Node, length: Callable[[Dim], Any]) -> dict[str, Any]:

@@ -148,10 +148,20 @@ def _generated(node: Node) -> list[list[Dim]]:
     return [free(shape) for shape in node.shapes]
 
 
-def _random_bits(node: Node) -> list[list[Dim]]:
+def _drawn(node: Node) -> list[list[Dim]]:
     keys = len(node.ins[0].shape)
     (shape,) = node.shapes
     return [[*node.ins[0].dims, *free(shape[keys:])]]
+
+
+def _random_wrap(node: Node) -> list[list[Dim]]:
+    *dims, words = node.ins[0].dims
+    freeze(words, "the words of a random key")
+    return [dims]
+
+
+def _random_unwrap(node: Node) -> list[list[Dim]]:
+    return [[*node.ins[0].dims, fresh(node.shapes[0][-1], "the words of a random key")]]
 
 
 RULES: dict[str, Rule] = {
@@ -168,5 +178,8 @@ RULES: dict[str, Rule] = {
     "tile": _tile,
     "rev": _rev,
     "iota": _generated,
-    "random_bits": _random_bits,
+    "random_bits": _drawn,
+    "random_split": _drawn,
+    "random_wrap": _random_wrap,
+    "random_unwrap": _random_unwrap,
 }

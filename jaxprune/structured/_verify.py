@@ -110,7 +110,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
             for axis, dim in enumerate(value.dims):
                 if expected.shape[axis] != leaf.shape[axis]:
                     expected = np.take(expected, kept_indices(dim, kept), axis)
-            errors.append(_difference(np.asarray(leaf), expected))
+            errors.append(difference(np.asarray(leaf), expected))
         found.append(OutputError(path, *errors))
     return Verification(tuple(found), tolerance)
 
@@ -120,7 +120,8 @@ def _by_path(outputs: Any) -> dict[str, Any]:
     return dict(zip(flat.paths, flat.leaves, strict=True))
 
 
-def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference relative to the largest magnitude expected; infinite where one alone is finite."""
     found, expected = (
         np.asarray(x).astype(np.complex128 if np.iscomplexobj(x) else np.float64) for x in (found, expected)
     )

@@ -12,7 +12,7 @@ from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._rebuild import rebuild
 from jaxprune.structured._shrink import shrink
-from jaxprune.structured._verify import _difference
+from jaxprune.structured._verify import difference
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,5 +98,5 @@ def verify_module(
     found = flatten(fn(small, *inputs), "the module's outputs")
     leaves = align(found, expected, "the module's outputs", "the rebuilt function's")
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(leaves, expected.leaves, strict=True)]
-    errors = [_difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs]
+    errors = [difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs]
     return ModuleVerification(dict(zip(expected.paths, errors, strict=True)), tolerance)
