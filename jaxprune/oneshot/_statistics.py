@@ -13,8 +13,8 @@ from jaxprune.graph._contractions import Contraction, Window
 
 # Most entries of the patches of a convolution that are written down at once.
 _PATCHES = 2**22
-# Gram matrices wider than this are taken in strips of so many rows, which spares what lies below the diagonal.
-_STRIP = 256
+# Gram matrices wider than this are taken in quarters, of which one is another's mirror image.
+_WHOLE = 256
 
 
 def sums_of_squares(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
@@ -85,18 +85,17 @@ def _dot_squares(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax
 def _dot_gram(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
     x = _part(contraction, operands[0])
     b, t, i = _samples(contraction, x)
-    if not contraction.batch and i > _STRIP:
+    if not contraction.batch and t > i > _WHOLE:  # of few samples the product costs less than the mirror image
         free = [axis for axis in range(x.ndim) if axis not in contraction.contract]
         return _symmetric(jnp.transpose(x, [*free, *contraction.contract]).reshape(t, i))[None], _count(b, t)
     return _dot_products(contraction, operands[0], operands[0]), _count(b, t)
 
 
 def _symmetric(x: jax.Array) -> jax.Array:
-    """``x^T x`` of wide data [T, I], from the blocks on the diagonal and above it only."""
-    i = x.shape[1]
-    strips = [jnp.pad(_outer(x[:, k : k + _STRIP], x[:, k:], [], [0]), ((0, 0), (k, 0))) for k in range(0, i, _STRIP)]
-    upper, place = jnp.concatenate(strips), jnp.arange(i)
-    return jnp.where(place[:, None] > place[None], upper.T, upper)
+    """``x^T x`` of data [T, I], without what lies below the diagonal in large."""
+    left, right = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+    corner = _outer(left, right, [], [0])
+    return jnp.block([[_outer(left, left, [], [0]), corner], [corner.T, _outer(right, right, [], [0])]])
 
 
 def _dot_products(contraction: Contraction, left: jax.Array, right: jax.Array) -> jax.Array:
