@@ -15,7 +15,16 @@ from recover_modules import CNN, Cut, NnxBlock, NnxCNN, ResNet, Transformer
 from structured_zoo import KEY, normal
 
 from examples import cnn, cnn_nnx
-from jaxprune.structured import rebuild, recover, shrink, verify_module
+from jaxprune.structured import (
+    combine,
+    rebuild,
+    recover,
+    select_blocks,
+    select_channels,
+    shrink,
+    trace,
+    verify_module,
+)
 
 IMAGES = normal(2, 8, 8, 1)
 
@@ -289,3 +298,35 @@ def test_outputs_of_another_shape_are_infinitely_far_and_of_other_paths_refused(
     assert result.errors == {"": np.inf}
     with pytest.raises(ValueError, match=r"module's outputs has no entry for the rebuilt function's outputs"):
         verify_module(cut.graph, cut.plan, lambda p, x: {"logits": small_fn(p, x)}, cut.params, IMAGES)
+
+
+# ---- depth and width together
+
+
+class _Residual(nn.Module):
+    layers: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(self.layers):
+            x = x + nn.Dense(6, name=f"down_{i}")(nn.relu(nn.Dense(self.hidden, name=f"up_{i}")(x)))
+        return nn.Dense(2, name="out")(x)
+
+
+def test_a_network_that_lost_a_block_and_channels():
+    x, net = normal(4, 6), _Residual(3, 8)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), net.init(KEY, x)["params"])
+    params["down_2"] = jax.tree.map(jnp.zeros_like, params["down_2"])  # its absence changes nothing
+    fn = lambda params, x: net.apply({"params": params}, x)  # noqa: E731
+    graph, y = trace(fn, params, x), fn(params, x)
+    depth = select_blocks(graph, params, 1, lambda fn, params: jnp.square(fn(params, x) - y).mean())
+    plan = combine(depth, select_channels(graph, params, {f"up_{i}": 0.5 for i in range(3)}))
+    found = recover(lambda **h: _Residual(**h).init(KEY, x)["params"], {"layers": 3, "hidden": 8}, shrink(plan, params))
+    assert found == {"layers": 2, "hidden": 4}
+
+    def module(params: Any, x: jax.Array) -> jax.Array:
+        present = {name: layer for name, layer in params.items() if layer["kernel"] is not None}
+        return _Residual(**found).apply({"params": present}, x)
+
+    assert verify_module(graph, plan, module, params, x)
