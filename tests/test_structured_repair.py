@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from structured_cases import CASES
 from structured_zoo import normal
 
@@ -61,3 +62,22 @@ def test_batch_norms_of_the_smaller_function_are_measured_anew():
     found = jaxprune.recalibrate(update, small["batch_stats"], [x, x])
     # Statistics of one batch are where its running average stands still.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), update(found, x), found)
+
+
+def test_a_tied_embedding_stays_as_it_is():
+    params = {"embed": normal(13, 16), "up": normal(16, 32), "down": normal(32, 16)}
+
+    def fn(params: Any, tokens: Any) -> Any:
+        h = params["embed"][tokens]
+        h = h + jnp.tanh(h @ params["up"]) @ params["down"]
+        return h @ params["embed"].T
+
+    tokens = jnp.arange(13 * 20) % 13
+    graph, grams = trace(fn, params, tokens), jaxprune.calibrate_grams(fn, params, [tokens])
+    plan = select_channels(graph, params, {"up": 0.5, "down[1]": 0.25})
+    repaired = repair(plan, params, grams)
+    np.testing.assert_array_equal(repaired["embed"], params["embed"])
+    assert not np.array_equal(repaired["down"], params["down"])
+    with pytest.raises(ValueError, match=r"params\['embed'\] is a table of which rows are read, and a matrix as well"):
+        jaxprune.sparsegpt(params, grams, 0.5, prunable=lambda path, leaf: path == "embed")
+    assert jaxprune.scores.obs(params, grams)["embed"] is None

@@ -79,6 +79,55 @@ def test_optimizer_state_goes_on(name: str):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, shrink(plan, expected))
 
 
+def test_a_parameter_is_not_taken_for_one_whose_path_it_ends_with():
+    """The inner kernel is frozen, the outer one of the same name is cut; so with the optimizer's state."""
+    params = {"gate": {"dense": {"w": normal(16, 16)}}, "dense": {"w": normal(16, 8)}, "out": {"w": normal(8, 3)}}
+
+    def fn(params: Any, x: Any) -> Any:
+        x = x * jax.nn.sigmoid(x @ params["gate"]["dense"]["w"])
+        return jax.nn.relu(x @ params["dense"]["w"]) @ params["out"]["w"]
+
+    x = normal(5, 16)
+    graph = trace(fn, params, x)
+    plan = select_channels(graph, params, 0.5)
+    assert set(plan.kept) == {"dense/w", "out/w"}
+    for chosen in (plan, Plan.from_json(plan.to_json())):
+        small = shrink(chosen, params)
+        np.testing.assert_array_equal(small["gate"]["dense"]["w"], params["gate"]["dense"]["w"])
+        state = shrink(chosen, optax.adam(1e-2).init(params))
+        assert jax.tree.map(jnp.shape, state[0].mu) == jax.tree.map(jnp.shape, small)
+    assert verify(graph, plan, params, x)
+
+
+def test_random_keys_are_left_alone_and_compared():
+    params = {"a": normal(3, 8), "b": normal(8, 2), "key": jax.random.key(3)}
+
+    def fn(params: Any, x: Any) -> Any:
+        key, used = jax.random.split(params["key"])
+        return jnp.tanh(x @ params["a"]) @ params["b"] + jax.random.normal(used, (4, 2)), key
+
+    x = normal(4, 3)
+    graph = trace(fn, params, x)
+    plan = select_channels(graph, params, 0.5)
+    result = verify(graph, plan, params, x)
+    assert result
+    assert [output.masked for output in result.outputs][1] == 0
+    assert shrink(plan, params)["key"] == params["key"]
+
+
+def test_masks_count_in_every_member_and_have_the_traced_shapes():
+    params = {"a": normal(3, 8), "b": normal(8), "c": normal(8, 2)}
+    fn = lambda p, x: jax.nn.relu(x @ p["a"] + p["b"][None]) @ p["c"]  # noqa: E731
+    x = normal(4, 3)
+    graph = trace(fn, params, x)
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    masks["c"] = masks["c"].at[:3].set(False)
+    expected = fn({**params, "c": params["c"].at[:3].set(0.0)}, x)
+    np.testing.assert_allclose(masked(graph)(params, masks, x), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"masks has a of shape \(3, 9\), not \(3, 8\)"):
+        masked(graph)(params, {**masks, "a": jnp.ones((3, 9), bool)}, x)
+
+
 def test_state_in_another_form_is_refused():
     case, _, plan = traced("mlp")
     params = {**case.params, "c": normal(8, 6)}

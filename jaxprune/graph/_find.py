@@ -98,7 +98,9 @@ def _gather_sites(log: Log, flat: Flat) -> tuple[Sites, dict[Place, int], dict[t
     elementwise = tuple(flat.paths[i] for i in sorted(log.uses.elementwise) if flat.paths[i] not in seen)
     seen |= set(elementwise)
     floating = [path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_floating(leaf)]
-    found = Sites(sites, unresolved, elementwise, tuple(path for path in floating if path not in seen))
+    unused = tuple(path for path in floating if path not in seen)
+    tables = tuple(dict.fromkeys(site.path for site in sites if site.operation == "gather"))
+    found = Sites(sites, unresolved, elementwise, unused, tables)
     return found, groups, {at: (by_key[_key(use)], use) for at, (use, _) in log.found.items()}
 
 

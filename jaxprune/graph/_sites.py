@@ -144,12 +144,14 @@ class Sites(Printable):
         unresolved: uses of parameters that were not understood, each with its reason.
         elementwise: paths of parameters that only meet data elementwise (biases, scales, position tables).
         unused: paths of parameters that meet no data at all.
+        tables: paths of parameters of which rows are read, whatever else is done with them.
     """
 
     sites: tuple[Site, ...]
     unresolved: tuple[Unresolved, ...] = ()
     elementwise: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         """Iterate over the sites."""
@@ -171,7 +173,7 @@ class Sites(Printable):
             reasons.append("the function does not use it with any data")
         known = ", ".join(sorted({site.path for site in self.sites})[:4])
         raise ValueError(
-            f"No site multiplies data by {path!r}: {'; '.join(reasons) or 'there is no such leaf'}. "
+            f"No site multiplies data by {path!r}: {'; '.join(reasons) or 'there is no such leaf, or it was left out'}. "
             f"There are sites for {known or 'no leaf'}. Leave this parameter dense with prunable=..."
         )
 
@@ -182,8 +184,8 @@ class Sites(Printable):
         embedding tables, also where they are tied to an output layer.
         """
         del leaf
-        operations = {site.operation for site in self.sites if site.path == path}
-        return bool(operations) and "gather" not in operations and path not in {e.path for e in self.unresolved}
+        kept_out = {*self.tables, *(entry.path for entry in self.unresolved)}
+        return path in {site.path for site in self.sites} - kept_out
 
     def input_axis(self, path: str) -> int:
         """Return the axis of the leaf along which neighbouring inputs lie, as `rules.n_m(m, axis=...)` takes it.
@@ -196,7 +198,10 @@ class Sites(Printable):
         if axis is None:
             sites = self.at(path)
             ways = " and ".join(f"axes {site.in_axes} of {site.shape}" for site in sites)
-            raise ValueError(f"The inputs of {sites[0].name} run along {ways}, not along one axis.")
+            raise ValueError(
+                f"The inputs of {sites[0].name} run along {ways}, not along one axis. "
+                "Leave this parameter dense with prunable=..."
+            )
         return axis
 
     def check(self, params: Any) -> Flat:

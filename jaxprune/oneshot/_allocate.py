@@ -88,7 +88,8 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
         damping: as in `sparsegpt`.
 
     Returns:
-        Scores of the shapes of params, float32; None for leaves that multiply no data.
+        Scores of the shapes of params, float32; None for leaves that multiply no data, and for tables of which rows are
+        read.
 
     Raises:
         ValueError: grams are of other parameters; the message names the leaf.
@@ -104,7 +105,7 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
     check_damping(damping, "scores.obs")
     read_params(params)
     flat = grams.sites.check(params)
-    known = {site.path for site in grams.sites if site.operation != "gather"}
+    known = {site.path for site in grams.sites} - set(grams.sites.tables)
 
     def score(path: str, leaf: Any) -> jax.Array:
         found = jnp.zeros(np.shape(leaf), jnp.float32)

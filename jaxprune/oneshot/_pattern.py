@@ -105,6 +105,6 @@ def read_pattern(rule: Rule, method: str) -> Pattern:
             return Pattern(rule, f"rules.n_m({m})", m, False)
     raise ValueError(
         f"{method} chooses weights within one matrix, by rules.layer_sparsity, rules.row_sparsity or rules.n_m(m) "
-        f"with m <= {_MAX_GROUP}, not by {getattr(rule, '__name__', rule)!s}. To spread a sparsity over layers, give "
+        f"with m <= {_MAX_GROUP} and without axis= (groups run along the inputs that the Gram matrix is of), not by {getattr(rule, '__name__', rule)!s}. To spread a sparsity over layers, give "
         "each its own k (k may be a tree prefix: see jaxprune.allocate_by_loss)."
     )

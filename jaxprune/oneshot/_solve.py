@@ -101,13 +101,13 @@ def sites_of(grams: Grams, path: str, title: str) -> tuple[Site, ...]:
         raise ValueError(
             f"{title} knows not all inputs of {sites[0].name}: {'; '.join(unresolved)}. Leave it dense with prunable=..."
         )
-    operations = {site.operation for site in sites}
-    if "gather" in operations:
+    if path in grams.sites.tables:
+        both = any(site.operation != "gather" for site in sites)
         raise ValueError(
-            f"{sites[0].name} is a table of which rows are read{', and a matrix as well' if len(sites) > 1 else ''}; "
+            f"{sites[0].name} is a table of which rows are read{', and a matrix as well' if both else ''}; "
             f"{title} prunes what multiplies data only. Leave it dense with prunable=..."
         )
-    if len(sites) > 1 and _overlap(sites):
+    if overlap(sites):
         raise ValueError(
             f"{sites[0].name} multiplies data in {len(sites)} ways that share weights (tied or transposed); {title} "
             "has one Gram matrix for each way and cannot serve both. Leave it dense with prunable=..."
@@ -115,7 +115,10 @@ def sites_of(grams: Grams, path: str, title: str) -> tuple[Site, ...]:
     return sites
 
 
-def _overlap(sites: Sequence[Site]) -> bool:
+def overlap(sites: Sequence[Site]) -> bool:
+    """Whether two of a leaf's sites share weights."""
+    if len(sites) == 1:
+        return False
     with jax.ensure_compile_time_eval():
         uses = jnp.zeros(sites[0].shape, jnp.int32)
         for site in sites:

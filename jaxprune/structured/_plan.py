@@ -22,7 +22,7 @@ class Plan:
 
     Attributes:
         kept: by parameter path and axis, the indices that stay, rising.
-        shapes: of all parameters that the plan names, before they are cut.
+        shapes: of the parameters before they are cut: those that are, and those that must not be taken for them.
         dropped: paths of parameters that go as a whole, with the residual branch that reads them.
 
     >>> plan = Plan({"up": {1: (0, 2)}}, {"up": (3, 4)})
@@ -67,7 +67,9 @@ class Plan:
             for path, axes in self.kept.items()
         }
         entries.update((path, {"dropped": True}) for path in self.dropped)
-        return json.dumps({path: {"shape": list(self.shapes[path]), **entry} for path, entry in entries.items()})
+        return json.dumps(
+            {path: {"shape": list(shape), **entries.get(path, {})} for path, shape in self.shapes.items()}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -129,7 +131,7 @@ def plan_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Blo
                 found.setdefault(path, {})[axis] = tuple(indices.tolist())
     shapes = dict(zip(graph.paths, graph.shapes, strict=True))
     gone = tuple(path for path in graph.paths if path in dropped)
-    return Plan(found, {path: shapes[path] for path in (*found, *gone)}, gone)
+    return Plan(found, shapes, gone)
 
 
 def dropped_branches(graph: Graph, plan: Plan) -> list[Block]:

@@ -25,7 +25,9 @@ def rebuild(graph: Graph, plan: Plan, counts: Counts = "kept") -> Callable[..., 
 
     It is jitted, and can be differentiated, vmapped and exported; derivatives that the function defines itself
     (``custom_jvp``, ``custom_vjp``) are kept, to the first order. The leading axis of inputs, the batch, may have
-    another size than when the function was traced, unless it is tied to a parameter; all other axes may not.
+    another size than when the function was traced, unless it is tied to a parameter; all other axes may not. Means over
+    the batch follow it; a function that computes with the size of its batch as a number otherwise (``/ x.shape[0]``, a
+    variance with ``ddof``) has the traced number built in: trace it with the size that it is to run with.
 
     Args:
         graph: the function, by `trace`.
@@ -89,7 +91,7 @@ def masked(graph: Graph) -> Callable[..., Any]:
 
 
 def _read_masks(graph: Graph, flat: Flat) -> Masks:
-    """Read off what the masks keep: channels and layers of which any weight stays, branches of which their own do."""
+    """Read off what the masks keep: channels and layers of which a weight stays in each member, branches likewise."""
     masks = dict(zip(flat.paths, flat.leaves, strict=True))
     branches = [block for block in graph.blocks if not block.members]
     # Branches inside of each other: parameters are a branch's own that are in the fewest.
@@ -97,30 +99,33 @@ def _read_masks(graph: Graph, flat: Flat) -> Masks:
     found: Masks = {}
     for block in branches:
         own = min(block.paths, key=lambda path: len(inside[path]))
-        found[block.place] = jnp.any(_mask(masks, own))
+        found[block.place] = jnp.any(_mask(graph, masks, own))
     coupled: list[tuple[Var | Node, int, tuple[Member, ...]]] = [
         *((group.var, group.size, group.members) for group in graph.groups),
         *((block.place, block.size, block.members) for block in graph.blocks if block.members),
     ]
     for place, count, members in coupled:
         # Members in a branch that is dropped say nothing; one that is in none says it all.
-        telling = {tuple(inside[member.path]): member for member in reversed(members)}
-        outside = [telling[()]] if () in telling else telling.values()
-        stays = functools.reduce(
-            jnp.logical_or, (_alive(member, count, _mask(masks, member.path)) for member in outside)
-        )
+        telling: dict[tuple[str, ...], jax.Array] = {}
+        for member in members:
+            alive = _alive(member, count, _mask(graph, masks, member.path))
+            where = tuple(inside[member.path])
+            telling[where] = telling[where] & alive if where in telling else alive
+        stays = telling[()] if () in telling else functools.reduce(jnp.logical_or, telling.values())
         found[place] = stays | ~jnp.any(stays)
     return found
 
 
-def _mask(masks: dict[str, Any], path: str) -> jax.Array:
-    if path not in masks:
-        raise ValueError(f"masks has no entry for {path}. Make masks by channel_masks(plan, params).")
+def _mask(graph: Graph, masks: dict[str, Any], path: str) -> jax.Array:
+    shape = graph.shapes[graph.paths.index(path)]
+    if path not in masks or np.shape(masks[path]) != shape:
+        found = f"{path} of shape {np.shape(masks[path])}, not {shape}" if path in masks else f"no entry for {path}"
+        raise ValueError(f"masks has {found}. Make masks by channel_masks(plan, params).")
     return jnp.asarray(masks[path])
 
 
 def _alive(member: Member, count: int, mask: jax.Array) -> jax.Array:
-    """Whether any weight of each channel stays in one of its members."""
+    """Whether any weight of each channel stays in a member."""
     alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis != member.axis))
     return jnp.any(alive[:, None] & (member.channels[:, None] == np.arange(count)), 0)
 

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 
 from jaxprune._paths import flatten
+from jaxprune.graph._sites import Sites
 from jaxprune.oneshot._calibrate import Grams
 from jaxprune.oneshot._reconstruct import reconstruct
+from jaxprune.oneshot._solve import overlap
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._shrink import channel_masks
 
@@ -27,7 +29,8 @@ def repair(plan: Plan, params: Any, grams: Grams, *, steps: int = 30, damping: f
 
     Returns:
         Parameters of the treedef, shapes and dtypes of params. Kernels whose inputs are not cut, biases and the like are
-        as they were.
+        as they were; so are weights that are used in two ways, such as an embedding that is the output layer as well, or in a way that
+        is not understood.
 
     Raises:
         ValueError: the plan or the Gram matrices do not fit the parameters; the message names the leaf.
@@ -47,7 +50,13 @@ def repair(plan: Plan, params: Any, grams: Grams, *, steps: int = 30, damping: f
     readers = {
         site.path
         for site in grams.sites
-        if site.operation != "gather" and set(site.in_axes) & set(plan.kept.get(site.path, ()))
+        if set(site.in_axes) & set(plan.kept.get(site.path, ())) and _has_one_input(grams.sites, site.path)
     }
     only = [mask if path in readers else None for path, mask in zip(masks.paths, masks.leaves, strict=True)]
     return reconstruct(params, jax.tree.unflatten(masks.treedef, only), grams, steps=steps, damping=damping)
+
+
+def _has_one_input(sites: Sites, path: str) -> bool:
+    """Whether every weight of a parameter multiplies data in one known way."""
+    known = path not in sites.tables and all(entry.path != path for entry in sites.unresolved)
+    return known and not overlap(sites.at(path))

@@ -26,7 +26,7 @@ def select_channels(
 ) -> Plan:
     """Choose the channels that stay, a share of each group.
 
-    Exactly ``round(sparsity * size)`` channels of a group go, those of the least importance, among equals the later
+    Exactly ``floor(sparsity * size + 1/2)`` channels of a group go, those of the least importance, among equals the later
     ones; then the number that stays is rounded. Where channels are part of others (the dimensions of attention heads),
     a number cuts the outer ones alone, so that sparsity is the share of a layer's width; name both to cut both.
 
@@ -194,9 +194,11 @@ def _least(group: ChannelGroup, min_kept: int) -> int:
 
 def _check_options(graph: Graph, round_to: int, min_kept: int) -> None:
     if not graph.groups:
-        reasons = "; ".join(f"{axis.path}[{axis.axis}]: {axis.reasons[0]}" for axis in graph.frozen[:5])
+        first = {axis.reasons[0]: f"{axis.path}[{axis.axis}]: {axis.reasons[0]}" for axis in reversed(graph.frozen)}
+        reasons = "; ".join(reversed(first.values()))
+        hint = " Of results that are state, say so with prunable_outputs." if "an output" in first else ""
         raise ValueError(
-            f"The function has no channels that can be cut. What keeps them: {reasons or 'no parameters'}."
+            f"The function has no channels that can be cut. What keeps them: {reasons or 'no parameters'}.{hint}"
         )
     for name, value in (("round_to", round_to), ("min_kept", min_kept)):
         if not isinstance(value, int) or value < 1:
@@ -237,7 +239,7 @@ def _answers(group: ChannelGroup, key: str) -> bool:
 
 
 def _check_share(share: Any, name: str) -> None:
-    if not isinstance(share, int | float) or not 0 <= share < 1:
+    if not isinstance(share, int | float | np.floating) or not 0 <= share < 1:
         raise ValueError(f"{name} is the fraction of channels removed, at least 0 and below 1, not {share!r}.")
 
 
@@ -248,8 +250,13 @@ def _rows(graph: Graph, params: Any, scores: Any) -> dict[str, np.ndarray]:
     if scores is not None:
         given = flatten(scores, "scores")
         _check_tree(graph, given, given.paths)
+    cut = {member.path for group in graph.groups for member in group.members}
     # Through float32: NumPy computes in bfloat16 slowly, and loses what it sums.
-    return {path: np.asarray(leaf).astype(np.float32) for path, leaf in zip(given.paths, given.leaves, strict=True)}
+    return {
+        path: np.asarray(leaf).astype(np.float32)
+        for path, leaf in zip(given.paths, given.leaves, strict=True)
+        if path in cut
+    }
 
 
 def _check_tree(graph: Graph, flat: Flat, paths: Sequence[str]) -> None:

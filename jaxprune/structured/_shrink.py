@@ -89,16 +89,18 @@ def shrink(plan: Plan, tree: Any) -> Any:
             )
         leaves.append(None if known in plan.dropped else _cut(plan, known, leaf))
         cut = True
-    if plan.shapes and not cut:
-        raise ValueError(f"The tree has none of the parameters that the plan cuts: {list(plan.shapes)}.")
+    named = [*plan.kept, *plan.dropped]
+    if named and not cut:
+        raise ValueError(f"The tree has none of the parameters that the plan cuts: {named}.")
     return jax.tree.unflatten(flat.treedef, leaves)
 
 
 def _known(plan: Plan, path: str) -> str | None:
-    """Return the longest path of the plan that a path ends with."""
+    """Return the longest parameter's path that a path ends with, if the plan cuts that parameter."""
     parts = path.split("/")
     suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((suffix for suffix in suffixes if suffix in plan.kept or suffix in plan.dropped), None)
+    found = next((suffix for suffix in suffixes if suffix in plan.shapes), None)
+    return found if found in plan.kept or found in plan.dropped else None
 
 
 def _cut(plan: Plan, path: str, leaf: Any) -> Any:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._masks import apply_masks
@@ -106,13 +107,18 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     for path, leaf, value in zip(flat.paths, flat.leaves, shallower(graph, plan).program.outs, strict=True):
         errors = []
         for by_path in expected_by_path:
-            expected = np.asarray(by_path[path])
+            expected = numbers(by_path[path])
             for axis, dim in enumerate(value.dims):
                 if expected.shape[axis] != leaf.shape[axis]:
                     expected = np.take(expected, kept_indices(dim, kept), axis)
-            errors.append(difference(np.asarray(leaf), expected))
+            errors.append(difference(numbers(leaf), expected))
         found.append(OutputError(path, *errors))
     return Verification(tuple(found), tolerance)
+
+
+def numbers(leaf: Any) -> np.ndarray:
+    """An output as numbers; of random keys their words."""
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key) else leaf)
 
 
 def _by_path(outputs: Any) -> dict[str, Any]:

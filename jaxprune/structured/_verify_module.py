@@ -4,15 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxprune._paths import align, flatten
 from jaxprune._printing import Printable
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._rebuild import rebuild
 from jaxprune.structured._shrink import shrink
-from jaxprune.structured._verify import difference
+from jaxprune.structured._verify import difference, numbers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,6 +95,6 @@ def verify_module(
     expected = flatten(rebuild(graph, plan, counts="rescaled")(small, *inputs), "the rebuilt function's outputs")
     found = flatten(fn(small, *inputs), "the module's outputs")
     leaves = align(found, expected, "the module's outputs", "the rebuilt function's")
-    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(leaves, expected.leaves, strict=True)]
+    pairs = [(numbers(a), numbers(b)) for a, b in zip(leaves, expected.leaves, strict=True)]
     errors = [difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs]
     return ModuleVerification(dict(zip(expected.paths, errors, strict=True)), tolerance)
