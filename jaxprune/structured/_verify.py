@@ -118,7 +118,8 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
 
 def numbers(leaf: Any) -> np.ndarray:
     """An output as numbers; of random keys their words."""
-    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key) else leaf)
+    is_key = jnp.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def _by_path(outputs: Any) -> dict[str, Any]:
