@@ -99,12 +99,15 @@ def run(experiment: Experiment, settings: Settings) -> None:
     sgd = optax.sgd(settings.learning_rate, settings.momentum)
     images = experiment.sample_images.repeat(TIMED_IMAGES, 0)
     dense = cnn.create_state(experiment.classes, experiment.sample_images, settings.seed, sgd)
-    dense = experiment.fit("dense", dense, cnn.train_steps, cnn.evaluate)
     apply = lambda params, images: dense.apply_fn({"params": params}, images)  # noqa: E731
 
     graph = structured.trace(apply, dense.params, images)
+    try:
+        sparsity = structured.sparsity_within(graph, settings.macs, round_to=settings.round_to)
+    except ValueError as error:
+        raise options.UsageError(f"--macs {settings.macs:g} with --round-to {settings.round_to}: {error}") from error
+    dense = experiment.fit("dense", dense, cnn.train_steps, cnn.evaluate)
     experiment.say(graph)
-    sparsity = structured.sparsity_within(graph, settings.macs, round_to=settings.round_to)
     dataset = data.load(settings.dataset, settings.data_dir)
     sample = tuple(jnp.asarray(part[:GRADIENT_IMAGES]) for part in (dataset.train_images, dataset.train_labels))
     grams = jaxprune.calibrate_grams(apply, dense.params, [jnp.asarray(dataset.train_images[:CALIBRATION_IMAGES])])

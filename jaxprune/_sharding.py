@@ -44,3 +44,11 @@ def _fitted(sharding: Any, shape: tuple[int, ...]) -> NamedSharding:
 
     spec = [axes if n % parts(axes) == 0 else None for axes, n in zip(sharding.spec, shape, strict=True)]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def whole(vector: jax.Array) -> jax.Array:
+    """Return a vector that can be regrouped: not sharded, where shards are explicit."""
+    mesh = jax.typeof(vector).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(vector, NamedSharding(mesh, PartitionSpec(None)))
+    return vector

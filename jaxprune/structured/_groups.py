@@ -25,6 +25,11 @@ class Member:
     channels: np.ndarray = dataclasses.field(repr=False)
     produces: bool
 
+    def elements(self, size: int) -> np.ndarray:
+        """Return the elements along the axis by channel, ``[size, elements of each]``, of a group of this size."""
+        order = np.argsort(self.channels, kind="stable")
+        return order[np.searchsorted(self.channels[order], 0) :].reshape(size, -1)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChannelGroup:

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune._paths import flatten
+from jaxprune._sharding import whole
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import Member
 
@@ -70,18 +70,8 @@ def _weights(shape: tuple[int, ...], member: Member) -> int:
 def _squares(leaf: Any, member: Member, size: int) -> jax.Array:
     """Sum the squares of a member's weights, by channel."""
     leaf = jnp.asarray(leaf).astype(jnp.float32)
-    summed = _whole(jnp.square(leaf).sum([axis for axis in range(leaf.ndim) if axis != member.axis]))
-    order = np.argsort(member.channels, kind="stable")
-    order = order[np.searchsorted(member.channels[order], 0) :]
-    return summed[order].reshape(size, -1).sum(1)
-
-
-def _whole(vector: jax.Array) -> jax.Array:
-    """Return a vector that can be regrouped: not sharded, where shards are explicit."""
-    mesh = jax.typeof(vector).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(vector, NamedSharding(mesh, PartitionSpec(None)))
-    return vector
+    summed = jnp.square(leaf).sum([axis for axis in range(leaf.ndim) if axis != member.axis])
+    return whole(summed)[member.elements(size)].sum(1)
 
 
 def _root(squares: Any) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._paths import Flat, align, flatten
+from jaxprune._sharding import whole
 from jaxprune.graph._dims import Cat, Var, kept_size, leaves, resolve, size
 from jaxprune.graph._program import Node, Value, walk
 from jaxprune.graph._replay import Masks, Replay
@@ -127,7 +128,7 @@ def _mask(graph: Graph, masks: dict[str, Any], path: str) -> jax.Array:
 def _alive(member: Member, count: int, mask: jax.Array) -> jax.Array:
     """Whether any weight of each channel stays in a member."""
     alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis != member.axis))
-    return jnp.any(alive[:, None] & (member.channels[:, None] == np.arange(count)), 0)
+    return jnp.any(whole(alive)[member.elements(count)], 1)
 
 
 def evaluate(

@@ -276,9 +276,7 @@ def _measure(group: ChannelGroup, rows: Mapping[str, np.ndarray], importance: Im
     found: list[np.ndarray] = []
     for member in (member for member in group.members if member.path in rows):
         weights = np.moveaxis(rows[member.path], member.axis, 0)
-        order = np.argsort(member.channels, kind="stable")
-        order = order[np.searchsorted(member.channels[order], 0) :]
-        found.append(weights[order].reshape(group.size, -1))
+        found.append(weights[member.elements(group.size)].reshape(group.size, -1))
     if not found:
         raise ValueError(f"scores has nothing for {group.name}: no score for {[m.path for m in group.members]}.")
     values = np.asarray(importance(np.concatenate(found, 1)), np.float64)
