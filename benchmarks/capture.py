@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from benchmarks import timing
-from jaxprune.graph._find import read
-from jaxprune.oneshot._statistics import grams, sums_of_squares
+from jaxprune.sites._accumulate import grams, sums_of_squares
+from jaxprune.sites._find import read
 
 
 class Transformer(nn.Module):

@@ -16,15 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from _support import data
+from _support.experiment import STEPS_PER_CALL
+from cnn import CNN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jaxprune
 from benchmarks import timing
-from examples import data
-from examples.cnn import CNN
-from examples.experiment import STEPS_PER_CALL
 from jaxprune import rules, scores
 
 BATCH_SIZE, EVIDENCE_BATCH_SIZE = 32, 128
@@ -50,13 +50,13 @@ def squared_gradients(params: Any, batch: Any) -> Any:
 
 def _saliency(params: Any, batches: Any, key: jax.Array) -> tuple[Any, Any]:
     del key
-    grads = scores.mean_over_batches(jax.grad(loss_fn), params, batches)
+    grads = jaxprune.mean_over_batches(jax.grad(loss_fn), params, batches)
     return scores.saliency(params, grads), rules.global_sparsity
 
 
 def _fisher(params: Any, batches: Any, key: jax.Array) -> tuple[Any, Any]:
     del key
-    squares = scores.mean_over_batches(squared_gradients, params, batches)
+    squares = jaxprune.mean_over_batches(squared_gradients, params, batches)
     return scores.fisher(params, squares), rules.global_sparsity
 
 
@@ -81,7 +81,7 @@ def train_steps(params: Any, opt_state: Any, images: jax.Array, labels: jax.Arra
         updates, opt_state = TX.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    # Why unrolled: see examples.experiment.STEPS_PER_CALL.
+    # Why unrolled: see _support.experiment.STEPS_PER_CALL.
     carry, _ = jax.lax.scan(step, (params, opt_state), batches, unroll=True)
     return carry
 

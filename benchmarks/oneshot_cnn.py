@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from _support import data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,7 +23,6 @@ from rich.table import Table
 import jaxprune
 from benchmarks import timing
 from benchmarks.one_shot import MODEL, accuracy, train
-from examples import data
 from jaxprune import rules, scores
 
 # (params, norms, grams, sparsity) -> pruned params
@@ -43,18 +43,18 @@ def wanda(params: Any, norms: Any, grams: Any, sparsity: float) -> Any:
 
 def sparsegpt(params: Any, norms: Any, grams: Any, sparsity: float) -> Any:
     """SparseGPT."""
-    return jaxprune.sparsegpt(params, grams, sparsity)[0]
+    return jaxprune.oneshot.sparsegpt(params, grams, sparsity)[0]
 
 
 def reconstruct(params: Any, norms: Any, grams: Any, sparsity: float) -> Any:
     """Remove the smallest weights, and give those that stay their best values."""
     masks = jaxprune.make_masks(params, sparsity, rule=rules.layer_sparsity)
-    return jaxprune.reconstruct(params, masks, grams)
+    return jaxprune.oneshot.reconstruct(params, masks, grams)
 
 
 def admm(params: Any, norms: Any, grams: Any, sparsity: float) -> Any:
     """ADMM with a mask that tightens."""
-    return jaxprune.admm(params, grams, sparsity)[0]
+    return jaxprune.oneshot.admm(params, grams, sparsity)[0]
 
 
 METHODS: dict[str, Method] = {

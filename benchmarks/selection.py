@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
-from jaxprune import _counts
-from jaxprune._selection import keep_largest, keep_largest_jointly
+from jaxprune._selection import _counts
+from jaxprune._selection._largest import keep_largest, keep_largest_jointly
 
 LEAVES, COLUMNS, SPARSITY = 50, 1_600, 0.9
 

@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _support import data
+from lottery_ticket import shuffled
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -35,8 +37,6 @@ from rich.table import Table
 import jaxprune
 from benchmarks import timing
 from benchmarks.one_shot import markdown
-from examples import data
-from examples.lottery_ticket import shuffled
 from jaxprune import rules, scores
 
 BATCH_SIZE = 32
@@ -108,13 +108,13 @@ def gradual(sparsity: Any, steps: int, seed: int) -> optax.GradientTransformatio
 def static(masks: Any, steps: int, seed: int) -> optax.GradientTransformation:
     """Train under random masks that stay."""
     del steps, seed
-    return jaxprune.static_sparse(ADAM, masks)
+    return jaxprune.transforms.static_sparse(ADAM, masks)
 
 
 def sparse_evolution(masks: Any, steps: int, seed: int) -> optax.GradientTransformation:
     """Drop the smallest weights, grow at random."""
     key, every = jax.random.key(seed), max(1, steps // CHANGES)
-    return jaxprune.sparse_evolution(ADAM, masks, key, every=every, until=round(UNTIL * steps))
+    return jaxprune.transforms.sparse_evolution(ADAM, masks, key, every=every, until=round(UNTIL * steps))
 
 
 def rigl(masks: Any, steps: int, seed: int) -> optax.GradientTransformation:
@@ -131,7 +131,7 @@ def n_of_four(params: Any, n: Any) -> Any:
 def sr_ste(n: Any, steps: int, seed: int) -> optax.GradientTransformation:
     """Decay the weights that the forward masks hide, the paper's rate."""
     del steps, seed
-    return optax.chain(jaxprune.decay_pruned(lambda params: n_of_four(params, n), 2e-4), ADAM)
+    return optax.chain(jaxprune.transforms.decay_pruned(lambda params: n_of_four(params, n), 2e-4), ADAM)
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
@@ -141,7 +141,7 @@ def train(params: Any, optimizer: Optimizer, argument: Any, examples: Any, batch
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         if optimizer is sr_ste:
-            params = jaxprune.straight_through(params, n_of_four(params, argument))
+            params = jaxprune.transforms.straight_through(params, n_of_four(params, argument))
         logits = Network().apply(params, examples[0][batch])
         return optax.softmax_cross_entropy_with_integer_labels(logits, examples[1][batch]).mean()
 

@@ -21,9 +21,10 @@ from rich.console import Console
 
 from benchmarks import timing
 from jaxprune import rules
-from jaxprune._layers import Layer
 from jaxprune.oneshot import _admm, _reconstruct, _sparsegpt
-from jaxprune.oneshot._pattern import Rule, read_pattern
+from jaxprune.oneshot._pattern import read_pattern
+from jaxprune.rules._layers import Layer
+from jaxprune.rules._rule import Rule
 
 BLOCK, DAMPING = 128, 0.01
 # rule, strength

@@ -24,7 +24,7 @@ from rich.table import Table
 
 import jaxprune
 from benchmarks import timing
-from jaxprune import rules, storage
+from jaxprune import rules
 from jaxprune.storage._container import TensorFile
 
 ROWS, COLUMNS = 1024, 2048
@@ -78,18 +78,18 @@ def speeds(folder: Path, params: Any, masks: Any, repeats: int) -> dict[str, lis
     params, masks = jax.tree.map(np.asarray, (params, masks))
     saving: dict[str, Callable[[], Any]] = {
         "safetensors, dense": lambda: safetensors.numpy.save_file(flat, folder / "plain"),
-        "save_sparse, dense": lambda: storage.save_sparse(folder / "dense", params),
+        "save_sparse, dense": lambda: jaxprune.save_sparse(folder / "dense", params),
     }
     loading: dict[str, Callable[[], Any]] = {
         "safetensors, dense": lambda: safetensors.numpy.load_file(folder / "plain"),
-        "load_sparse, dense": lambda: jax.block_until_ready(storage.load_sparse(folder / "dense")),
+        "load_sparse, dense": lambda: jax.block_until_ready(jaxprune.load_sparse(folder / "dense")),
     }
     for way, options in WAYS.items():
         if way in ("float32, zstd", "int4, zstd"):
             continue  # alike in time to "int8, zstd"
         path = folder / way
-        saving[f"save_sparse, {way}"] = functools.partial(storage.save_sparse, path, params, masks, **options)
-        loading[f"load_sparse, {way}"] = lambda path=path: jax.block_until_ready(storage.load_sparse(path))
+        saving[f"save_sparse, {way}"] = functools.partial(jaxprune.save_sparse, path, params, masks, **options)
+        loading[f"load_sparse, {way}"] = lambda path=path: jax.block_until_ready(jaxprune.load_sparse(path))
     # A round of saving comes first: it writes what is loaded.
     return {
         "save": timing.compare(saving, repeats),
@@ -101,7 +101,7 @@ def sizes(folder: Path, params: Any, masks: Any) -> list[dict[str, Any]]:
     """Return for every way the bytes of a file, and its bound."""
     found = []
     for way, options in WAYS.items():
-        saved = storage.save_sparse(folder / "m", params, masks, **options)
+        saved = jaxprune.save_sparse(folder / "m", params, masks, **options)
         least = bound(folder / "m")
         found.append(
             {

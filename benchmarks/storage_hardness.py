@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import timing
-from jaxprune.storage import StorageError, load_sparse, save_sparse
+from jaxprune import load_sparse, save_sparse
+from jaxprune.storage import StorageError
 from jaxprune.storage._container import DTYPES
 
 LIMIT = 2**27  # bytes of memory that a small file may take when it is loaded

@@ -15,11 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from cnn import CNN
 from rich.console import Console
 
 import jaxprune
 from benchmarks import timing
-from examples.cnn import CNN
 
 K = 1.0
 
@@ -73,7 +73,7 @@ def measure(title: str, model: nn.Module, batch: Any, steps: int, repeats: int, 
     runs = {
         "adam": stepper(model, adam, pruned, batch, steps),
         "adam, keep_pruned": stepper(model, optax.chain(adam, jaxprune.keep_pruned(masks)), pruned, batch, steps),
-        "adam, keep_zeros": stepper(model, optax.chain(adam, jaxprune.keep_zeros()), pruned, batch, steps),
+        "adam, keep_zeros": stepper(model, optax.chain(adam, jaxprune.transforms.keep_zeros()), pruned, batch, steps),
     }
     rows = timing.compare(runs, repeats)
     per_step = [row._replace(wall=row.wall / steps, cpu=row.cpu / steps) for row in rows]

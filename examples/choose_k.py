@@ -13,18 +13,16 @@ strengths allocated to the layers by what each bears. The output folder receives
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+import cnn
 import jax
 import numpy as np
 import optax
+from _support import options
+from _support.experiment import Experiment, run_program
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import cnn, options
-from examples.experiment import Experiment, run_program
 from jaxprune import plot
 
 PRESETS = options.Presets(
@@ -76,7 +74,7 @@ def run(experiment: Experiment, settings: Settings) -> None:
     found = {"k": float(k), "sparsity": sparsity, "tried": [trial._asdict() for trial in k.tried]}
     experiment.record("search", value={**found, "evaluations": evaluations - before, "remarks": k.remarks})
 
-    shares = jaxprune.allocate(curves, min(sparsity, float(curves.together_sparsity[-1])))
+    shares = jaxprune.choose.allocate(curves, min(sparsity, float(curves.together_sparsity[-1])))
     allocated = jaxprune.make_masks(params, shares)
     for name, chosen in (("one k", masks), ("allocated", allocated)):
         value = accuracy(jaxprune.apply_masks(params, chosen))
@@ -93,7 +91,7 @@ def run(experiment: Experiment, settings: Settings) -> None:
     experiment.say(f"Written to {settings.out}: results.json, sensitivity.png, report.html, checkpoint/")
 
 
-def _finding(curves: jaxprune.Sensitivity, k: float, sparsity: float, max_drop: float) -> str:
+def _finding(curves: jaxprune.choose.Sensitivity, k: float, sparsity: float, max_drop: float) -> str:
     weakest = curves.groups[int(np.argmax(curves.drop[:, -1]))]
     return (
         f"k = {float(k):.3g} removes {sparsity:.1%} for at most {100 * max_drop:g} points of accuracy;\n"

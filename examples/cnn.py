@@ -11,20 +11,17 @@ again in steps of rising k, each followed by fine-tuning, as Han et al. (2015) d
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from _support import options, report
+from _support.experiment import Experiment, exit_code
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import options, report
-from examples.experiment import Experiment, exit_code
 
 
 class CNN(nn.Module):

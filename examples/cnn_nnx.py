@@ -4,18 +4,16 @@
 """
 
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import cnn
 import jax
 import optax
+from _support import options
+from _support.experiment import Experiment, exit_code
 from flax import nnx
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import cnn, options
-from examples.experiment import Experiment, exit_code
 
 
 class CNN(nnx.Module):

@@ -12,20 +12,17 @@ that the table shows what its bytes are worth. Quantised weights are not trained
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import cnn
 import jax
 import optax
+from _support import options
+from _support.experiment import Experiment, run_program
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import cnn, options
-from examples.experiment import Experiment, run_program
-from jaxprune import rules
-from jaxprune.storage import load_sparse, save_sparse
+from jaxprune import load_sparse, rules, save_sparse
 
 PRESETS = options.Presets(
     full={"epochs": 25, "fine_tune_epochs": 15, "sparsities": (0.6, 0.8, 0.9, 0.95)},

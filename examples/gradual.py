@@ -14,17 +14,15 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+import cnn
 import optax
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
+from _support import curves, options
+from _support.experiment import Experiment, run_program
+from _support.figures import percent
+from _support.mask_log import MaskLog
 
 import jaxprune
-from examples import cnn, curves, options
-from examples.experiment import Experiment, run_program
-from examples.figures import percent
-from examples.mask_log import MaskLog
 from jaxprune import rules
 
 PRESETS = options.Presets(full={"epochs": 25, "every": 10}, small={"epochs": 6, "every": 4})

@@ -23,17 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _support import text
+from _support.experiment import exit_code
+from _support.language_figure import bits_per_byte
+from _support.options import UsageError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import text
-from examples.experiment import exit_code
-from examples.language_figure import bits_per_byte
-from examples.options import UsageError
 from jaxprune import rules, scores
 
 CONTEXT, VOCABULARY = 128, 256
@@ -131,7 +129,7 @@ def measure(model: Model, windows: Sequence[jax.Array]) -> Evidence:
     return Evidence(
         jaxprune.calibrate_norms(model.apply, model.params, model.batches),
         jaxprune.calibrate_grams(model.apply, model.params, model.batches),
-        scores.mean_over_batches(squared_grads, model.params, windows),
+        jaxprune.mean_over_batches(squared_grads, model.params, windows),
     )
 
 
@@ -145,7 +143,7 @@ def magnitude(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
 
 def magnitude_reconstructed(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     """Remove the smallest weights, and give those that stay their best values."""
-    return jaxprune.reconstruct(model.params, _magnitude_masks(model, pattern), evidence.grams)
+    return jaxprune.oneshot.reconstruct(model.params, _magnitude_masks(model, pattern), evidence.grams)
 
 
 def _magnitude_masks(model: Model, pattern: Pattern) -> Any:
@@ -169,33 +167,33 @@ def ria(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
 def published_sparsegpt(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     """SparseGPT with masks chosen for 128 inputs at a time."""
     block = None if pattern.rule is not rules.layer_sparsity else 128
-    solve = functools.partial(jaxprune.sparsegpt, rule=pattern.rule, mask_block=block, prunable=in_blocks)
+    solve = functools.partial(jaxprune.oneshot.sparsegpt, rule=pattern.rule, mask_block=block, prunable=in_blocks)
     return solve(model.params, evidence.grams, pattern.k)[0]
 
 
 def sparsegpt(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     """SparseGPT as jaxprune does it by default."""
-    solve = functools.partial(jaxprune.sparsegpt, rule=pattern.rule, prunable=in_blocks)
+    solve = functools.partial(jaxprune.oneshot.sparsegpt, rule=pattern.rule, prunable=in_blocks)
     return solve(model.params, evidence.grams, pattern.k)[0]
 
 
 def admm(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     """ADMM with a mask that tightens."""
-    return jaxprune.admm(model.params, evidence.grams, pattern.k, rule=pattern.rule, prunable=in_blocks)[0]
+    return jaxprune.oneshot.admm(model.params, evidence.grams, pattern.k, rule=pattern.rule, prunable=in_blocks)[0]
 
 
 def admm_in_sequence(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     """ADMM layer by layer: each matches the dense network's outputs on the inputs that the pruned one gives it."""
-    solve = functools.partial(jaxprune.admm, k=pattern.k, rule=pattern.rule)
-    return jaxprune.sequential(model.apply, model.params, model.batches, solve, prunable=in_blocks)[0]
+    solve = functools.partial(jaxprune.oneshot.admm, k=pattern.k, rule=pattern.rule)
+    return jaxprune.oneshot.sequential(model.apply, model.params, model.batches, solve, prunable=in_blocks)[0]
 
 
 def admm_allocated(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     """ADMM in sequence, with the sparsity shared out among the layers by the diagonal of the Fisher information."""
     losses = scores.fisher(model.params, evidence.squared_grads)
-    k = jaxprune.allocate_by_loss(model.params, pattern.k, scores=losses, prunable=in_blocks)
-    solve = functools.partial(jaxprune.admm, k=k, rule=pattern.rule)
-    return jaxprune.sequential(model.apply, model.params, model.batches, solve, prunable=in_blocks)[0]
+    k = jaxprune.choose.allocate_by_loss(model.params, pattern.k, scores=losses, prunable=in_blocks)
+    solve = functools.partial(jaxprune.oneshot.admm, k=k, rule=pattern.rule)
+    return jaxprune.oneshot.sequential(model.apply, model.params, model.batches, solve, prunable=in_blocks)[0]
 
 
 METHODS: dict[str, Method] = {

@@ -14,19 +14,17 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import cnn
 import jax
 import jax.numpy as jnp
 import optax
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
+from _support import curves, options
+from _support.experiment import Experiment, run_program
+from _support.figures import percent
 
 import jaxprune
-from examples import cnn, curves, options
-from examples.experiment import Experiment, run_program
-from examples.figures import percent
 from jaxprune import rules
 
 PRESETS = options.Presets(

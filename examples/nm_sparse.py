@@ -15,20 +15,18 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import cnn
 import jax
 import numpy as np
 import optax
+from _support import curves, options
+from _support.experiment import STEPS_PER_CALL, Experiment, run_program
+from _support.figures import percent
 from flax.training.train_state import TrainState
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import cnn, curves, options
-from examples.experiment import STEPS_PER_CALL, Experiment, run_program
-from examples.figures import percent
 from jaxprune import rules
 
 PRESETS = options.Presets(full={"epochs": 20, "fine_tune_epochs": 10}, small={"epochs": 2, "fine_tune_epochs": 1})
@@ -78,10 +76,10 @@ def sparse_refined(dense: TrainState, make: Make, decay: float, sgd: optax.Gradi
 
     def apply_fn(variables: Any, images: jax.Array) -> jax.Array:
         params = variables["params"]
-        return dense.apply_fn({"params": jaxprune.straight_through(params, make(params))}, images)
+        return dense.apply_fn({"params": jaxprune.transforms.straight_through(params, make(params))}, images)
 
     everything = jaxprune.masks_in(dense.opt_state)
-    tx = optax.chain(jaxprune.decay_pruned(make, decay), sgd, jaxprune.keep_pruned(everything))
+    tx = optax.chain(jaxprune.transforms.decay_pruned(make, decay), sgd, jaxprune.keep_pruned(everything))
     return dense.replace(apply_fn=apply_fn, tx=tx, opt_state=tx.init(dense.params))
 
 
@@ -96,7 +94,7 @@ def run(experiment: Experiment, settings: Settings) -> None:
         """Take steps, and tell besides how much their weights' masks have changed."""
         before = make(state.params)
         state, metrics = cnn.train_steps(state, images, labels, batches)
-        return state, {**metrics, "masks_changed": 1 - jaxprune.overlap(before, make(state.params))}
+        return state, {**metrics, "masks_changed": 1 - jaxprune.algebra.overlap(before, make(state.params))}
 
     dense = experiment.train("dense", first, train_steps, settings.epochs)
     experiment.note("dense", experiment.validate(dense, cnn.evaluate))

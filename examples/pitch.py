@@ -22,18 +22,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _support import curves, options
+from _support.experiment import exit_code
+from _support.torch_file import read_arrays
 from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import curves, options
-from examples.experiment import exit_code
-from examples.torch_file import read_arrays
-from jaxprune import rules
-from jaxprune.storage import load_sparse, save_sparse
+from jaxprune import load_sparse, rules, save_sparse
 
 RATE, WINDOW = 16_000, 1024  # samples a second, samples that the network hears
 CENTS_PER_BIN, LOWEST_CENTS = 20.0, 1997.3794084376191  # of the outputs, above 10 Hz

@@ -15,19 +15,17 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import cnn
 import jax
 import optax
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
+from _support import curves, options
+from _support.experiment import Experiment, run_program
+from _support.figures import percent
+from _support.mask_log import MaskLog
 
 import jaxprune
-from examples import cnn, curves, options
-from examples.experiment import Experiment, run_program
-from examples.figures import percent
-from examples.mask_log import MaskLog
 from jaxprune import rules, scores
 
 PRESETS = options.Presets(full={"epochs": 25, "every": 20}, small={"epochs": 4, "every": 4})
@@ -71,10 +69,10 @@ def run(experiment: Experiment, settings: Settings) -> None:
     logs = {name: MaskLog(settings, name) for name in GROWING}
     changing = {
         name: functools.partial(wrapper, every=settings.every, until=until, drop_fraction=fraction, log=logs[name])
-        for name, wrapper in zip(GROWING, (jaxprune.sparse_evolution, jaxprune.rigl), strict=True)
+        for name, wrapper in zip(GROWING, (jaxprune.transforms.sparse_evolution, jaxprune.rigl), strict=True)
     }
     optimizers = {
-        "static": jaxprune.static_sparse(sgd, masks),
+        "static": jaxprune.transforms.static_sparse(sgd, masks),
         "SET": changing["SET"](sgd, masks, growth_key),
         "RigL": changing["RigL"](sgd, masks),
     }

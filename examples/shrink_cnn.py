@@ -18,22 +18,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import cnn
 import jax
 import jax.numpy as jnp
 import optax
+from _support import data, options
+from _support.experiment import Experiment, run_program
+from _support.figures import percent
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
 import jaxprune
-from examples import cnn, data, options
-from examples.experiment import Experiment, run_program
-from examples.figures import percent
 from jaxprune import scores, structured
 from jaxprune.plot import BLUE, GREY, INK, frame
 

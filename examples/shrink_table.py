@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shrink_cnn
+from _support.experiment import Experiment, exit_code
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
-from examples import shrink_cnn
-from examples.experiment import Experiment, exit_code
 
 
 def table(runs: Sequence[dict[str, Any]]) -> Table:

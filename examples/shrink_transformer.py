@@ -12,20 +12,18 @@ smaller network; the stream between blocks stays. The output folder receives
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+import cnn
 import jax
 import jax.numpy as jnp
 import optax
+from _support import options
+from _support.experiment import Experiment, run_program
 from flax import linen as nn
 from flax.training.train_state import TrainState
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
+from shrink_cnn import TIMED_IMAGES, latency, smaller
 
 import jaxprune
-from examples import cnn, options
-from examples.experiment import Experiment, run_program
-from examples.shrink_cnn import TIMED_IMAGES, latency, smaller
 from jaxprune import structured
 
 PRESETS = options.Presets(full={"epochs": 40, "fine_tune_epochs": 15}, small={"epochs": 2, "fine_tune_epochs": 1})

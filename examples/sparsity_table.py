@@ -8,13 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import cnn
+from _support import options, report
+from _support.experiment import Experiment, exit_code
 from rich import box
 from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the examples import each other as a package
-
-from examples import cnn, options, report
-from examples.experiment import Experiment, exit_code
 
 
 def tabulate(arguments: list[str] | None = None) -> None:

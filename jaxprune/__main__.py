@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxprune._command_line import main
+from jaxprune._cli._parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

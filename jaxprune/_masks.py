@@ -1,19 +1,18 @@
 """Masks from parameters, parameters under masks, and how much is gone."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _guard, rules
-from jaxprune._layers import Layer, is_scalar
-from jaxprune._paths import Flat, align, flatten, is_floating, is_nothing, require_arrays, spread
-from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
-from jaxprune._sharding import sharded_as
-
-Rule = Callable[[Any, Any], Any]
+from jaxprune import rules
+from jaxprune._tree._leaves import is_floating, is_known
+from jaxprune._tree._masks import align_masks, all_true, check_mask
+from jaxprune._tree._paths import Flat, align, flatten, require_arrays, spread
+from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune.rules._layers import Layer, is_scalar
+from jaxprune.rules._rule import Rule
 
 
 def make_masks(
@@ -78,15 +77,6 @@ def make_masks(
     )
 
 
-def all_true(leaf: Any) -> jax.Array:
-    """Return the mask that keeps a leaf whole, sharded as it is."""
-    # ones_like keeps the sharding of an array; PRNG keys and numbers have none that matters.
-    if not is_floating(leaf):
-        return jnp.ones(np.shape(leaf), bool)
-    leaf = jnp.asarray(leaf)
-    return sharded_as(jnp.ones_like(leaf, dtype=bool), leaf)
-
-
 def _layers(flat: Flat, scores: Any, chosen: list[bool], stacks: list[int]) -> list[Layer | None]:
     """Pair every prunable leaf with its scores; None for the others."""
     given = [None] * len(flat.paths) if scores is None else _given_scores(flat, scores, chosen)
@@ -108,7 +98,7 @@ def _given_scores(flat: Flat, scores: Any, chosen: list[bool]) -> list[Any]:
             raise ValueError(
                 f"scores for {name} are {found}, not floating-point numbers of its shape {list(np.shape(leaf))}."
             )
-        if _guard.is_known(score) and _has_nan(score):
+        if is_known(score) and _has_nan(score):
             raise ValueError(f"scores for {name} hold NaN; a score says how much a weight matters (-inf: not at all).")
     return given
 
@@ -127,27 +117,8 @@ def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.
     if len(leaves) != len(expected):
         raise ValueError(f"rule {title} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
     for mask, layer in zip(leaves, expected, strict=True):
-        _check_mask(mask, f"rule {title} returned for {layer.name} a mask", layer.values)
+        check_mask(mask, f"rule {title} returned for {layer.name} a mask", layer.values)
     return leaves
-
-
-def _check_mask(mask: Any, what: str, leaf: Any) -> None:
-    dtype, shape = getattr(mask, "dtype", type(mask).__name__), np.shape(mask)
-    if dtype != np.bool_ or shape != np.shape(leaf):
-        raise ValueError(f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.")
-
-
-def align_masks(masks: Any, flat: Flat) -> list[Any]:
-    """Return for each leaf of `flat` its mask (None keeps the leaf whole), checked for dtype and shape."""
-    return check_masks(align(flatten(masks, "masks", is_leaf=is_nothing), flat, "masks", "params"), flat)
-
-
-def check_masks(masks: Sequence[Any], flat: Flat) -> list[Any]:
-    """Check the masks of the leaves of `flat` for dtype and shape; None stands for one that keeps its leaf whole."""
-    for mask, name, leaf in zip(masks, flat.names, flat.leaves, strict=True):
-        if not is_nothing(mask):
-            _check_mask(mask, f"masks has for {name} an array", leaf)
-    return [None if is_nothing(mask) else mask for mask in masks]
 
 
 def apply_masks(params: Any, masks: Any) -> Any:

@@ -1,264 +1,190 @@
-"""What was pruned: a row for each layer, totals, and a table to read."""
+"""One self-contained HTML page about a pruned model."""
 
-import dataclasses
-import functools
-import math
-from collections.abc import Iterator, Mapping
+import base64
+import html
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jaxprune import _statistics
-from jaxprune._costs import count_kept, leaf_bytes
-from jaxprune._layers import Layer
-from jaxprune._layout import output_axes
-from jaxprune._masks import align_masks
-from jaxprune._paths import flatten, require_arrays
-from jaxprune._printing import Printable, as_json
-from jaxprune._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._summary import Row, Summary, amount, summarize
+from jaxprune._tree._paths import flatten
+from jaxprune._tree._prunable import Predicate, Stacked
+from jaxprune.choose._sensitivity import Sensitivity
+from jaxprune.storage import _atomic
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from matplotlib.axes import Axes
+
+# So many layers get a histogram and an image of their mask, those with the most weights.
+LARGEST = 12
+MAX_DROP = 0.01  # of the metric; what the page calls too high to survive
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #333; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+tr.dense { color: #777; } tr.total { font-weight: bold; border-top: 2px solid #333; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+.remark { border-left: 4px solid #d55e00; padding-left: .8rem; }
+"""
 
 
-# A layer that loses more than this is said to be nearly empty.
-NEARLY_EMPTY = 0.99
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One layer.
-
-    Attributes:
-        path: with the index of the layer where it is one of a stack.
-        shape: of one layer.
-        size: how many weights it has.
-        kept: how many the mask keeps.
-        sparsity: the fraction removed.
-        threshold: the smallest magnitude kept; None where nothing is removed.
-        std: of the weights.
-        prunable: whether it counts as prunable.
-        dead_units: output units of which no weight is kept.
-        bytes_dense: of the array as it is.
-        bytes_sparse: of its kept values and a bitmask, as `save_sparse` stores them.
-        bytes_int8: the same with values of one byte.
-        macs: multiply-accumulates of one call with all weights; None where `summarize` was not told `uses`.
-        macs_kept: those of the weights kept.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    size: int
-    kept: int
-    sparsity: float
-    threshold: float | None
-    std: float | None
-    prunable: bool
-    dead_units: int
-    bytes_dense: int
-    bytes_sparse: int
-    bytes_int8: int
-    macs: int | None
-    macs_kept: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Total:
-    """Weights counted together; `compression` is size / kept."""
-
-    size: int
-    kept: int
-    sparsity: float
-    compression: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary(Printable):
-    """What `summarize` found; prints as a table."""
-
-    rows: tuple[Row, ...]
-    prunable: Total
-    overall: Total
-
-    @property
-    def remarks(self) -> list[str]:
-        """Say in words which layers are nearly empty, held by the guard, or have dead units."""
-        return [remark for row in self.rows for remark in _remarks(row)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists and numbers."""
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        """Return `to_dict` as JSON text; JSON has no infinity and no NaN, they become null."""
-        return as_json(self.to_dict())
-
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print."""
-        from rich.table import Table
-
-        table = Table(title="Sparsity by layer", caption="\n".join(self.remarks) or None, caption_justify="left")
-        table.add_column("layer", overflow="fold")
-        told = any(row.macs is not None for row in self.rows)
-        for column in ("shape", "threshold", "std", "kept", "size", "sparsity", "bytes", *(["MACs"] if told else [])):
-            table.add_column(column, justify="right")
-        for row in self.rows:
-            table.add_row(
-                row.path,
-                " x ".join(map(str, row.shape)),
-                _figure(row.threshold),
-                _figure(row.std),
-                f"{row.kept:,}",
-                f"{row.size:,}",
-                f"{row.sparsity:.2%}" if row.prunable else "dense",
-                amount(row.bytes_sparse),
-                *([amount(row.macs_kept)] if told else []),
-                style=None if row.prunable else "dim",
-            )
-        for name, total, rows in (
-            ("prunable weights", self.prunable, [row for row in self.rows if row.prunable]),
-            ("all weights", self.overall, self.rows),
-        ):
-            table.add_section()
-            table.add_row(
-                name,
-                "",
-                "",
-                f"{total.compression:.3g} x fewer",
-                f"{total.kept:,}",
-                f"{total.size:,}",
-                f"{total.sparsity:.2%}",
-                amount(sum(row.bytes_sparse for row in rows)),
-                *([amount(sum(row.macs_kept or 0 for row in rows))] if told else []),
-            )
-        return table
-
-
-def _remarks(row: Row) -> Iterator[str]:
-    if not row.prunable or row.kept == row.size:
-        return
-    if row.kept <= 1:
-        yield f"{row.path} keeps only its last weight: the guard held it, the layer is lost."
-    elif row.sparsity > NEARLY_EMPTY:
-        yield f"{row.path} is nearly empty: {row.kept:,} of {row.size:,} weights stay."
-    if row.dead_units:
-        yield f"{row.path} has {row.dead_units:,} dead unit(s), all of whose weights are gone; channels could be cut."
-
-
-def amount(value: int | None) -> str:
-    """Write a number with three digits and a decimal prefix.
-
-    >>> amount(999), amount(12_345), amount(None)
-    ('999', '12.3 k', '')
-    """
-    if value is None:
-        return ""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value}"
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def summarize(
+def report(
+    path: str | Path,
     params: Any,
     masks: Any,
     *,
+    title: str = "Pruning report",
+    sensitivity: Sensitivity | None = None,
+    history: Sequence[Mapping[str, float]] | None = None,
     prunable: Predicate | Any = None,
     stacked: Stacked | None = None,
     uses: Mapping[str, int] | None = None,
 ) -> Summary:
-    """Summarize what the masks keep of the parameters, layer by layer and in total.
+    """Write one HTML page about a pruned model: what was removed where, what it costs to keep, figures and remarks.
 
-    Counts are exact for any size. Reads values: not for use under jit.
+    The page holds its figures and its style and loads nothing. It appears whole or not at all. Needs matplotlib.
 
     Args:
-        params: the parameters, before or after `apply_masks`; statistics are of the values given.
+        path: the file to write.
+        params: the parameters, before or after `apply_masks`; histograms are of the values given.
         masks: their masks, True = keep.
-        prunable: which leaves count as prunable, as in `make_masks`.
-        stacked: as in `make_masks`; each layer of a stack has a row of its own.
-        uses: by path, how often each weight multiplies in one call, to count multiply-accumulates: once in a dense
-            layer, as often as there are output positions in a convolution; paths left out count none.
+        title: of the page.
+        sensitivity: what `sensitivity` found, to be shown as a table and a figure.
+        history: what a log hook was told while training, to be shown as a figure; see `jaxprune.plot.churn`.
+        prunable: as in `make_masks`.
+        stacked: as in `make_masks`.
+        uses: as in `summarize`.
 
     Returns:
-        A `Summary`: rows, totals of the prunable weights and of all, and remarks on layers that collapse.
+        The summary that the page shows.
 
     Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        OSError: the file cannot be written.
         ValueError: the masks do not fit the parameters; the message names the leaf.
-
-    >>> import jax.numpy as jnp
-    >>> params = {"kernel": jnp.array([[3.0, 1.0], [0.5, -2.0]])}
-    >>> masks = {"kernel": jnp.array([[True, False], [False, True]])}
-    >>> row = summarize(params, masks).rows[0]
-    >>> row.path, row.kept, row.sparsity, row.threshold
-    ('kernel', 2, 0.5, 2.0)
     """
-    flat = flatten(params, "params")
-    require_arrays(flat)
-    stacks = stack_axes(stacked, flat)
-    chosen = choose(prunable, params, flat, stacks)
-    rows = [
-        row
-        for path, leaf, mask, fits, stack in zip(
-            flat.paths, flat.leaves, align_masks(masks, flat), chosen, stacks, strict=True
-        )
-        for row in _rows(path, jnp.asarray(leaf), mask, fits, stack, None if uses is None else uses.get(path, 0))
-    ]
-    return Summary(tuple(rows), _total(row for row in rows if row.prunable), _total(rows))
-
-
-def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, stack: int, uses: int | None) -> Iterator[Row]:
-    shape = leaf.shape[stack:]
-    axes = tuple(range(stack, leaf.ndim))
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
-    counts = np.full(leaf.shape[:stack], math.prod(shape), np.int64) if mask is None else count_kept(mask, axes)
-    if floating:
-        mask = jnp.ones_like(leaf, dtype=bool) if mask is None else mask
-        cuts, stds = _measure(leaf, mask, axes=axes)
-    dead = _dead_units(Layer(path, path, leaf, True, stack), mask) if prunable and floating else np.int64(0)
-    dead = np.broadcast_to(dead, leaf.shape[:stack])
-    for index in np.ndindex(leaf.shape[:stack]):
-        size, kept = math.prod(shape), int(counts[index])
-        yield Row(
-            path=path + "".join(f"[{i}]" for i in index),
-            shape=shape,
-            size=size,
-            kept=kept,
-            sparsity=1 - kept / size if size else 0.0,
-            threshold=float(cuts[index]) if floating and kept < size else None,
-            std=float(stds[index]) if floating else None,
-            prunable=prunable,
-            dead_units=int(dead[index]),
-            bytes_dense=size * leaf.dtype.itemsize,
-            bytes_sparse=leaf_bytes(shape, leaf.dtype.itemsize, kept),
-            bytes_int8=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating else None),
-            macs=None if uses is None else uses * size,
-            macs_kept=None if uses is None else uses * kept,
-        )
-
-
-def _dead_units(layer: Layer, mask: Any) -> np.ndarray:
-    """Count for each layer of a stack the output units of which nothing is kept."""
-    units = output_axes(layer) if len(layer.axes) > 1 else layer.axes
-    inputs = tuple(axis for axis in layer.axes if axis not in units)
-    alive = jnp.any(mask, inputs)
-    return count_kept(~alive, range(layer.stack, alive.ndim))
-
-
-@functools.partial(jax.jit, static_argnames="axes")
-def _measure(leaf: jax.Array, mask: jax.Array, *, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    return (
-        jnp.min(jnp.where(mask, jnp.abs(leaf), jnp.inf), axes),
-        jnp.squeeze(_statistics.std(leaf, axes), axes),
+    summary = summarize(params, masks, prunable=prunable, stacked=stacked, uses=uses)
+    parts = [*_overview(summary), *_layers(params, masks, summary)]
+    if sensitivity is not None:
+        parts += _of_sensitivity(sensitivity)
+    if history:
+        parts += _of_history(history)
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body><h1>{html.escape(title)}</h1>\n{chr(10).join(parts)}\n</body></html>\n"
     )
+    with _atomic.replacing(Path(path)) as file:
+        file.write(page.encode())
+    return summary
 
 
-def _total(rows: Any) -> Total:
-    pairs = [(row.size, row.kept) for row in rows]
-    size, kept = sum(size for size, _ in pairs), sum(kept for _, kept in pairs)
-    return Total(size, kept, 1 - kept / size if size else 0.0, size / kept if kept else math.inf)
+def _overview(summary: Summary) -> Iterator[str]:
+    from jaxprune import plot
+
+    total, rows = summary.prunable, summary.rows
+    dense, sparse, small = (
+        sum(getattr(row, name) for row in rows) for name in ("bytes_dense", "bytes_sparse", "bytes_int8")
+    )
+    yield (
+        f"<p>{total.sparsity:.2%} of the {total.size:,} prunable weights are removed, {total.kept:,} stay "
+        f"({total.compression:.3g} times fewer); of all {summary.overall.size:,} weights {summary.overall.sparsity:.2%} "
+        f"are. Stored as kept values with a bitmask they take {amount(sparse)}B, in eight bits {amount(small)}B, "
+        f"against {amount(dense)}B dense.</p>"
+    )
+    for remark in summary.remarks:
+        yield f'<p class="remark">{html.escape(remark)}</p>'
+    layers = sum(row.prunable for row in rows)
+    yield _figure("Sparsity by layer", lambda axes: plot.sparsity_by_layer(summary, axes), height=1.2 + 0.32 * layers)
+    yield "<h2>Layers</h2>"
+    told = any(row.macs is not None for row in rows)
+    heads = ["layer", "shape", "threshold", "std", "kept", "weights", "sparsity", "dead units", "bytes", "in 8 bits"]
+    body = [_row(row, told) for row in rows]
+    yield _table([*heads, *(["MACs", "kept MACs"] if told else [])], body)
+
+
+def _row(row: Row, told: bool) -> tuple[str, list[str]]:
+    cells = [
+        row.path,
+        " x ".join(map(str, row.shape)),
+        "" if row.threshold is None else f"{row.threshold:.4g}",
+        "" if row.std is None else f"{row.std:.4g}",
+        f"{row.kept:,}",
+        f"{row.size:,}",
+        f"{row.sparsity:.2%}" if row.prunable else "dense",
+        f"{row.dead_units:,}" if row.prunable else "",
+        f"{row.bytes_sparse:,}",
+        f"{row.bytes_int8:,}",
+        *([amount(row.macs), amount(row.macs_kept)] if told else []),
+    ]
+    return ("" if row.prunable else "dense"), cells
+
+
+def _layers(params: Any, masks: Any, summary: Summary) -> Iterator[str]:
+    from jaxprune import plot
+
+    weights = plot.thresholds_of(params, summary)
+    flat = flatten(masks, "masks")
+    by_path = dict(zip(flat.paths, flat.leaves, strict=True))
+    largest = sorted(weights, key=lambda path: -weights[path][0].size)[:LARGEST]
+    if largest:
+        yield "<h2>Weights and masks</h2>"
+    for path in (path for path in weights if path in largest):
+        values, threshold = weights[path]
+
+        def draw(left: "Axes", right: "Axes", values: Any = values, cut: float = threshold, path: str = path) -> None:
+            plot.weights(values, cut, left)
+            plot.mask(by_path[path], right)
+
+        yield f"<h3>{html.escape(path)}</h3>" + _figure(f"Weights and mask of {path}", draw, columns=2, height=3.2)
+
+
+def _of_sensitivity(curves: Sensitivity) -> Iterator[str]:
+    from jaxprune import plot
+
+    yield "<h2>Sensitivity</h2>"
+    yield _figure("Metric against sparsity, each layer alone", lambda axes: plot.sensitivity(curves, axes), width=7.5)
+    heads = ["layer", *(f"k = {k:g}" for k in curves.ks)]
+    names = [*curves.groups, "all together"]
+    values = [*curves.metric, curves.together]
+    shares = [*curves.sparsity, curves.together_sparsity]
+    body = [
+        ("", [name, *(f"{value:.4g} ({share:.0%})" for value, share in zip(row, gone, strict=True))])
+        for name, row, gone in zip(names, values, shares, strict=True)
+    ]
+    yield f"<p>The metric (dense {curves.dense:.4g}) with one layer pruned, and the sparsity of that layer.</p>"
+    yield _table(heads, [*body[:-1], ("total", body[-1][1])])
+    for remark in curves.remarks(MAX_DROP):
+        yield f'<p class="remark">{html.escape(remark)}</p>'
+
+
+def _of_history(history: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    from jaxprune import plot
+
+    yield "<h2>While training</h2>"
+    yield _figure("Sparsity and churn of the masks while training", lambda axes: plot.churn(history, axes), width=7.5)
+
+
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    body = "\n".join(
+        f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+        for kind, cells in rows
+    )
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def _figure(alt: str, draw: Callable[..., Any], *, columns: int = 1, width: float = 10.0, height: float = 4.5) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    draw(*figure.subplots(1, columns, squeeze=False)[0])
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    code = base64.b64encode(picture.getvalue()).decode()
+    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{code}"></figure>'

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxprune._paths import flatten
-from jaxprune._report import Summary
-from jaxprune._sensitivity import Sensitivity
+from jaxprune._summary import Summary
+from jaxprune._tree._paths import flatten
+from jaxprune.choose._sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

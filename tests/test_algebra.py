@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune
-from jaxprune._algebra import intersect, invert, masks_of, overlap, pack, union, unpack, validate
+from jaxprune.algebra import intersect, invert, masks_of, overlap, pack, union, unpack, validate
 
 A = {"dense": {"kernel": jnp.array([[True, True], [False, False]]), "bias": jnp.ones(2, bool)}, "head": jnp.array(True)}
 B = {"dense": {"kernel": jnp.array([[True, False], [True, False]]), "bias": jnp.ones(2, bool)}, "head": jnp.array(True)}

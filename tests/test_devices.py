@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprune import apply_masks, make_masks, rules, sparsity
 
-pytestmark = pytest.mark.filterwarnings("ignore::jaxprune.PruningWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::jaxprune.rules.PruningWarning")
 
 RULES = [rules.std_threshold, rules.mean_threshold, rules.max_threshold, rules.absolute_threshold]
 CAPPED = functools.partial(rules.std_threshold, max_sparsity=0.4)

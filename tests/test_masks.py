@@ -189,7 +189,7 @@ def test_k_may_be_traced_and_one_compilation_serves_a_sweep() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-@pytest.mark.filterwarnings("ignore::jaxprune.PruningWarning")
+@pytest.mark.filterwarnings("ignore::jaxprune.rules.PruningWarning")
 def test_vmap_over_k_and_scan(rule: Callable) -> None:
     """Promise 5: vmap over k, and make_masks inside lax.scan."""
     params = {"kernel": normal(5, 6), "bias": jnp.ones(3), "far": {"kernel": 7 + normal(5, 6)}}

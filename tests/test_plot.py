@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from test_choose import CURVES
 
 import jaxprune
 from jaxprune import plot
+from tests.support.curves import CURVES
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-import two_processes
 
 import jaxprune
+from tests.support import two_processes
 
-TESTS = pathlib.Path(__file__).parent
+SCRIPT = pathlib.Path(__file__).parent / "support" / "two_processes.py"
 
 
 def free_port() -> int:
@@ -26,9 +26,9 @@ def test_two_processes_make_the_masks_of_one():
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, str(TESTS / "two_processes.py"), f"127.0.0.1:{free_port()}"]
+    command = [sys.executable, str(SCRIPT), f"127.0.0.1:{free_port()}"]
     processes = [
         subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for i in range(2)

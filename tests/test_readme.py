@@ -24,7 +24,7 @@ def test_python_blocks_run_in_order_and_keep_pruned_weights_at_zero(tmp_path, mo
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), kept, names["params"]))
         assert 0.6 < float(jaxprune.sparsity(names["masks"])) < 0.75
         for block in blocks[1:]:
-            warnings.simplefilter("ignore", jaxprune.PruningWarning)
+            warnings.simplefilter("ignore", jaxprune.rules.PruningWarning)
             exec(block, names)
 
 

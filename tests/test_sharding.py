@@ -1,8 +1,6 @@
 """Masks and scores of sharded arrays: those of one device, sharded as the parameters, by small all-reduces only."""
 
 import functools
-import math
-import re
 
 import chex
 import jax
@@ -14,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import rules, scores
+from tests.support.sharding import operations
 
+_MOVES_DATA = {"all-gather", "sort", "all-to-all", "ragged-all-to-all", "collective-permute", "reduce-scatter"}
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 SPECS = {"dense": {"kernel": P("x", "y"), "bias": P("y")}, "layers": {"kernel": P("y", "x", None)}}
 RULES = {
@@ -134,18 +134,6 @@ def test_scores_are_those_of_one_device_and_sharded_as_the_parameters(kind, jitt
     chex.assert_trees_all_equal(found, score(PARAMS, grads))
     for tree in found if kind is AxisType.Explicit or not jitted else (found[0], found[2]):
         assert_sharded_as(tree, params)
-
-
-_OPERATION = re.compile(r"= (?P<type>\([^)]*\)|\S+) (?P<name>[a-z][a-z-]*)\(")
-_MOVES_DATA = {"all-gather", "sort", "all-to-all", "ragged-all-to-all", "collective-permute", "reduce-scatter"}
-
-
-def operations(compiled):
-    """The operations of a compiled program: their name, and how many numbers their largest result holds."""
-    for found in _OPERATION.finditer(compiled.as_text()):
-        shapes = re.findall(r"\w\[([\d,]*)\]", found["type"])
-        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
-        yield found["name"].removesuffix("-start"), max(sizes, default=0)
 
 
 @KINDS

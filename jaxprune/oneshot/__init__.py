@@ -1,1 +1,8 @@
-"""One-shot pruning: calibration statistics of any function, and methods written for [I, O] weights and [I, I] Grams."""
+"""Pruning in one shot, with a few batches of data or none, and without training."""
+
+from jaxprune.oneshot._admm import admm as admm
+from jaxprune.oneshot._reconstruct import reconstruct as reconstruct
+from jaxprune.oneshot._sequential import sequential as sequential
+from jaxprune.oneshot._solve import DampingWarning as DampingWarning
+from jaxprune.oneshot._sparsegpt import sparsegpt as sparsegpt
+from jaxprune.oneshot._synflow_masks import synflow_masks as synflow_masks

@@ -7,13 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune import _counts, _selection, rules
-from jaxprune._prunable import Predicate
-from jaxprune.oneshot._calibrate import Grams
-from jaxprune.oneshot._damping import Factor
-from jaxprune.oneshot._pattern import Pattern, Rule, read_pattern
+from jaxprune import rules
+from jaxprune._selection import _counts
+from jaxprune._selection._largest import keep_largest
+from jaxprune._tree._prunable import Predicate
+from jaxprune.oneshot._pattern import Pattern, read_pattern
 from jaxprune.oneshot._reconstruct import reconstruct_matrix
-from jaxprune.oneshot._solve import Solution, check_damping, prune_sites, solve_each
+from jaxprune.oneshot._solve import Solution, prune_sites, solve_each
+from jaxprune.rules._rule import Rule
+from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._factorise import Factor, check_damping
 
 # The share of the steps in which the mask tightens; it is fixed in the others.
 _GRADUAL = 0.75
@@ -55,7 +58,7 @@ def admm(
     >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
     >>> data = jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     >>> grams = jaxprune.calibrate_grams(lambda params, x: x @ params["kernel"], params, [data])  # [[2, 1], [1, 2]]
-    >>> pruned, masks = jaxprune.admm(params, grams, 0.5, damping=0.0)
+    >>> pruned, masks = jaxprune.oneshot.admm(params, grams, 0.5, damping=0.0)
     >>> masks["kernel"].ravel().tolist(), round(float(pruned["kernel"][1, 0]), 5)
     ([False, True], 2.5)
 
@@ -119,7 +122,7 @@ def admm_matrix(
             return pattern.choose(scores, fewer, 0, inputs)
         mask = pattern.choose(scores, strength, 0, inputs)
         removed = jnp.floor(share * _counts.to_float(_counts.count_true(~mask, (0, 1))))
-        some = _selection.keep_largest(jnp.where(mask, jnp.inf, scores), _counts.from_float(removed), magnitude=False)
+        some = keep_largest(jnp.where(mask, jnp.inf, scores), _counts.from_float(removed), magnitude=False)
         return mask | (some & (share < 1))
 
     def improve(step: jax.Array, state: Any) -> Any:

@@ -1,16 +1,17 @@
 """Which weights of one matrix go: the rules that make sense within a matrix, applied to a block of its rows at a time."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune import _counts, _guard, _selection, rules
-from jaxprune._counts import Count
-from jaxprune._layers import Layer, strengths
-
-Rule = Callable[[Any, Any], Any]
+from jaxprune import rules
+from jaxprune._selection import _counts
+from jaxprune._selection._counts import Count
+from jaxprune._selection._largest import keep_largest
+from jaxprune.rules import _guard
+from jaxprune.rules._layers import Layer, strengths
+from jaxprune.rules._rule import Rule
 
 # The sizes of groups that are looked for when a rule may be `rules.n_m`.
 _MAX_GROUP = 64
@@ -90,7 +91,7 @@ class Pattern(NamedTuple):
         removed = each * (last - first) + rest * last // inputs - rest * first // inputs
         none = jnp.zeros_like(removed)
         batch = (1,) if self.by_unit else ()
-        return _selection.keep_largest(scores, Count(none, removed), batch=batch, magnitude=False)
+        return keep_largest(scores, Count(none, removed), batch=batch, magnitude=False)
 
 
 def read_pattern(rule: Rule, method: str) -> Pattern:
@@ -106,5 +107,5 @@ def read_pattern(rule: Rule, method: str) -> Pattern:
     raise ValueError(
         f"{method} chooses weights within one matrix, by rules.layer_sparsity, rules.row_sparsity or rules.n_m(m) "
         f"with m <= {_MAX_GROUP} and without axis= (groups run along the inputs that the Gram matrix is of), not by {getattr(rule, '__name__', rule)!s}. To spread a sparsity over layers, give "
-        "each its own k (k may be a tree prefix: see jaxprune.allocate_by_loss)."
+        "each its own k (k may be a tree prefix: see jaxprune.choose.allocate_by_loss)."
     )

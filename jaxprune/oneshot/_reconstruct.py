@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import _guard
-from jaxprune._masks import align_masks
-from jaxprune._paths import flatten, is_floating, require_arrays
-from jaxprune.oneshot._calibrate import Grams
-from jaxprune.oneshot._damping import Factor
-from jaxprune.oneshot._solve import Solution, as_matrices, check_damping, report, sites_of, solve_each
+from jaxprune._tree._leaves import is_floating, is_known
+from jaxprune._tree._masks import align_masks
+from jaxprune._tree._paths import flatten, require_arrays
+from jaxprune.oneshot._solve import Solution, report, solve_each
+from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._factorise import Factor, check_damping
+from jaxprune.sites._matrices import as_matrices, sites_of
 
 # Residuals that small, relative to the first, are rounding errors.
 _CONVERGED = 1e-6
@@ -51,7 +52,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     >>> data = jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     >>> grams = jaxprune.calibrate_grams(lambda params, x: x @ params["kernel"], params, [data])  # [[2, 1], [1, 2]]
     >>> masks = {"kernel": jnp.array([[True], [False]])}
-    >>> jaxprune.reconstruct(params, masks, grams, damping=0.0)["kernel"].ravel().tolist()  # 1 + 2 * 1/2
+    >>> jaxprune.oneshot.reconstruct(params, masks, grams, damping=0.0)["kernel"].ravel().tolist()  # 1 + 2 * 1/2
     [2.0, 0.0]
 
     Reference: Boza, "Fast and Effective Weight Update for Pruned Large Language Models", 2024, equation 2, the problem;
@@ -78,7 +79,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
 
 
 def _keeps_all(mask: jax.Array) -> bool:
-    return _guard.is_known(mask) and bool(np.all(mask))
+    return is_known(mask) and bool(np.all(mask))
 
 
 @functools.partial(jax.jit, static_argnames="steps")

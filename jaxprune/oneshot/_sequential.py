@@ -8,20 +8,20 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxprune._masks import all_true
-from jaxprune._paths import is_floating
-from jaxprune._prunable import Predicate, choose
-from jaxprune.graph import _jaxpr
-from jaxprune.graph._contractions import Contraction
-from jaxprune.graph._find import Reading, read
-from jaxprune.graph._lanes import Lanes, Lockstep, Weights
-from jaxprune.graph._sites import Site, Sites
-from jaxprune.graph._views import Each
-from jaxprune.graph._walk import Place
-from jaxprune.oneshot._calibrate import Grams, calibrate_grams, inputs_of, require_alike
-from jaxprune.oneshot._damping import factorise
-from jaxprune.oneshot._solve import sites_of
-from jaxprune.oneshot._statistics import cross_products, grams
+from jaxprune._jaxpr import _equations
+from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._masks import all_true
+from jaxprune._tree._prunable import Predicate, choose
+from jaxprune.sites._accumulate import cross_products, grams
+from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
+from jaxprune.sites._contractions import Contraction
+from jaxprune.sites._factorise import factorise
+from jaxprune.sites._find import Reading, read
+from jaxprune.sites._lanes import Lanes, Lockstep, Weights
+from jaxprune.sites._matrices import sites_of
+from jaxprune.sites._sites import Site, Sites
+from jaxprune.sites._views import Each
+from jaxprune.sites._walk import Place
 
 # How much is added to the diagonal of a Gram matrix, as a share of its mean, to find the weights to aim at.
 _DAMPING = 0.01
@@ -61,7 +61,7 @@ def sequential(
         params: a pytree of arrays.
         batches: an iterable of inputs of equal shapes, as in `calibrate_grams`; all are kept.
         method: ``(params, grams, prunable=...) -> (params, masks)``, for example
-            ``functools.partial(jaxprune.sparsegpt, k=0.5)``. It is called for one parameter, or one layer of a stack, at
+            ``functools.partial(jaxprune.oneshot.sparsegpt, k=0.5)``. It is called for one parameter, or one layer of a stack, at
             a time: a tree prefix k reaches it whole, but k cannot differ within a stack.
         target: what the pruned layer imitates: the outputs of the dense model, or (as published) its own outputs
             before it was pruned, given the pruned model's inputs.
@@ -77,7 +77,7 @@ def sequential(
     >>> import functools, jax.numpy as jnp, jaxprune
     >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
     >>> data = [jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])]
-    >>> method = functools.partial(jaxprune.sparsegpt, k=0.5, damping=0.0)
+    >>> method = functools.partial(jaxprune.oneshot.sparsegpt, k=0.5, damping=0.0)
     >>> pruned, masks = sequential(lambda params, x: x @ params["kernel"], params, data, method)
     >>> pruned["kernel"].ravel().tolist()
     [0.0, 2.5]
@@ -124,7 +124,7 @@ def _in_order(reading: Reading, paths: set[str]) -> _Planned:
     for (place, number), (site, use) in reading.uses.items():
         if site.path not in paths:
             continue
-        loops = _jaxpr.enclosing(reading.body, place)
+        loops = _equations.enclosing(reading.body, place)
         over_layers = all(name == "scan" for name in loops) and len(loops) == len(use.piece.frames)
         if times[site] == 1 and over_layers and all(frame.index is None for frame in use.piece.frames):
             planned[place, number] = site, use.contraction

@@ -1,8 +1,7 @@
 """From trees to matrices and back: every site of every leaf that is pruned, one method for all."""
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxprune import _guard
-from jaxprune._layers import Layer, is_scalar
-from jaxprune._masks import all_true
-from jaxprune._paths import flatten, require_arrays, spread
-from jaxprune._prunable import Predicate, choose
-from jaxprune.graph._sites import Site
-from jaxprune.oneshot._calibrate import Grams
-from jaxprune.oneshot._damping import Factor, factorise
+from jaxprune._tree._leaves import is_known
+from jaxprune._tree._masks import all_true
+from jaxprune._tree._paths import flatten, require_arrays, spread
+from jaxprune._tree._prunable import Predicate, choose
 from jaxprune.oneshot._pattern import Pattern
+from jaxprune.rules._layers import Layer, is_scalar
+from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._factorise import Factor, factorise
+from jaxprune.sites._matrices import as_matrices, sites_of
+from jaxprune.sites._sites import Site
 
 # Matrices of up to so many entries, with their Gram matrices, are solved side by side; larger ones one by one.
 _SIDE_BY_SIDE = 2**20
@@ -93,45 +93,6 @@ def prune_sites(
     return flat.treedef.unflatten(leaves), flat.treedef.unflatten(masks)
 
 
-def sites_of(grams: Grams, path: str, title: str) -> tuple[Site, ...]:
-    """The sites of a leaf that is to be pruned; raise where there is none, or two of them share weights."""
-    sites = grams.sites.at(path)
-    unresolved = [entry.reason for entry in grams.sites.unresolved if entry.path == path]
-    if unresolved:
-        raise ValueError(
-            f"{title} knows not all inputs of {sites[0].name}: {'; '.join(unresolved)}. Leave it dense with prunable=..."
-        )
-    if path in grams.sites.tables:
-        both = any(site.operation != "gather" for site in sites)
-        raise ValueError(
-            f"{sites[0].name} is a table of which rows are read{', and a matrix as well' if both else ''}; "
-            f"{title} prunes what multiplies data only. Leave it dense with prunable=..."
-        )
-    if overlap(sites):
-        raise ValueError(
-            f"{sites[0].name} multiplies data in {len(sites)} ways that share weights (tied or transposed); {title} "
-            "has one Gram matrix for each way and cannot serve both. Leave it dense with prunable=..."
-        )
-    return sites
-
-
-def overlap(sites: Sequence[Site]) -> bool:
-    """Whether two of a leaf's sites share weights."""
-    if len(sites) == 1:
-        return False
-    with jax.ensure_compile_time_eval():
-        uses = jnp.zeros(sites[0].shape, jnp.int32)
-        for site in sites:
-            uses = site.put(uses, site.matrices(uses) + 1)
-        return int(uses.max(initial=0)) > 1
-
-
-def as_matrices(site: Site, leaf: Any) -> jax.Array:
-    """The leaf as matrices [N, inputs, outputs] of float32; what is not finite is zero, and so does not spread."""
-    matrices = site.matrices(leaf).astype(jnp.float32)
-    return jnp.where(jnp.isfinite(matrices), matrices, 0.0)
-
-
 def _in_groups(site: Site, leaf: Any, group: int) -> tuple[jax.Array, np.ndarray | None]:
     """The leaf as matrices whose neighbouring rows form groups, and the order of rows where that is another one."""
     matrices = as_matrices(site, leaf)
@@ -162,15 +123,9 @@ def _put(site: Site, leaf: jax.Array, matrices: jax.Array, order: np.ndarray | N
     return site.put(leaf, matrices if order is None else matrices[:, np.argsort(order)])
 
 
-def check_damping(damping: float, title: str) -> None:
-    """Raise a ValueError unless damping is a finite number of at least 0."""
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 <= damping < math.inf:
-        raise ValueError(f"{title} takes damping >= 0, a finite number; got {damping!r}.")
-
-
 def report(found: Solution, name: str, damping: float) -> None:
     """Say where a Gram matrix was singular or not a number, unless it is traced."""
-    if not _guard.is_known(found.damping):
+    if not is_known(found.damping):
         return
     used, condition = np.asarray(found.damping), np.asarray(found.condition)
     if not np.isfinite(used).all():

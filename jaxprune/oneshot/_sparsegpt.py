@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune import rules
-from jaxprune._prunable import Predicate
-from jaxprune.oneshot._calibrate import Grams
-from jaxprune.oneshot._damping import Factor, inverse_root
-from jaxprune.oneshot._pattern import Pattern, Rule, read_pattern
-from jaxprune.oneshot._solve import Solution, check_damping, prune_sites, solve_each
+from jaxprune._tree._prunable import Predicate
+from jaxprune.oneshot._pattern import Pattern, read_pattern
+from jaxprune.oneshot._solve import Solution, prune_sites, solve_each
+from jaxprune.rules._rule import Rule
+from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._factorise import Factor, check_damping, inverse_root
 
 # Rows whose errors are handed on one by one; more rows at a time leave the processor's nearest cache.
 _ROWS = 16
@@ -73,7 +74,7 @@ def sparsegpt(
     >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
     >>> data = jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     >>> grams = jaxprune.calibrate_grams(lambda params, x: x @ params["kernel"], params, [data])  # [[2, 1], [1, 2]]
-    >>> pruned, masks = jaxprune.sparsegpt(params, grams, 0.5, damping=0.0)
+    >>> pruned, masks = jaxprune.oneshot.sparsegpt(params, grams, 0.5, damping=0.0)
     >>> pruned["kernel"].ravel().tolist()  # the second makes up: 2 + 1 * 1/2
     [0.0, 2.5]
 

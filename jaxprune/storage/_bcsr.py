@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._masks import align_masks, apply_masks
-from jaxprune._paths import flatten
+from jaxprune._masks import apply_masks
+from jaxprune._tree._masks import align_masks
+from jaxprune._tree._paths import flatten
 from jaxprune.storage._bitmask import take
 from jaxprune.storage._trees import outputs_of
 

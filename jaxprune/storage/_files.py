@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from jaxprune import rules
-from jaxprune._masks import Rule, make_masks
-from jaxprune._paths import is_floating
-from jaxprune._prunable import Predicate, is_kernel
+from jaxprune._masks import make_masks
+from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._prunable import Predicate, is_kernel
+from jaxprune.rules._rule import Rule
 from jaxprune.storage import _ranking
 from jaxprune.storage._checkpoint import Checkpoint, Encode, Plan, plan
 from jaxprune.storage._tensors import BITS, Encoded, Stored, encode

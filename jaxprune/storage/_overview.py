@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxprune._paths import is_floating
 from jaxprune._printing import Printable
+from jaxprune._tree._leaves import is_floating
 from jaxprune.storage._checkpoint import Checkpoint
 from jaxprune.storage._files import Done, nonzero
 from jaxprune.storage._tensors import Stored

@@ -81,8 +81,9 @@ def erk_removed(shapes: dict[str, tuple[int, ...]], k: float) -> dict[str, int]:
     """Return how many weights `rules.erk_sparsity` removes of each tensor; it depends on the shapes alone."""
     import jax
 
-    from jaxprune import _counts, _erk
-    from jaxprune._layers import Layer
+    from jaxprune._selection import _counts
+    from jaxprune.rules import _erk
+    from jaxprune.rules._layers import Layer
 
     names = sorted(shapes)
     layers = [Layer(name, name, jax.ShapeDtypeStruct(shapes[name], np.float32)) for name in names]  # type: ignore[arg-type]

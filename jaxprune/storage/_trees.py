@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._layers import Layer
-from jaxprune._layout import output_axes
-from jaxprune._masks import align_masks
-from jaxprune._paths import Flat, flatten, is_floating, require_arrays
-from jaxprune._prunable import is_kernel
+from jaxprune._tree._axes import output_axes
+from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._masks import align_masks
+from jaxprune._tree._paths import Flat, flatten, require_arrays
+from jaxprune._tree._prunable import is_kernel
+from jaxprune.rules._layers import Layer
 from jaxprune.storage import _writer
 from jaxprune.storage._container import NAMES, TensorFile, bad_name
 from jaxprune.storage._tensors import BITS, OWN_METADATA, encode, own_metadata, tensors

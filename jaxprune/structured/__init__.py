@@ -1,11 +1,9 @@
 """Models that are really smaller: coupled channels of any function, chosen, cut from parameters and from the function."""
 
 from jaxprune.structured._blocks import Block as Block
-from jaxprune.structured._costs import count_macs as count_macs
-from jaxprune.structured._costs import count_parameters as count_parameters
-from jaxprune.structured._depth import select_blocks as select_blocks
+from jaxprune.structured._count import count_macs as count_macs
+from jaxprune.structured._count import count_parameters as count_parameters
 from jaxprune.structured._graph import Graph as Graph
-from jaxprune.structured._graph import trace as trace
 from jaxprune.structured._groups import ChannelGroup as ChannelGroup
 from jaxprune.structured._groups import FrozenAxis as FrozenAxis
 from jaxprune.structured._groups import Member as Member
@@ -20,11 +18,13 @@ from jaxprune.structured._rebuild import masked as masked
 from jaxprune.structured._rebuild import rebuild as rebuild
 from jaxprune.structured._recover import recover as recover
 from jaxprune.structured._repair import repair as repair
-from jaxprune.structured._select import select_channels as select_channels
-from jaxprune.structured._select import select_channels_globally as select_channels_globally
-from jaxprune.structured._select import sparsity_within as sparsity_within
+from jaxprune.structured._select_blocks import select_blocks as select_blocks
+from jaxprune.structured._select_channels import select_channels as select_channels
+from jaxprune.structured._select_channels import select_channels_globally as select_channels_globally
+from jaxprune.structured._select_channels import sparsity_within as sparsity_within
 from jaxprune.structured._shrink import channel_masks as channel_masks
 from jaxprune.structured._shrink import shrink as shrink
+from jaxprune.structured._trace import trace as trace
 from jaxprune.structured._verify import OutputError as OutputError
 from jaxprune.structured._verify import Verification as Verification
 from jaxprune.structured._verify import verify as verify

@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
-from jaxprune.graph._dims import Var
-from jaxprune.graph._program import Node, Program
-from jaxprune.graph._residuals import find_branches
+from jaxprune.structured._axes._dims import Var
+from jaxprune.structured._axes._program import Node, Program
+from jaxprune.structured._axes._residuals import find_branches
 from jaxprune.structured._groups import Member, unique
 
 

@@ -5,8 +5,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxprune.graph._dims import Cat, Dim, Prod, Var, describe, is_cut, leaves, positions, product, resolve, size
-from jaxprune.graph._program import Program, Value, walk
+from jaxprune.structured._axes._dims import (
+    Cat,
+    Dim,
+    Prod,
+    Var,
+    describe,
+    is_cut,
+    leaves,
+    positions,
+    product,
+    resolve,
+    size,
+)
+from jaxprune.structured._axes._program import Program, Value, walk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._paths import flatten
-from jaxprune._sharding import whole
+from jaxprune._tree._paths import flatten
+from jaxprune._tree._sharding import whole
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import Member
 
@@ -39,7 +39,7 @@ def group_lasso(graph: Graph, params: Any) -> jax.Array:
     Yuan & Lin, Model Selection and Estimation in Regression with Grouped Variables, 2006; Wen et al., Learning
     Structured Sparsity in Deep Neural Networks, 2016; for coupled layers, Fang et al., DepGraph, 2023.
 
-    >>> from jaxprune.structured._graph import trace
+    >>> from jaxprune.structured._trace import trace
     >>> params = {"up": jnp.array([[3.0, 0.0, 1.0]]), "down": jnp.array([[4.0], [0.0], [0.0]])}
     >>> graph = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((5, 1)))
     >>> float(group_lasso(graph, params) / jnp.sqrt(2))  # channels of norm 5, 0 and 1, of two weights each

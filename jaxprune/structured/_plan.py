@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune._paths import Flat
-from jaxprune.graph._dims import Var, kept_indices, split_kept
-from jaxprune.graph._program import Node
-from jaxprune.graph._residuals import without
+from jaxprune._tree._paths import Flat
+from jaxprune.structured._axes._dims import Var, kept_indices, split_kept
+from jaxprune.structured._axes._program import Node
+from jaxprune.structured._axes._residuals import without
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._paths import Flat, align, flatten
-from jaxprune._sharding import whole
-from jaxprune.graph._dims import Cat, Var, kept_size, leaves, resolve, size
-from jaxprune.graph._program import Node, Value, walk
-from jaxprune.graph._replay import Masks, Replay
+from jaxprune._tree._paths import Flat, align, flatten
+from jaxprune._tree._sharding import whole
+from jaxprune.structured._axes._dims import Cat, Var, kept_size, leaves, resolve, size
+from jaxprune.structured._axes._program import Node, Value, walk
+from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import Member
 from jaxprune.structured._plan import Plan, shallower, solve
@@ -45,7 +45,7 @@ def rebuild(graph: Graph, plan: Plan, counts: Counts = "kept") -> Callable[..., 
     Raises:
         ValueError: the plan does not fit the graph; later, parameters or inputs of other shapes or structure.
 
-    >>> from jaxprune.structured._graph import trace
+    >>> from jaxprune.structured._trace import trace
     >>> from jaxprune.structured._shrink import shrink
     >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}
     >>> graph = trace(lambda p, x: (x @ p["up"]) @ p["down"], params, jnp.ones((2, 1)))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from jaxprune._paths import Flat, align, flatten, require_arrays
+from jaxprune._tree._paths import Flat, align, flatten, require_arrays
 
 Shapes = dict[str, tuple[int, ...]]
 Axis = tuple[str, int]

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 
-from jaxprune._paths import flatten
-from jaxprune.graph._sites import Sites
-from jaxprune.oneshot._calibrate import Grams
+from jaxprune._tree._paths import flatten
 from jaxprune.oneshot._reconstruct import reconstruct
-from jaxprune.oneshot._solve import overlap
+from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._matrices import overlap
+from jaxprune.sites._sites import Sites
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._shrink import channel_masks
 

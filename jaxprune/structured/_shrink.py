@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._masks import all_true
-from jaxprune._paths import flatten
-from jaxprune._sharding import without_explicit_axes
+from jaxprune._tree._masks import all_true
+from jaxprune._tree._paths import flatten
+from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.structured._plan import Plan, check_shapes
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._masks import apply_masks
-from jaxprune._paths import flatten
 from jaxprune._printing import Printable
-from jaxprune.graph._dims import kept_indices
-from jaxprune.graph._replay import Replay
+from jaxprune._tree._paths import flatten
+from jaxprune.structured._axes._dims import kept_indices
+from jaxprune.structured._axes._replay import Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, shallower, solve
 from jaxprune.structured._rebuild import evaluate, masked, rebuild
@@ -84,7 +84,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
         The differences by output.
 
     >>> import jax.numpy as jnp
-    >>> from jaxprune.structured._graph import trace
+    >>> from jaxprune.structured._trace import trace
     >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}
     >>> graph = trace(lambda p, x: (x @ p["up"]) @ p["down"], params, jnp.ones((2, 1)))
     >>> plan = Plan({"up": {1: (0, 2)}, "down": {0: (0, 2)}}, {"up": (1, 3), "down": (3, 1)})

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxprune._paths import align, flatten
 from jaxprune._printing import Printable
+from jaxprune._tree._paths import align, flatten
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._rebuild import rebuild
@@ -82,7 +82,7 @@ def verify_module(
         ValueError: the outputs of the two have other paths; the plan does not fit. What `fn` raises is passed on.
 
     >>> import jax.numpy as jnp
-    >>> from jaxprune.structured._graph import trace
+    >>> from jaxprune.structured._trace import trace
     >>> def fn(params, x):
     ...     return (x @ params["up"]) @ params["down"]
     >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}

@@ -1,1 +1,0 @@
-"""Examples: one script each, run as `python examples/cnn.py` or `python -m examples.cnn`."""

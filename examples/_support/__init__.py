@@ -1,0 +1,1 @@
+"""What the examples share: data, options, checkpoints, progress, figures."""

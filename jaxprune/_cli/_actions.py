@@ -1,0 +1,230 @@
+"""What each command of ``jaxprune`` does; returns False only where models differ."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from jaxprune import rules
+from jaxprune._printing import as_json
+from jaxprune._tree._prunable import Predicate, is_kernel
+from jaxprune.rules._rule import Rule
+from jaxprune.storage import _files
+from jaxprune.storage._checkpoint import Checkpoint, Plan
+from jaxprune.storage._overview import diff_files, summarize_file
+
+# The rules that take nothing but k, and n_m.
+RULES = (
+    "std_threshold", "mean_threshold", "max_threshold", "absolute_threshold", "layer_sparsity", "row_sparsity",
+    "global_sparsity", "erk_sparsity", "n_m",
+)  # fmt: skip
+
+_WIDTH = 120  # of tables in a file or a pipe, which have no width of their own
+
+
+def summarize(options: argparse.Namespace) -> bool:
+    """Show what a model holds."""
+    with _bar("reading", _count(options.model)) as advance:
+        found = summarize_file(options.model, done=lambda tensor: advance())
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        console = _console()
+        console.print(found)
+        console.print(
+            f"{found.dense_bytes / max(found.bytes, 1):.2f} times smaller than its dense arrays", highlight=False
+        )
+    return True
+
+
+def prune(options: argparse.Namespace) -> bool:
+    """Prune a model and write it."""
+    rule = _rule_of(options)
+    _check_target(options)
+    with Checkpoint(options.model) as checkpoint:
+        names = _files.choose_tensors(checkpoint, _prunable(options, checkpoint))
+        mask_of = _files.masks_by(rule, options.k, checkpoint, names)
+        k = f"{options.k:g}" if options.m is None else f"{options.k:g} of {options.m}"
+        metadata = {"jaxprune.rule": options.rule, "jaxprune.k": k}
+        return _write(options, checkpoint, mask_of, metadata, set(names))
+
+
+def convert(options: argparse.Namespace) -> bool:
+    """Write a model in another way."""
+    _check_target(options)
+    with Checkpoint(options.model) as checkpoint:
+        return _write(options, checkpoint, _files.stored_or_paying, {}, set(checkpoint.tensors))
+
+
+def diff(options: argparse.Namespace) -> bool:
+    """Compare two models."""
+    with _bar("comparing", _count(options.a)) as advance:
+        found = diff_files(options.a, options.b, done=lambda name: advance())
+    if options.json:
+        _print_json([dataclasses.asdict(difference) for difference in found])
+    elif found:
+        table = Table(title=f"{options.a} and {options.b}", title_justify="left")
+        table.add_column("tensor", overflow="fold")
+        table.add_column("difference")
+        table.add_column("largest", justify="right")
+        for difference in found:
+            table.add_row(difference.name, difference.what, f"{difference.largest:.4g}")
+        _console().print(table)
+    else:
+        print("no differences")
+    return not found
+
+
+def report(options: argparse.Namespace) -> bool:
+    """Write a page about a model; unlike the others, this holds the whole model in memory."""
+    import jaxprune
+
+    _refuse_existing(Path(options.out), options.force)
+    params, masks = {}, {}
+    with Checkpoint(options.model) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            values, mask = tensor.load()
+            mask = mask if tensor.encoded else _files.nonzero(tensor, values)
+            path = _files.path_of(name)
+            params[path], masks[path] = values, np.ones(values.shape, bool) if mask is None else mask
+    jaxprune.report(options.out, params, masks, title=Path(options.model).name)
+    return True
+
+
+def _write(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    mask_of: _files.MaskOf,
+    metadata: dict[str, str],
+    prunable: set[str],
+) -> bool:
+    rounds = 1 if options.dry_run else 2
+    with _bar("writing", rounds * len(checkpoint.tensors)) as advance:
+        planned = _files.plan_file(
+            checkpoint,
+            mask_of,
+            dense=options.dense,
+            quantize=options.quantize,
+            compress=options.compress,
+            metadata=metadata,
+            done=lambda tensor: advance(),
+        )
+        size = None if options.dry_run else planned.write(Path(options.out)).bytes
+    figures = _figures(options, planned, size, prunable)
+    if options.json:
+        _print_json(figures)
+    else:
+        _print_figures(figures)
+    return True
+
+
+def _figures(options: argparse.Namespace, planned: Plan, size: int | None, prunable: set[str]) -> dict[str, Any]:
+    """Gather what was written, or would be; the bytes of a dry run are those of the tensors, before zstd."""
+    rows = planned.rows
+    counted = [row for row in rows if row.name in prunable and row.kept <= row.size]
+    weights, kept = sum(row.size for row in rows), sum(row.kept for row in rows)
+    pruned_size, pruned_kept = sum(row.size for row in counted), sum(row.kept for row in counted)
+    stored = sum(row.stored_bytes for row in rows) if size is None else size
+    return {
+        "path": options.out,
+        "written": size is not None,
+        "bytes": stored,
+        "dense_bytes": sum(row.dense_bytes for row in rows),
+        "compression": sum(row.dense_bytes for row in rows) / max(stored, 1),
+        "sparsity": 1 - kept / weights if weights else 0.0,
+        "prunable_sparsity": 1 - pruned_kept / pruned_size if pruned_size else 0.0,
+        "tensors": [dataclasses.asdict(row) for row in rows],
+    }
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    table = Table(title=figures["path"], title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    for column in ("shape", "kept", "sparsity", "bytes", "error"):
+        table.add_column(column, justify="right")
+    for row in figures["tensors"]:
+        share = f"{1 - row['kept'] / row['size']:.2%}" if row["kept"] < row["size"] else ""
+        error = f"{row['relative_error']:.2%}" if row["relative_error"] else ""
+        shape = " x ".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, f"{row['kept']:,}", share, f"{row['stored_bytes']:,}", error)
+    _console().print(table)
+    verb = "wrote" if figures["written"] else "would write, before compression,"
+    print(
+        f"{verb} {figures['bytes']:,} bytes, {figures['compression']:.2f} times smaller than dense; "
+        f"{figures['prunable_sparsity']:.2%} of the prunable weights pruned, {figures['sparsity']:.2%} of all"
+    )
+
+
+def _rule_of(options: argparse.Namespace) -> Rule:
+    if (options.rule == "n_m") != (options.m is not None):
+        raise ValueError("--m says how many weights make a group of --rule n_m; give both or neither.")
+    return rules.n_m(options.m) if options.rule == "n_m" else getattr(rules, options.rule)
+
+
+def _prunable(options: argparse.Namespace, checkpoint: Checkpoint) -> Predicate:
+    only, skip = ([_files.path_of(glob) for glob in globs or []] for globs in (options.only, options.skip))
+    paths = [_files.path_of(name) for name in checkpoint.tensors]
+    for glob in (*only, *skip):
+        if not any(fnmatchcase(path, glob) for path in paths):
+            raise ValueError(f"no tensor is named like {glob.replace('/', '.')!r}; try jaxprune summarize.")
+
+    def fits(path: str, leaf: Any) -> bool:
+        wanted = any(fnmatchcase(path, glob) for glob in only) if only else is_kernel(path, leaf)
+        return wanted and not any(fnmatchcase(path, glob) for glob in skip)
+
+    return fits
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    if options.quantize is not None and options.dense:
+        raise ValueError("--quantize stores integers and --dense does not; choose one.")
+    target, folder = Path(options.out), Path(options.model).is_dir()
+    if target.exists() and target.is_dir() != folder:
+        kinds = ("folder", "file") if folder else ("file", "folder")
+        raise ValueError(f"{options.out} is a {kinds[1]}, but {options.model} is a {kinds[0]}; name another output.")
+    if not options.dry_run:
+        _refuse_existing(target, options.force)
+
+
+def _refuse_existing(target: Path, force: bool) -> None:
+    if not force and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+        raise ValueError(f"{target} is there already; --force replaces it.")
+    if not target.parent.is_dir():
+        raise ValueError(f"the folder {target.parent} is not there; make it first.")
+
+
+def _count(path: str) -> int:
+    with Checkpoint(path) as checkpoint:
+        return len(checkpoint.tensors)
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show progress on the standard error while it is a terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller: rich would exit with the code that means a difference."""
+        raise
+
+
+def _console() -> Console:
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def _print_json(value: Any) -> None:
+    print(as_json(value))

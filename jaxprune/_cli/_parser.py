@@ -1,0 +1,151 @@
+"""The command ``jaxprune``: its arguments, its errors, its exit codes."""
+
+import argparse
+import difflib
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
+
+from jaxprune._cli import _actions as actions
+
+OK, DIFFERENT, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+_DESCRIPTION = """Prune, convert and compare models on disk: safetensors files, or folders of shards with their index.
+
+No model class is needed, and one tensor at a time is in memory. Tables go to the standard output, progress and errors to
+the standard error. Exit codes: 0, 1 for models that differ (diff), 2 for what cannot be done.
+"""
+
+_RULES = """
+Rules, and what k is: std_threshold, mean_threshold, max_threshold (times that statistic of the tensor),
+absolute_threshold (the threshold), layer_sparsity, row_sparsity, global_sparsity, erk_sparsity (the fraction removed),
+n_m (weights kept of every --m).
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line and where to read more, rather than the whole usage."""
+        self.exit(MISUSED, f"{self.prog}: error: {message}\nMore: {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: the words after the command's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 where ``diff`` found differences, 2 for what cannot be done (one line on the standard error
+        says why), 130 when interrupted.
+
+    Raises:
+        SystemExit: by ``--help``, and for words that cannot be understood.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            # Each tensor is masked twice, and would warn twice.
+            warnings.simplefilter("once")
+            warnings.showwarning = _show_warning
+            same = options.action(options)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has seen enough; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        print("jaxprune: interrupted; nothing half-written is left under the file's name", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"jaxprune {options.command}: error: {_in_words(error)}", file=sys.stderr)
+        return MISUSED
+    return OK if same else DIFFERENT
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"jaxprune: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jaxprune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    add = functools.partial(commands.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    summarize = add(
+        "summarize", help="show what a model holds", description="Show what each tensor keeps, and its bytes."
+    )
+    summarize.set_defaults(action=actions.summarize)
+    summarize.add_argument("model", help="a safetensors file, or a folder of shards")
+
+    prune = add(
+        "prune", help="prune a model by magnitude", epilog=_RULES,
+        description="Prune a model by the magnitude of its weights, and store what is kept.",
+    )  # fmt: skip
+    prune.set_defaults(action=actions.prune)
+    _add_paths(prune)
+    prune.add_argument("--rule", type=_rule, required=True, metavar="NAME", help="what decides; see below")
+    prune.add_argument("--k", type=float, required=True, help="the rule's strength")
+    prune.add_argument("--m", type=int, help="the size of a group, for n_m")
+    prune.add_argument("--scores", choices=("magnitude",), default="magnitude", help="what ranks the weights")
+    prune.add_argument(
+        "--only", nargs="+", metavar="GLOB", help="prune the tensors of these names; default: kernels, no embeddings"
+    )
+    prune.add_argument("--skip", nargs="+", metavar="GLOB", default=[], help="but not the tensors of these names")
+
+    convert = add(
+        "convert", help="store a model in another way",
+        description="Store a model sparse, dense, quantised or compressed. In a plain file the zeros of kernels count as "
+        "pruned.",
+    )  # fmt: skip
+    convert.set_defaults(action=actions.convert)
+    _add_paths(convert)
+
+    diff = add("diff", help="compare two models", description="Compare two models, in whatever way each is stored.")
+    diff.set_defaults(action=actions.diff)
+    diff.add_argument("a", help="a safetensors file, or a folder of shards")
+    diff.add_argument("b", help="another")
+
+    report = add("report", help="write a page about a model", description="Write one HTML page about a model.")
+    report.set_defaults(action=actions.report)
+    report.add_argument("model", help="a safetensors file, or a folder of shards")
+    report.add_argument("out", help="the page to write")
+    report.add_argument("--force", action="store_true", help="replace what is there")
+
+    for command in (summarize, prune, convert, diff):
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _add_paths(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="a safetensors file, or a folder of shards")
+    command.add_argument("out", help="the file or folder to write")
+    command.add_argument("--dense", action="store_true", help="write zeros: a plain file that anything reads")
+    command.add_argument("--quantize", type=int, choices=(8, 4), help="store kernels as integers of so many bits")
+    command.add_argument("--compress", action="store_true", help="pass the file through zstd")
+    command.add_argument("--force", action="store_true", help="replace what is there")
+    command.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+
+
+def _rule(name: str) -> str:
+    if name not in actions.RULES:
+        nearest = difflib.get_close_matches(name, actions.RULES, n=1, cutoff=0.4)
+        meant = f"did you mean {nearest[0]}? " if nearest else ""
+        raise argparse.ArgumentTypeError(f"there is no rule {name!r}; {meant}The rules are {', '.join(actions.RULES)}.")
+    return name

@@ -1,0 +1,1 @@
+"""The one place that looks inside the equations of a jaxpr, and names primitives. Private."""

@@ -1,0 +1,265 @@
+"""What was pruned: a row for each layer, totals, and a table to read."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._printing import Printable, as_json
+from jaxprune._selection import _moments
+from jaxprune._selection._counts import count_kept
+from jaxprune._tree._axes import output_axes
+from jaxprune._tree._masks import align_masks
+from jaxprune._tree._paths import flatten, require_arrays
+from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune.rules._layers import Layer
+from jaxprune.storage._sizes import leaf_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+# A layer that loses more than this is said to be nearly empty.
+NEARLY_EMPTY = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer.
+
+    Attributes:
+        path: with the index of the layer where it is one of a stack.
+        shape: of one layer.
+        size: how many weights it has.
+        kept: how many the mask keeps.
+        sparsity: the fraction removed.
+        threshold: the smallest magnitude kept; None where nothing is removed.
+        std: of the weights.
+        prunable: whether it counts as prunable.
+        dead_units: output units of which no weight is kept.
+        bytes_dense: of the array as it is.
+        bytes_sparse: of its kept values and a bitmask, as `save_sparse` stores them.
+        bytes_int8: the same with values of one byte.
+        macs: multiply-accumulates of one call with all weights; None where `summarize` was not told `uses`.
+        macs_kept: those of the weights kept.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+    sparsity: float
+    threshold: float | None
+    std: float | None
+    prunable: bool
+    dead_units: int
+    bytes_dense: int
+    bytes_sparse: int
+    bytes_int8: int
+    macs: int | None
+    macs_kept: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """Weights counted together; `compression` is size / kept."""
+
+    size: int
+    kept: int
+    sparsity: float
+    compression: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Printable):
+    """What `summarize` found; prints as a table."""
+
+    rows: tuple[Row, ...]
+    prunable: Total
+    overall: Total
+
+    @property
+    def remarks(self) -> list[str]:
+        """Say in words which layers are nearly empty, held by the guard, or have dead units."""
+        return [remark for row in self.rows for remark in _remarks(row)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text; JSON has no infinity and no NaN, they become null."""
+        return as_json(self.to_dict())
+
+    def __rich__(self) -> "Table":
+        """Return the table for rich to print."""
+        from rich.table import Table
+
+        table = Table(title="Sparsity by layer", caption="\n".join(self.remarks) or None, caption_justify="left")
+        table.add_column("layer", overflow="fold")
+        told = any(row.macs is not None for row in self.rows)
+        for column in ("shape", "threshold", "std", "kept", "size", "sparsity", "bytes", *(["MACs"] if told else [])):
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.path,
+                " x ".join(map(str, row.shape)),
+                _figure(row.threshold),
+                _figure(row.std),
+                f"{row.kept:,}",
+                f"{row.size:,}",
+                f"{row.sparsity:.2%}" if row.prunable else "dense",
+                amount(row.bytes_sparse),
+                *([amount(row.macs_kept)] if told else []),
+                style=None if row.prunable else "dim",
+            )
+        for name, total, rows in (
+            ("prunable weights", self.prunable, [row for row in self.rows if row.prunable]),
+            ("all weights", self.overall, self.rows),
+        ):
+            table.add_section()
+            table.add_row(
+                name,
+                "",
+                "",
+                f"{total.compression:.3g} x fewer",
+                f"{total.kept:,}",
+                f"{total.size:,}",
+                f"{total.sparsity:.2%}",
+                amount(sum(row.bytes_sparse for row in rows)),
+                *([amount(sum(row.macs_kept or 0 for row in rows))] if told else []),
+            )
+        return table
+
+
+def _remarks(row: Row) -> Iterator[str]:
+    if not row.prunable or row.kept == row.size:
+        return
+    if row.kept <= 1:
+        yield f"{row.path} keeps only its last weight: the guard held it, the layer is lost."
+    elif row.sparsity > NEARLY_EMPTY:
+        yield f"{row.path} is nearly empty: {row.kept:,} of {row.size:,} weights stay."
+    if row.dead_units:
+        yield f"{row.path} has {row.dead_units:,} dead unit(s), all of whose weights are gone; channels could be cut."
+
+
+def amount(value: int | None) -> str:
+    """Write a number with three digits and a decimal prefix.
+
+    >>> amount(999), amount(12_345), amount(None)
+    ('999', '12.3 k', '')
+    """
+    if value is None:
+        return ""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def summarize(
+    params: Any,
+    masks: Any,
+    *,
+    prunable: Predicate | Any = None,
+    stacked: Stacked | None = None,
+    uses: Mapping[str, int] | None = None,
+) -> Summary:
+    """Summarize what the masks keep of the parameters, layer by layer and in total.
+
+    Counts are exact for any size. Reads values: not for use under jit.
+
+    Args:
+        params: the parameters, before or after `apply_masks`; statistics are of the values given.
+        masks: their masks, True = keep.
+        prunable: which leaves count as prunable, as in `make_masks`.
+        stacked: as in `make_masks`; each layer of a stack has a row of its own.
+        uses: by path, how often each weight multiplies in one call, to count multiply-accumulates: once in a dense
+            layer, as often as there are output positions in a convolution; paths left out count none.
+
+    Returns:
+        A `Summary`: rows, totals of the prunable weights and of all, and remarks on layers that collapse.
+
+    Raises:
+        ValueError: the masks do not fit the parameters; the message names the leaf.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"kernel": jnp.array([[3.0, 1.0], [0.5, -2.0]])}
+    >>> masks = {"kernel": jnp.array([[True, False], [False, True]])}
+    >>> row = summarize(params, masks).rows[0]
+    >>> row.path, row.kept, row.sparsity, row.threshold
+    ('kernel', 2, 0.5, 2.0)
+    """
+    flat = flatten(params, "params")
+    require_arrays(flat)
+    stacks = stack_axes(stacked, flat)
+    chosen = choose(prunable, params, flat, stacks)
+    rows = [
+        row
+        for path, leaf, mask, fits, stack in zip(
+            flat.paths, flat.leaves, align_masks(masks, flat), chosen, stacks, strict=True
+        )
+        for row in _rows(path, jnp.asarray(leaf), mask, fits, stack, None if uses is None else uses.get(path, 0))
+    ]
+    return Summary(tuple(rows), _total(row for row in rows if row.prunable), _total(rows))
+
+
+def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, stack: int, uses: int | None) -> Iterator[Row]:
+    shape = leaf.shape[stack:]
+    axes = tuple(range(stack, leaf.ndim))
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
+    counts = np.full(leaf.shape[:stack], math.prod(shape), np.int64) if mask is None else count_kept(mask, axes)
+    if floating:
+        mask = jnp.ones_like(leaf, dtype=bool) if mask is None else mask
+        cuts, stds = _measure(leaf, mask, axes=axes)
+    dead = _dead_units(Layer(path, path, leaf, True, stack), mask) if prunable and floating else np.int64(0)
+    dead = np.broadcast_to(dead, leaf.shape[:stack])
+    for index in np.ndindex(leaf.shape[:stack]):
+        size, kept = math.prod(shape), int(counts[index])
+        yield Row(
+            path=path + "".join(f"[{i}]" for i in index),
+            shape=shape,
+            size=size,
+            kept=kept,
+            sparsity=1 - kept / size if size else 0.0,
+            threshold=float(cuts[index]) if floating and kept < size else None,
+            std=float(stds[index]) if floating else None,
+            prunable=prunable,
+            dead_units=int(dead[index]),
+            bytes_dense=size * leaf.dtype.itemsize,
+            bytes_sparse=leaf_bytes(shape, leaf.dtype.itemsize, kept),
+            bytes_int8=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating else None),
+            macs=None if uses is None else uses * size,
+            macs_kept=None if uses is None else uses * kept,
+        )
+
+
+def _dead_units(layer: Layer, mask: Any) -> np.ndarray:
+    """Count for each layer of a stack the output units of which nothing is kept."""
+    units = output_axes(layer) if len(layer.axes) > 1 else layer.axes
+    inputs = tuple(axis for axis in layer.axes if axis not in units)
+    alive = jnp.any(mask, inputs)
+    return count_kept(~alive, range(layer.stack, alive.ndim))
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _measure(leaf: jax.Array, mask: jax.Array, *, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    return (
+        jnp.min(jnp.where(mask, jnp.abs(leaf), jnp.inf), axes),
+        jnp.squeeze(_moments.std(leaf, axes), axes),
+    )
+
+
+def _total(rows: Any) -> Total:
+    pairs = [(row.size, row.kept) for row in rows]
+    size, kept = sum(size for size, _ in pairs), sum(kept for _, kept in pairs)
+    return Total(size, kept, 1 - kept / size if size else 0.0, size / kept if kept else math.inf)

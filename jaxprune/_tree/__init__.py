@@ -1,0 +1,1 @@
+"""Any pytree read once: paths, which leaves, which axes, sharding. Private."""

@@ -1,0 +1,29 @@
+"""What a leaf is: nothing, an array, floating-point, known to this process."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def is_nothing(node: Any) -> bool:
+    """Whether a node stands for "nothing here": None, or optax's empty MaskedNode."""
+    return node is None or (isinstance(node, tuple) and not node)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype, or is a number that JAX would turn into an array."""
+    return (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or isinstance(leaf, bool | int | float | complex)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf holds floating-point numbers; integers, booleans and PRNG keys do not."""
+    dtype = getattr(leaf, "dtype", None)
+    return isinstance(leaf, float) if dtype is None else bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def is_known(array: jax.Array | float) -> bool:
+    """Whether this process can read the array's values now: neither traced nor spread over other hosts."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated

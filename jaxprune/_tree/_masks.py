@@ -1,0 +1,40 @@
+"""Masks beside the tree that they are for: aligned by path, checked, kept whole."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._tree._leaves import is_floating, is_nothing
+from jaxprune._tree._paths import Flat, align, flatten
+from jaxprune._tree._sharding import sharded_as
+
+
+def all_true(leaf: Any) -> jax.Array:
+    """Return the mask that keeps a leaf whole, sharded as it is."""
+    # ones_like keeps the sharding of an array; PRNG keys and numbers have none that matters.
+    if not is_floating(leaf):
+        return jnp.ones(np.shape(leaf), bool)
+    leaf = jnp.asarray(leaf)
+    return sharded_as(jnp.ones_like(leaf, dtype=bool), leaf)
+
+
+def check_mask(mask: Any, what: str, leaf: Any) -> None:
+    dtype, shape = getattr(mask, "dtype", type(mask).__name__), np.shape(mask)
+    if dtype != np.bool_ or shape != np.shape(leaf):
+        raise ValueError(f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.")
+
+
+def align_masks(masks: Any, flat: Flat) -> list[Any]:
+    """Return for each leaf of `flat` its mask (None keeps the leaf whole), checked for dtype and shape."""
+    return check_masks(align(flatten(masks, "masks", is_leaf=is_nothing), flat, "masks", "params"), flat)
+
+
+def check_masks(masks: Sequence[Any], flat: Flat) -> list[Any]:
+    """Check the masks of the leaves of `flat` for dtype and shape; None stands for one that keeps its leaf whole."""
+    for mask, name, leaf in zip(masks, flat.names, flat.leaves, strict=True):
+        if not is_nothing(mask):
+            check_mask(mask, f"masks has for {name} an array", leaf)
+    return [None if is_nothing(mask) else mask for mask in masks]

@@ -1,0 +1,272 @@
+"""What each layer bears: the metric with one layer pruned, and with all, at every strength."""
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import rules
+from jaxprune._masks import make_masks
+from jaxprune._masks import sparsity as mask_sparsity
+from jaxprune._printing import Printable, as_json
+from jaxprune._tree._paths import Flat, flatten
+from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune.rules._rule import Rule
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Parameters to one number, larger = better.
+Evaluate = Callable[[Any], Any]
+
+# A group that loses less than this of its weights is as good as dense.
+NEGLIGIBLE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity(Printable):
+    """What `sensitivity` found; prints as a table.
+
+    Attributes:
+        ks: the strengths, rising.
+        groups: the names of what was pruned alone.
+        paths: for each group the paths of its leaves.
+        sizes: for each group how many weights it has.
+        dense: the metric of the unpruned parameters.
+        metric: with one group pruned alone, float64 [groups, ks].
+        sparsity: the fraction removed of that group, float64 [groups, ks].
+        together: the metric with all groups pruned, float64 [ks].
+        together_sparsity: the fraction then removed of all their weights, float64 [ks].
+    """
+
+    ks: tuple[float, ...]
+    groups: tuple[str, ...]
+    paths: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...]
+    dense: float
+    metric: np.ndarray
+    sparsity: np.ndarray
+    together: np.ndarray
+    together_sparsity: np.ndarray
+
+    @property
+    def drop(self) -> np.ndarray:
+        """How much of the metric each group costs alone, [groups, ks]."""
+        return self.dense - self.metric
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and numbers."""
+        plain = {name: getattr(self, name) for name in (field.name for field in dataclasses.fields(self))}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text; an infinite metric becomes null."""
+        return as_json(self.to_dict())
+
+    def remarks(self, max_drop: float) -> list[str]:
+        """Say in words, group by group, which strengths are too low to matter and which too high to survive.
+
+        Args:
+            max_drop: how much of the metric a group may cost alone, >= 0, in the metric's own unit.
+
+        Returns:
+            Sentences; none about a group that has neither.
+        """
+        found = []
+        for name, sparsity, drop in zip(self.groups, self.sparsity, self.drop, strict=True):
+            idle = [k for k, share in zip(self.ks, sparsity, strict=True) if share < NEGLIGIBLE]
+            if idle:
+                found.append(f"{name}: up to k = {idle[-1]:g} less than {NEGLIGIBLE:.0%} goes, too low to matter.")
+            deadly = [j for j, cost in enumerate(drop) if cost > max_drop]
+            if deadly:
+                j = deadly[0]
+                found.append(
+                    f"{name}: k = {self.ks[j]:g} ({sparsity[j]:.0%} removed) alone costs {drop[j]:.4g} of the metric, "
+                    "too high to survive."
+                )
+        return found
+
+    def __rich__(self) -> "Table":
+        """Return the table for rich to print: the metric, and below it the sparsity."""
+        from rich.table import Table
+
+        title = f"Metric with one layer pruned by k (dense {self.dense:.4g}), and the sparsity of that layer"
+        table = Table(title=title, padding=(0, 0, 0, 1))
+        table.add_column("layer", overflow="fold", min_width=12)
+        table.add_column("weights", justify="right")
+        for k in self.ks:
+            table.add_column(f"{k:g}", justify="right")
+        for name, size, metric, sparsity in zip(self.groups, self.sizes, self.metric, self.sparsity, strict=True):
+            table.add_row(name, f"{size:,}", *_cells(metric, sparsity))
+        table.add_section()
+        table.add_row("all together", f"{sum(self.sizes):,}", *_cells(self.together, self.together_sparsity))
+        return table
+
+
+def _cells(metric: np.ndarray, sparsity: np.ndarray) -> list[str]:
+    return [f"{value:.4g}\n{share:.1%}" for value, share in zip(metric, sparsity, strict=True)]
+
+
+def sensitivity(
+    evaluate: Evaluate,
+    params: Any,
+    ks: Sequence[float],
+    *,
+    rule: Rule = rules.std_threshold,
+    scores: Any = None,
+    prunable: Predicate | Any = None,
+    stacked: Stacked | None = None,
+    groups: Mapping[str, str | Sequence[str]] | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure what each layer bears: prune it alone at every strength, and all together, and evaluate.
+
+    Masks are made once for each k, by `rule` from all layers; pruning one layer alone applies its mask only. Both
+    steps are compiled once for the whole sweep, and no more than one set of masks and one pruned copy of the
+    parameters (`batch_size` copies) exist at a time.
+
+    Args:
+        evaluate: parameters to one number, larger = better (negate a loss). Called once for each point and once for
+            the unpruned parameters; jit what it calls.
+        params: a pytree of arrays.
+        ks: the strengths, rising.
+        rule: as in `make_masks`.
+        scores: as in `make_masks`.
+        prunable: as in `make_masks`.
+        stacked: as in `make_masks`; layers of a stack are pruned together.
+        groups: by name, glob patterns of paths of what to prune together; None takes each prunable leaf alone. Leaves
+            in no group stay dense.
+        batch_size: with a number, evaluate so many groups at once by ``vmap``; `evaluate` must then be traceable.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A `Sensitivity`.
+
+    Raises:
+        ValueError: ks is empty or does not rise, a group matches nothing or a leaf twice, the metric is NaN or no
+            scalar; and whatever `make_masks` raises.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"a": {"kernel": jnp.array([[1.0, 4.0]])}, "b": {"kernel": jnp.array([[2.0, 3.0]])}}
+    >>> total = lambda params: sum(float(leaf.sum()) for leaf in jax.tree.leaves(params))
+    >>> found = sensitivity(total, params, [0.5], rule=rules.layer_sparsity)
+    >>> found.groups, found.dense, found.metric.tolist(), found.together.tolist()
+    (('a/kernel', 'b/kernel'), 10.0, [[9.0], [8.0]], [7.0])
+
+    Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015,
+    section 4 (sensitivity of each layer alone).
+    """
+    ks = _check_rising(ks)
+    flat = flatten(params, "params")
+    chosen = choose(prunable, params, flat, stack_axes(stacked, flat))
+    members = _members(groups, flat, chosen)
+    group_of = {i: g for g, leaves in enumerate(members.values()) for i in leaves}
+    sizes = tuple(sum(flat.leaves[i].size for i in leaves) for leaves in members.values())
+    everything = len(members)
+    kept_whole = flat.treedef.unflatten(i in group_of for i in range(len(flat.leaves)))
+
+    @jax.jit
+    def make(params: Any, scores: Any, k: jax.Array) -> tuple[Any, jax.Array]:
+        masks = make_masks(params, k, rule=rule, scores=scores, prunable=kept_whole, stacked=stacked)
+        leaves = jax.tree.leaves(masks)
+        gone = [mask_sparsity([leaves[i] for i in own], prunable=True) for own in members.values()]
+        return masks, jnp.stack(gone)
+
+    def prune(params: Any, masks: Any, group: jax.Array) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        pruned = [
+            jnp.where(mask | ((group != group_of[i]) & (group != everything)), leaf, jnp.zeros_like(leaf))
+            if i in group_of
+            else leaf
+            for i, (leaf, mask) in enumerate(zip(leaves, jax.tree.leaves(masks), strict=True))
+        ]
+        return jax.tree.unflatten(treedef, pruned)
+
+    @jax.jit
+    def evaluate_all(params: Any, masks: Any) -> jax.Array:
+        points = jnp.arange(everything + 1)
+        return jax.lax.map(lambda group: evaluate(prune(params, masks, group)), points, batch_size=batch_size)
+
+    prune_one = jax.jit(prune)
+
+    def metrics(masks: Any, k: float) -> list[float]:
+        names = [*(f"{name} pruned at k = {k:g}" for name in members), f"everything pruned at k = {k:g}"]
+        if batch_size is not None:
+            return [as_metric(value, name) for value, name in zip(evaluate_all(params, masks), names, strict=True)]
+        return [as_metric(evaluate(prune_one(params, masks, g)), name) for g, name in enumerate(names)]
+
+    dense = as_metric(evaluate(params), "the unpruned parameters")
+    measured, gone = [], []
+    for k in _shown(ks, progress):
+        masks, removed = make(params, scores, jnp.float32(k))
+        measured.append(metrics(masks, k))
+        gone.append(np.asarray(removed, np.float64))
+    metric, sparsity = np.asarray(measured).T, np.asarray(gone).T
+    return Sensitivity(
+        ks=ks,
+        groups=tuple(members),
+        paths=tuple(tuple(flat.paths[i] for i in leaves) for leaves in members.values()),
+        sizes=sizes,
+        dense=dense,
+        metric=metric[:-1],
+        sparsity=sparsity,
+        together=metric[-1],
+        together_sparsity=np.asarray(sizes, np.float64) @ sparsity / max(1, sum(sizes)),
+    )
+
+
+def as_metric(value: Any, what: str) -> float:
+    """Read what `evaluate` returned; raise where it is not one number."""
+    if np.shape(value) != ():
+        raise ValueError(f"evaluate returned an array of shape {np.shape(value)} for {what}; it must return a scalar.")
+    number = float(value)
+    if math.isnan(number):
+        raise ValueError(f"evaluate returned NaN for {what}; a metric is a number, larger = better.")
+    return number
+
+
+def _check_rising(ks: Sequence[float]) -> tuple[float, ...]:
+    found = tuple(map(float, ks))
+    if not found or not all(map(math.isfinite, found)) or any(a >= b for a, b in itertools.pairwise(found)):
+        raise ValueError(f"ks must be finite numbers that rise, at least one; got {list(ks)}.")
+    return found
+
+
+def _members(groups: Any, flat: Flat, chosen: Sequence[bool]) -> dict[str, list[int]]:
+    """Find for each group the positions of its leaves."""
+    candidates = [i for i, fits in enumerate(chosen) if fits and flat.leaves[i].size]
+    if groups is None:
+        return {flat.paths[i]: [i] for i in candidates}
+    found: dict[str, list[int]] = {}
+    for name, patterns in groups.items():
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        found[name] = [
+            i for i in candidates if any(fnmatch.fnmatchcase(flat.paths[i], pattern) for pattern in patterns)
+        ]
+        if not found[name]:
+            raise ValueError(
+                f"group {name!r} ({', '.join(map(repr, patterns))}) matches no prunable leaf; the paths are "
+                f"{', '.join(flat.paths[i] for i in candidates)}."
+            )
+    owners: dict[int, str] = {}
+    for name, leaves in found.items():
+        for i in leaves:
+            if i in owners:
+                raise ValueError(f"{flat.names[i]} is in the groups {owners[i]!r} and {name!r}; a leaf has one.")
+            owners[i] = name
+    return found
+
+
+def _shown(ks: tuple[float, ...], progress: bool) -> Any:
+    if not progress:
+        return ks
+    from rich.progress import track
+
+    return track(ks, description="sensitivity", transient=True)

@@ -1,0 +1,227 @@
+"""Rules that remove an exact number of weights: of each layer, each row, or all layers together."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._selection import _counts
+from jaxprune._selection._counts import Count
+from jaxprune._selection._largest import keep_largest, keep_largest_jointly
+from jaxprune._tree._axes import output_axes, resolve_axis
+from jaxprune._tree._leaves import is_known
+from jaxprune.rules import _erk, _guard
+from jaxprune.rules._layers import Layer, is_scalar, read_layers, strengths
+
+
+def layer_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
+    """Remove exactly ``round(k * n)`` weights of every layer, those of the smallest scores.
+
+    Exact whatever the ties and the dtype: among equals the lower row-major index is kept. A NaN ranks lowest. A higher
+    k removes a superset. The last weight of a layer is never removed.
+
+    Args:
+        scores: a tree of scores, as `make_masks` hands it to a rule.
+        k: the sparsity, in [0, 1]: a number, a scalar array (may be traced) or a tree prefix. A traced float32 is taken
+            at its word: the float32 next to 0.9 removes 24 more or fewer of a thousand million weights than 0.9 would.
+        max_sparsity: the most that may be removed of any layer, in [0, 1]: at most ``floor(max_sparsity * n)`` go
+            (static).
+
+    Returns:
+        A tree of bool masks, True = keep.
+
+    Raises:
+        ValueError: k is outside [0, 1] or NaN, or fits no layer; max_sparsity is outside [0, 1].
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[1.0, 1.0], [1.0, 2.0]])}
+    >>> jaxprune.make_masks(params, 0.5, rule=layer_sparsity)["kernel"].tolist()
+    [[True, False], [False, True]]
+    """
+    rule = "rules.layer_sparsity"
+    return _per_pool(scores, k, rule, max_sparsity, lambda layer: tuple(range(layer.stack)))
+
+
+def row_sparsity(scores: Any, k: Any, *, axis: int | None = None, max_sparsity: float = 1.0) -> Any:
+    """Remove exactly ``round(k * n)`` of the n input weights of every output unit.
+
+    Counts, ties, NaN, arguments and errors as in `layer_sparsity`; a unit never loses its last weight.
+
+    Args:
+        scores: as in `layer_sparsity`.
+        k: as in `layer_sparsity`.
+        axis: the axis of one layer that numbers the output units; None takes the framework's (the last one in Flax and
+            Haiku, heads and head_dim of an attention projection, the first one of an Equinox ``weight``).
+        max_sparsity: as in `layer_sparsity`, of any unit.
+
+    Returns:
+        A tree of bool masks, True = keep.
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[1.0, 4.0], [2.0, 3.0]])}  # columns are units
+    >>> jaxprune.make_masks(params, 0.5, rule=row_sparsity)["kernel"].tolist()
+    [[False, True], [True, False]]
+
+    Reference: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models", 2023,
+    section 3 (comparison group: per output).
+    """
+    rule = "rules.row_sparsity"
+
+    def batch(layer: Layer) -> tuple[int, ...]:
+        units = output_axes(layer) if axis is None else (resolve_axis(axis, layer, rule),)
+        return (*range(layer.stack), *units)
+
+    return _per_pool(scores, k, rule, max_sparsity, batch)
+
+
+def _per_pool(scores: Any, k: Any, rule: str, max_sparsity: float, batch: Any) -> Any:
+    layers, build = read_layers(scores)
+    _guard.check_max_sparsity(max_sparsity, rule)
+    masks, lines = [], []
+    for layer, strength in zip(layers, strengths(k, layers, rule, 0.0, 1.0), strict=True):
+        axes = batch(layer)
+        shape = layer.values.shape
+        size = math.prod(n for axis, n in enumerate(shape) if axis not in axes)
+        allowed = min(max(0, size - 1), _guard.most_removed(max_sparsity, size))
+        if isinstance(strength, float) and size and round(strength * size) > allowed:
+            lines.append(f"  {layer.name}: k = {strength:g} asks for {round(strength * size):,} of {size:,} to go")
+        removed = _counts.minimum(_counts.rounded(strength, size), _counts.from_int(allowed))
+        if removed.low.ndim:
+            # One count for each layer of a stack serves all rows of that layer.
+            pools = tuple(shape[axis] for axis in axes)
+            removed = Count(*(_spread(word, pools) for word in removed))
+        masks.append(keep_largest(layer.values, removed, batch=axes, magnitude=layer.magnitude))
+    _guard.warn(lines, rule)
+    return build(masks)
+
+
+def _spread(word: jax.Array, pools: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(jnp.reshape(word, (*word.shape, *[1] * (len(pools) - word.ndim))), pools)
+
+
+def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
+    """Remove exactly ``round(k * n)`` weights of all layers together, by one threshold for all.
+
+    Exact whatever the ties: among equals the earlier leaf, then the lower row-major index is kept. A NaN ranks lowest.
+    No layer is emptied and none loses more than `max_sparsity`: the largest weights that this protects are left out of
+    the ranking, so that the total stays exact.
+
+    Args:
+        scores: a tree of scores, comparable between layers; as `make_masks` hands it to a rule.
+        k: the sparsity, in [0, 1]: one number or scalar array (may be traced).
+        max_sparsity: the most that may be removed of any layer, in [0, 1]: at most ``floor(max_sparsity * n)`` go, and
+            never the last weight (static).
+
+    Returns:
+        A tree of bool masks, True = keep.
+
+    Raises:
+        ValueError: k is outside [0, 1], NaN or a tree; or above what max_sparsity allows (a traced k is lowered).
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"a": {"kernel": jnp.array([[1.0, 9.0]])}, "b": {"kernel": jnp.array([[2.0, 3.0]])}}
+    >>> masks = jaxprune.make_masks(params, 0.5, rule=global_sparsity)
+    >>> masks["a"]["kernel"].tolist(), masks["b"]["kernel"].tolist()
+    ([[False, True]], [[False, True]])
+    """
+    rule = "rules.global_sparsity"
+    layers, build = read_layers(scores)
+    removed = _total_removed(layers, k, rule, max_sparsity)
+    values = [layer.values for layer in layers]
+    magnitude = all(layer.magnitude for layer in layers)
+    masks = keep_largest_jointly(values, removed, magnitude=magnitude)
+    allowed = [most_removed_of(layer, max_sparsity) for layer in layers]
+    over = [
+        _counts.less(_counts.from_int(most), _removed(mask, layer))
+        for mask, layer, most in zip(masks, layers, allowed, strict=True)
+    ]
+
+    def protect() -> list[jax.Array]:
+        protected = [
+            keep_largest(
+                layer.values, _counts.from_int(most), batch=tuple(range(layer.stack)), magnitude=layer.magnitude
+            )
+            for layer, most in zip(layers, allowed, strict=True)
+        ]
+        return keep_largest_jointly(values, removed, magnitude=magnitude, protected=protected)
+
+    # Where no layer lost too much, protecting what it kept anyway changes nothing: it need not even be compiled.
+    acted = functools.reduce(jnp.logical_or, map(jnp.any, over))
+    if is_known(acted):
+        return build(protect() if acted else masks)
+    return build(jax.lax.cond(acted, protect, lambda: masks))
+
+
+def erk_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
+    """Remove exactly ``round(k * n)`` weights of all layers together, allocated by Erdos-Renyi-Kernel.
+
+    A layer's share of the weights kept is proportional to the sum of its dimensions, so that small layers stay denser
+    than large ones; a layer whose share exceeds its size is kept whole, and the others share what remains. Inside a
+    layer the largest scores are kept, exactly, as in `layer_sparsity`. No layer is emptied and none loses more than
+    `max_sparsity`; the total stays exact.
+
+    Args:
+        scores: as in `layer_sparsity`.
+        k: the sparsity over all layers, in [0, 1]: one number or scalar array (may be traced).
+        max_sparsity: as in `global_sparsity`.
+
+    Returns:
+        A tree of bool masks, True = keep.
+
+    Raises:
+        ValueError: as in `global_sparsity`.
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((6, 6))}}
+    >>> masks = jaxprune.make_masks(params, 0.6, rule=erk_sparsity)  # 16 of 40 stay, shared as 4 to 12
+    >>> int(masks["a"]["kernel"].sum()), int(masks["b"]["kernel"].sum())
+    (4, 12)
+
+    Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020, section 3.
+    """
+    layers, build = read_layers(scores)
+    removed = _total_removed(layers, k, "rules.erk_sparsity", max_sparsity)
+    least = [layer.size - most_removed_of(layer, max_sparsity) for layer in layers]
+    counts = _erk.allocate(layers, removed, least)
+    return build(
+        [
+            keep_largest(layer.values, count, batch=tuple(range(layer.stack)), magnitude=layer.magnitude)
+            for layer, count in zip(layers, counts, strict=True)
+        ]
+    )
+
+
+def most_removed_of(layer: Layer, max_sparsity: float) -> int:
+    """How many weights one layer may lose: never its last one."""
+    return min(max(0, layer.size - 1), _guard.most_removed(max_sparsity, layer.size))
+
+
+def _depth(layer: Layer) -> int:
+    return math.prod(layer.values.shape[: layer.stack])
+
+
+def _total_removed(layers: Sequence[Layer], k: Any, rule: str, max_sparsity: float) -> Count:
+    """Return round(k * n) over all layers, checked or, when traced, lowered to what the layers may lose together."""
+    _guard.check_max_sparsity(max_sparsity, rule)
+    if not is_scalar(k) or np.ndim(k):
+        raise ValueError(f"{rule} takes one k for all layers, not a tree or an array; got {k!r}.")
+    strength = strengths(k, layers, rule, 0.0, 1.0)[0]
+    size = sum(layer.size * _depth(layer) for layer in layers)
+    most = sum(most_removed_of(layer, max_sparsity) * _depth(layer) for layer in layers)
+    if isinstance(strength, float) and round(strength * size) > most:
+        asked = f"k = {strength:g} asks for {round(strength * size):,} of {size:,} weights to go"
+        if max_sparsity < 1:
+            raise ValueError(
+                f"{rule}: {asked}, but with max_sparsity={max_sparsity:g} only {most:,} can (k <= {most / size:.6g})."
+            )
+        _guard.warn([f"  all layers: {asked}; each keeps its largest"], rule)
+    return _counts.minimum(_counts.rounded(strength, size), _counts.from_int(most))
+
+
+def _removed(mask: jax.Array, layer: Layer) -> Count:
+    """Count what a mask removes of each layer of a stack."""
+    return _counts.count_true(~mask, layer.axes)

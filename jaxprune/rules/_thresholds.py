@@ -1,0 +1,175 @@
+"""Rules that compare each weight with a threshold: k times a statistic of its layer, or k itself."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._selection import _counts, _moments
+from jaxprune._selection._largest import keep_largest
+from jaxprune._tree._leaves import is_known
+from jaxprune.rules import _guard
+from jaxprune.rules._layers import Layer, read_layers, strengths
+
+# A statistic: (values, whether they are weights, the axes of one layer) -> one number a layer, axes kept.
+_Statistic = Callable[[jax.Array, bool, tuple[int, ...]], jax.Array]
+
+
+def _std(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
+    del magnitude  # the deviation of the weights themselves, not of their magnitudes
+    return _moments.std(values, axes)
+
+
+def _mean(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
+    return _moments.mean(values, axes, magnitude=magnitude)
+
+
+def _max(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
+    found = _moments.largest(values, axes, magnitude=magnitude)
+    return found.astype(jnp.promote_types(found.dtype, jnp.float32))
+
+
+def _one(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
+    del magnitude
+    shape = [1 if axis in axes else n for axis, n in enumerate(values.shape)]
+    return jnp.ones(shape, jnp.promote_types(values.dtype, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames=("magnitude", "axes", "statistic"))
+def _keep(
+    values: jax.Array, k: jax.Array, *, magnitude: bool, axes: tuple[int, ...], statistic: _Statistic
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the mask, the threshold that was asked for and the largest score, which the threshold may not exceed."""
+    values = jax.lax.stop_gradient(values)
+    found = statistic(values, magnitude, axes)
+    k = jnp.reshape(k, (*jnp.shape(k), *[1] * (found.ndim - jnp.ndim(k)))).astype(found.dtype)
+    asked = k * found
+    largest = _max(values, magnitude, axes)
+    score = (jnp.abs(values) if magnitude else values).astype(found.dtype)
+    # A layer without one finite weight has no largest one (NaN): it is left as it is.
+    mask = (score >= jnp.minimum(asked, largest)) | jnp.isnan(largest)
+    return mask, asked, largest
+
+
+def _count_false(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(~mask, axes, dtype=jnp.float32, keepdims=True)
+
+
+def _threshold(scores: Any, k: Any, statistic: _Statistic, rule: str, max_sparsity: float) -> Any:
+    layers, build = read_layers(scores)
+    _guard.check_max_sparsity(max_sparsity, rule)
+    masks: list[jax.Array] = []
+    lines: list[str] = []
+    for layer, strength in zip(layers, strengths(k, layers, rule), strict=True):
+        if layer.values.size == 0:
+            masks.append(jnp.ones_like(layer.values, dtype=bool))
+            continue
+        mask, asked, largest = _keep(
+            layer.values, strength, magnitude=layer.magnitude, axes=layer.axes, statistic=statistic
+        )
+        allowed = _guard.most_removed(max_sparsity, layer.size)
+        lost = _count_false(mask, layer.axes) if max_sparsity < 1 else None
+        lines += _acted(layer, strength, asked, largest, lost, allowed)
+        masks.append(_cap(mask, layer, allowed) if max_sparsity < 1 else mask)
+    _guard.warn(lines, rule)
+    return build(masks)
+
+
+def _cap(mask: jax.Array, layer: Layer, allowed: int) -> jax.Array:
+    """Keep at least the largest scores, so many that no more than `allowed` go."""
+    granted = keep_largest(
+        layer.values, _counts.from_int(allowed), batch=tuple(range(layer.stack)), magnitude=layer.magnitude
+    )
+    # Each of the two keeps a set of largest scores, so one contains the other and the union is the larger one.
+    return mask | granted
+
+
+def _acted(
+    layer: Layer, k: Any, asked: jax.Array, largest: jax.Array, lost: jax.Array | None, allowed: int
+) -> Iterator[str]:
+    """Say in a line a layer where the guard acted; nothing where values are not known (under jit)."""
+    if not all(is_known(array) for array in (k, asked, largest)):
+        return
+    threshold, most = np.asarray(asked), np.asarray(largest)
+    gone = np.where(threshold > most, layer.size, 0 if lost is None else np.asarray(lost))
+    strength = np.broadcast_to(np.reshape(k, (*np.shape(k), *[1] * (threshold.ndim - np.ndim(k)))), threshold.shape)
+    for index in map(tuple, np.argwhere((threshold > most) | (gone > allowed))):
+        where = layer.name + "".join(f"[{i}]" for i in index[: layer.stack])
+        yield (
+            f"  {where}: k = {strength[index]:g} asks for |w| >= {threshold[index]:.4g}, which {gone[index]:,.0f} of "
+            f"{layer.size:,} do not reach; the largest is {most[index]:.4g}"
+        )
+
+
+def std_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
+    """Keep the weights whose magnitude is at least k standard deviations of their layer.
+
+    The deviation is the population's, over all entries of the layer, zeros included, accumulated in float32 or wider
+    and blind to NaN and infinity. Pruning again with the same k therefore changes nothing, as long as pruning has not
+    widened the distribution (it cannot where the mean is near zero). No layer is emptied: a threshold above the
+    largest magnitude is lowered to it, and a layer without a finite weight is left as it is. A NaN weight goes.
+
+    Args:
+        scores: a tree of scores, as `make_masks` hands it to a rule; without `scores=` they are the weights.
+        k: >= 0, a number, a scalar array (may be traced) or a tree prefix.
+        max_sparsity: the most that may be removed of any layer, in [0, 1]; a layer that would lose more keeps its
+            largest weights, exactly ``n - floor(max_sparsity * n)`` of them (static).
+
+    Returns:
+        A tree of bool masks, True = keep.
+
+    Raises:
+        ValueError: k is negative, NaN or infinite, or fits no layer; max_sparsity is outside [0, 1].
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[3.0, -1.0], [1.0, -3.0]])}  # std = sqrt(5) = 2.236
+    >>> jaxprune.make_masks(params, 1.0)["kernel"].tolist()
+    [[True, False], [False, True]]
+
+    Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015,
+    section 3.1 (k is their quality parameter).
+    """
+    return _threshold(scores, k, _std, "rules.std_threshold", max_sparsity)
+
+
+def mean_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
+    """Keep the weights whose magnitude is at least k times the mean magnitude of their layer.
+
+    Guards, ties, NaN, arguments and errors as in `std_threshold`; idempotent for any weights, since zeros only lower
+    the mean.
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[3.0, -1.0], [1.0, -3.0]])}  # the mean magnitude is 2
+    >>> jaxprune.make_masks(params, 1.0, rule=mean_threshold)["kernel"].tolist()
+    [[True, False], [False, True]]
+    """
+    return _threshold(scores, k, _mean, "rules.mean_threshold", max_sparsity)
+
+
+def max_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
+    """Keep the weights whose magnitude is at least k times the largest magnitude of their layer.
+
+    Guards, ties, NaN, arguments and errors as in `std_threshold`; idempotent for any weights.
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[4.0, -1.0], [2.0, -3.0]])}
+    >>> jaxprune.make_masks(params, 0.5, rule=max_threshold)["kernel"].tolist()
+    [[True, False], [True, True]]
+    """
+    return _threshold(scores, k, _max, "rules.max_threshold", max_sparsity)
+
+
+def absolute_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
+    """Keep the weights whose magnitude is at least k.
+
+    Guards, ties, NaN, arguments and errors as in `std_threshold`; idempotent for any weights.
+
+    >>> import jax.numpy as jnp, jaxprune
+    >>> params = {"kernel": jnp.array([[4.0, -1.0], [2.0, -3.0]])}
+    >>> jaxprune.make_masks(params, 2.5, rule=absolute_threshold)["kernel"].tolist()
+    [[True, False], [False, True]]
+    """
+    return _threshold(scores, k, _one, "rules.absolute_threshold", max_sparsity)

@@ -1,0 +1,1 @@
+"""What a function does along each axis of its parameters, read from its jaxpr. Private."""

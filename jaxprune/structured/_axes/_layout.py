@@ -1,0 +1,185 @@
+"""Rules for what moves elements about and computes nothing: reshapes, transposes, concatenations, slices, padding."""
+
+from collections.abc import Sequence
+
+from jaxprune.structured._axes._dims import Dim, concatenation, freeze, fresh, product, size, unify
+from jaxprune.structured._axes._program import Node, Rule, free, together
+
+
+def _transpose(node: Node) -> list[list[Dim]]:
+    return [[node.ins[0].dims[axis] for axis in node.params["permutation"]]]
+
+
+def _squeeze(node: Node) -> list[list[Dim]]:
+    gone = node.params["dimensions"]
+    return [[dim for axis, dim in enumerate(node.ins[0].dims) if axis not in gone]]
+
+
+def _broadcast_in_dim(node: Node) -> list[list[Dim]]:
+    (value, *_), (shape,) = node.ins, node.shapes
+    dims = free(shape)
+    for axis, target in enumerate(node.params["broadcast_dimensions"]):
+        if value.shape[axis] == shape[target]:
+            dims[target] = value.dims[axis]
+    return [dims]
+
+
+def reshaped(dims: Sequence[Dim], shape: Sequence[int], reason: str) -> list[Dim]:
+    """Return the terms of an array's axes in another shape of as many elements, row-major.
+
+    Axes fall into the smallest blocks that have as many elements before and after; within a block, the product of the
+    axes before is the product of the axes after.
+    """
+    new = free(shape)
+    before = [dim for dim in dims if size(dim) != 1]
+    after = [dim for dim in new if size(dim) != 1]
+    if any(size(dim) == 0 for dim in (*before, *after)):
+        for dim in before:
+            freeze(dim, "an empty array")
+        return free(shape, "an empty array")
+    while before and after:
+        left, right = [before.pop(0)], [after.pop(0)]
+        while (a := size(product(left))) != (b := size(product(right))):
+            if a < b:
+                left.append(before.pop(0))
+            else:
+                right.append(after.pop(0))
+        unify(product(left), product(right), reason)
+    return new
+
+
+def _reshape(node: Node) -> list[list[Dim]]:
+    return [reshaped(node.ins[0].dims, node.params["new_sizes"], "reshape")]
+
+
+def _concatenate(node: Node) -> list[list[Dim]]:
+    along, ranks = node.params["dimension"], range(len(node.ins[0].shape))
+    return [
+        [
+            concatenation([value.dims[axis] for value in node.ins])
+            if axis == along
+            else together("concatenate", [value.dims[axis] for value in node.ins])
+            for axis in ranks
+        ]
+    ]
+
+
+def _split(node: Node) -> list[list[Dim]]:
+    (value,), along = node.ins, node.params["axis"]
+    parts = free(node.params["sizes"])
+    unify(value.dims[along], concatenation(parts), "split")
+    return [[part if axis == along else dim for axis, dim in enumerate(value.dims)] for part in parts]
+
+
+def _stack(node: Node) -> list[list[Dim]]:
+    dims = [together("stack", axes) for axes in zip(*(value.dims for value in node.ins), strict=True)]
+    dims.insert(node.params["axis"], fresh(len(node.ins), "a stack has one entry for each array"))
+    return [dims]
+
+
+def _unstack(node: Node) -> list[list[Dim]]:
+    dims = list(node.ins[0].dims)
+    freeze(dims.pop(node.params["axis"]), "entries are taken one by one")
+    return [list(dims) for _ in node.shapes]
+
+
+def _slice(node: Node) -> list[list[Dim]]:
+    (value,) = node.ins
+    starts, limits = node.params["start_indices"], node.params["limit_indices"]
+    strides = node.params["strides"] or (1,) * len(starts)
+    axes = zip(value.dims, starts, limits, strides, node.shapes[0], strict=True)
+    pieces = [_piece(*axis) for axis in axes]
+    node.notes["before"] = [before for before, _ in pieces]
+    return [[piece for _, piece in pieces]]
+
+
+def _piece(dim: Dim, start: int, limit: int, stride: int, length: int) -> tuple[Dim | None, Dim]:
+    """Return the elements before a slice of an axis, where they are known as an axis, and the slice."""
+    whole = size(dim)
+    if length == whole:
+        return None, dim
+    if stride == 1 and length:
+        before, piece, after = (fresh(n) if n else None for n in (start, length, whole - limit))
+        assert piece is not None
+        unify(dim, concatenation([part for part in (before, piece, after) if part is not None]), "slice")
+        return before, piece
+    if stride > 1 and whole % stride == 0 and length == whole // stride and start < stride:
+        outer = fresh(length)
+        unify(dim, product([outer, fresh(stride, "a slice takes one of so many elements")]), "a strided slice")
+        return None, outer
+    freeze(dim, "a strided slice" if stride > 1 else "an empty slice")
+    return None, fresh(length, "a slice")
+
+
+def _pad(node: Node) -> list[list[Dim]]:
+    value, fill = node.ins
+    assert not fill.shape
+    new: list[Dim] = []
+    edges: list[tuple[Dim | None, Dim | None]] = []
+    for dim, (low, high, interior), length in zip(
+        value.dims, node.params["padding_config"], node.shapes[0], strict=True
+    ):
+        before, after = (fresh(n) if n > 0 else None for n in (low, high))
+        if low < 0 or high < 0 or interior > 0 or size(dim) == 0:
+            freeze(dim, "padding between elements, or less than none")
+            before = after = None
+            new.append(fresh(length, "padding between elements, or less than none"))
+        else:
+            new.append(concatenation([part for part in (before, dim, after) if part is not None]))
+        edges.append((before, after))
+    node.notes["edges"] = edges
+    return [new]
+
+
+def _tile(node: Node) -> list[list[Dim]]:
+    repeats = free(node.params["reps"])
+    node.notes["repeats"] = repeats
+    return [[product(pair) for pair in zip(repeats, node.ins[0].dims, strict=True)]]
+
+
+def _rev(node: Node) -> list[list[Dim]]:
+    for axis in node.params["dimensions"]:
+        freeze(node.ins[0].dims[axis], "reversed")
+    return [list(node.ins[0].dims)]
+
+
+def _generated(node: Node) -> list[list[Dim]]:
+    """Iota and random bits: their values belong to places, so that they are made whole and then cut."""
+    return [free(shape) for shape in node.shapes]
+
+
+def _drawn(node: Node) -> list[list[Dim]]:
+    keys = len(node.ins[0].shape)
+    (shape,) = node.shapes
+    return [[*node.ins[0].dims, *free(shape[keys:])]]
+
+
+def _random_wrap(node: Node) -> list[list[Dim]]:
+    *dims, words = node.ins[0].dims
+    freeze(words, "the words of a random key")
+    return [dims]
+
+
+def _random_unwrap(node: Node) -> list[list[Dim]]:
+    return [[*node.ins[0].dims, fresh(node.shapes[0][-1], "the words of a random key")]]
+
+
+RULES: dict[str, Rule] = {
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "reshape": _reshape,
+    "concatenate": _concatenate,
+    "split": _split,
+    "stack": _stack,
+    "unstack": _unstack,
+    "slice": _slice,
+    "pad": _pad,
+    "tile": _tile,
+    "rev": _rev,
+    "iota": _generated,
+    "random_bits": _drawn,
+    "random_split": _drawn,
+    "random_wrap": _random_wrap,
+    "random_unwrap": _random_unwrap,
+}

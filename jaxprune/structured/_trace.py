@@ -1,0 +1,88 @@
+"""Trace a function: find its channels, its layers, and what must stay."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune._jaxpr import _equations
+from jaxprune._tree._paths import flatten, require_arrays
+from jaxprune.structured._axes._dims import Dim, freeze
+from jaxprune.structured._axes._label import label
+from jaxprune.structured._axes._program import Value, free
+from jaxprune.structured._blocks import find_blocks
+from jaxprune.structured._graph import Graph
+from jaxprune.structured._groups import find_frozen, find_groups, find_members
+
+
+def trace(
+    fn: Callable[..., Any], params: Any, *inputs: Any, prunable_outputs: Callable[[str], bool] | None = None
+) -> Graph:
+    """Read a function and find its channels: axes of parameters that can only be cut together; and its layers.
+
+    Axes of inputs and outputs stay, and whatever the function does along an axis that no rule explains freezes it, with
+    a reason that `Graph.frozen` tells. Values are not read: arrays may be `jax.ShapeDtypeStruct`.
+
+    Args:
+        fn: ``fn(params, *inputs)``, pure and traceable by JAX, of any framework or none.
+        params: a pytree of arrays: all that is to be cut, batch statistics as well.
+        *inputs: examples of the other arguments, pytrees of arrays.
+        prunable_outputs: for the path of a result whether its axes may be cut: for state that is passed on, as new
+            batch statistics.
+
+    Returns:
+        The graph.
+
+    Raises:
+        TypeError: a leaf is no array, or the function cannot be traced.
+
+    >>> import jax.numpy as jnp
+    >>> def mlp(params, x):
+    ...     return jnp.tanh(x @ params["up"] + params["bias"][None]) @ params["down"]
+    >>> params = {"up": jnp.ones((3, 8)), "bias": jnp.ones(8), "down": jnp.ones((8, 2))}
+    >>> graph = trace(mlp, params, jnp.ones((5, 3)))
+    >>> [(group.name, group.size, [(m.path, m.axis) for m in group.members]) for group in graph.groups]
+    [('up[1]', 8, [('bias', 0), ('down', 0), ('up', 1)])]
+    >>> [(axis.path, axis.axis, axis.reasons) for axis in graph.frozen]
+    [('down', 1, ('an output',)), ('up', 0, ('an input',))]
+    """
+    flat, given = flatten(params, "params"), flatten(inputs, "inputs")
+    for what in (flat, given):
+        require_arrays(what)
+    # Weak types make loops look as if their carry changed.
+    shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in flat.leaves]
+    try:
+        body, outputs = _equations.trace(fn, jax.tree.unflatten(flat.treedef, shapes), *inputs)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise TypeError(
+            "The function cannot be traced: what it does depends on the values of its arguments "
+            f"({str(error).splitlines()[0]}). Bind such arguments with functools.partial."
+        ) from error
+    arguments = [Value(tuple(v.aval.shape), v.aval.dtype, tuple(free(v.aval.shape))) for v in body.jaxpr.invars]
+    for number, value in enumerate(arguments):
+        if number < len(flat.paths):
+            value.sources = (number,)
+        else:
+            _freeze_all(value.dims, "an input")
+    program = label(body, arguments)
+    results = flatten(outputs, "outputs")
+    state = [n for n, path in enumerate(results.paths) if prunable_outputs is not None and prunable_outputs(path)]
+    for number, value in enumerate(program.outs):
+        if number not in state:
+            _freeze_all(value.dims, "an output")
+    read = {id(value) for node in program.nodes for value in node.ins}
+    for value in arguments[: len(flat.paths)]:
+        if id(value) not in read:
+            _freeze_all(value.dims, "the function does not use it")
+    members = find_members(flat.paths, program)
+    return Graph(
+        find_groups(flat.paths, program, members), find_blocks(flat.paths, program, members, state),
+        find_frozen(flat.paths, program), tuple(flat.paths), tuple(shape.shape for shape in shapes),
+        program, jax.eval_shape(lambda tree: tree, inputs), outputs,
+    )  # fmt: skip
+
+
+def _freeze_all(dims: Sequence[Dim], reason: str) -> None:
+    for dim in dims:
+        freeze(dim, reason)

@@ -1,0 +1,73 @@
+"""What all transforms share: masks for a tree of parameters, and updates that land on zero."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune._tree._leaves import is_floating, is_nothing
+from jaxprune._tree._masks import align_masks, check_masks
+from jaxprune._tree._paths import Flat, align, flatten
+
+
+def require_params(params: Any, title: str) -> None:
+    """Raise a ValueError when an update comes without the parameters."""
+    if params is None:
+        raise ValueError(
+            f"{title} needs the parameters to set pruned weights to zero: call update(grads, state, params), "
+            "as Linen's TrainState and nnx.Optimizer do."
+        )
+
+
+def masks_for(masks: Any, params: Any) -> Any:
+    """Return a copy of the masks, or of what a function makes of the parameters, in the tree of the parameters.
+
+    A copy, because an optimizer state is often donated, which would delete the caller's masks. Masks of more leaves
+    than `params` has are right where `optax.masked` or `optax.partition` hides some; without that they are an error.
+    """
+    flat = flatten(params, "params")
+    if not flat.leaves:  # optax.tree.map_params initialises with a placeholder that has no leaves
+        return params
+    masks = masks(params) if callable(masks) else masks
+    given = flatten(masks, "masks", is_leaf=is_nothing)
+    if any(isinstance(node, optax.MaskedNode) for node in _nodes(params)):
+        known = set(flat.paths)
+        shown = [i for i, path in enumerate(given.paths) if path in known]
+        masks = {given.paths[i]: given.leaves[i] for i in shown}
+    return flat.treedef.unflatten(
+        [
+            jnp.ones_like(leaf, dtype=bool) if mask is None else jnp.array(mask, copy=True)
+            for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)
+        ]
+    )
+
+
+def _nodes(tree: Any) -> Sequence[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+
+
+def enforce(updates: Any, params: Any, masks: Any) -> Any:
+    """Replace the updates of pruned weights by what takes them to zero; trees are aligned by path."""
+    flat = flatten(params, "params")
+    return enforce_masks(updates, flat, check_masks(align(flatten(masks, "masks"), flat, "masks", "params"), flat))
+
+
+def enforce_masks(updates: Any, params: Flat, masks: Sequence[Any]) -> Any:
+    flat = flatten(updates, "updates")
+    held = dict(zip(params.paths, zip(params.leaves, masks, strict=True), strict=True))
+    missing = [name for path, name in zip(flat.paths, flat.names, strict=True) if path not in held]
+    if missing:
+        raise ValueError(f"{missing[0]} has no counterpart in params; pass gradients of the same tree as params.")
+    return flat.treedef.unflatten(
+        [_land_on_zero(update, *held[path]) for update, path in zip(flat.leaves, flat.paths, strict=True)]
+    )
+
+
+def _land_on_zero(update: Any, param: Any, mask: Any) -> Any:
+    if mask is None or not is_floating(param):
+        return update
+    # Never narrower than the parameter: -param rounded would not cancel it.
+    dtype = jnp.promote_types(update.dtype, param.dtype)
+    return jnp.where(mask, update.astype(dtype), -param.astype(dtype))

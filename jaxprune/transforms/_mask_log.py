@@ -1,0 +1,92 @@
+"""What a logging hook is told each time masks change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._tree._axes import output_axes
+from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._masks import align_masks
+from jaxprune._tree._paths import flatten
+from jaxprune._tree._prunable import Stacked, stack_axes
+from jaxprune.rules._layers import Layer
+
+# Called with numbers by name.
+Log = Callable[[dict[str, float]], None]
+
+
+def tell(
+    log: Log,
+    scalars: dict[str, Any],
+    params: Any,
+    weights: Any,
+    before: Any,
+    after: Any,
+    stacked: Stacked | None = None,
+) -> None:
+    """Call `log` from inside a compiled program, with `scalars` and what has become of the masks.
+
+    Leaves that were and stay whole do not count.
+
+    Args:
+        log: the hook.
+        scalars: what else to say, scalar arrays by name.
+        params: the parameters under the masks `before`.
+        weights: the same tree, the values that the masks `after` were made from.
+        before: the masks that held until now.
+        after: the masks that hold from now on.
+        stacked: as in `make_masks`.
+    """
+    flat = flatten(params, "params")
+    figures, sizes = {}, {}
+    for path, name, param, weight, old, new, stack in zip(
+        flat.paths,
+        flat.names,
+        flat.leaves,
+        flatten(weights, "params").leaves,
+        align_masks(before, flat),
+        align_masks(after, flat),
+        stack_axes(stacked, flat),
+        strict=True,
+    ):
+        if old is not None and new is not None and is_floating(param):
+            figures[path] = _of_leaf(Layer(path, name, weight, True, stack), param, old, new)
+            sizes[path] = param.size
+
+    def on_host(scalars: dict[str, Any], figures: dict[str, dict[str, Any]]) -> None:
+        touched = {path: found for path, found in figures.items() if found["removed"] or found["changed"]}
+        size = max(1, sum(sizes[path] for path in touched))
+
+        def total(what: str) -> int:
+            return sum(int(found[what]) for found in touched.values())
+
+        log(
+            {
+                **{name: np.asarray(value).item() for name, value in scalars.items()},
+                "sparsity": total("removed") / size,
+                "churn": total("changed") / size,
+                "dead_units": total("dead_units"),
+                "escaped": total("escaped"),
+                **{f"threshold/{path}": float(found["threshold"]) for path, found in touched.items()},
+            }
+        )
+
+    jax.debug.callback(on_host, scalars, figures)
+
+
+def _of_leaf(layer: Layer, param: jax.Array, old: jax.Array, new: jax.Array) -> dict[str, jax.Array]:
+    inputs = tuple(axis for axis in layer.axes if axis not in output_axes(layer)) if len(layer.axes) > 1 else ()
+    return {
+        "removed": _count(~new),
+        "changed": _count(old ^ new),
+        "dead_units": _count(~jnp.any(new, inputs)),
+        "escaped": _count(~old & (param != 0)),
+        "threshold": jnp.min(jnp.where(old & new, jnp.abs(layer.values), jnp.inf)),
+    }
+
+
+def _count(condition: jax.Array) -> jax.Array:
+    return jnp.sum(condition, dtype=jnp.uint32)

@@ -1,0 +1,57 @@
+"""The masks that an optimizer state holds."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxprune._tree._paths import align, flatten
+
+
+def masks_in(opt_state: Any) -> Any:
+    """Find the masks in an optimizer state, in any nesting of chains and wrappers.
+
+    Where several transforms hold masks (the branches of ``optax.partition``, two in one chain), a weight is kept if
+    each of them that knows the leaf keeps it.
+
+    Args:
+        opt_state: the state of any optax transform that has one of jaxprune's inside.
+
+    Returns:
+        A tree of boolean masks, True = keep.
+
+    Raises:
+        ValueError: no masks are there.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.adam(0.1), keep_pruned([jnp.array([True, False])]))
+    >>> masks_in(tx.init([jnp.array([1.0, 2.0])]))[0].tolist()
+    [True, False]
+    """
+    found = [node.masks for node in jax.tree.leaves(opt_state, is_leaf=_holds_masks) if _holds_masks(node)]
+    if not found:
+        raise ValueError("This optimizer state holds no masks. Put keep_pruned(masks) last in the chain.")
+    merged, *others = found
+    for other in others:
+        merged = _intersect(merged, other)
+    return merged
+
+
+def _holds_masks(node: Any) -> bool:
+    """Whether a node is a state of jaxprune's: they all are NamedTuples with a field of this name."""
+    return "masks" in getattr(type(node), "_fields", ())
+
+
+def _intersect(a: Any, b: Any) -> Any:
+    """Intersect two trees of masks, each of which may lack leaves (MaskedNode) that the other has."""
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    one, two = flatten(a, "masks", is_leaf), flatten(b, "masks", is_leaf)
+    return one.treedef.unflatten(
+        [
+            right if is_leaf(left) else left if is_leaf(right) else left & right
+            for left, right in zip(one.leaves, align(two, one, "masks", "masks"), strict=True)
+        ]
+    )

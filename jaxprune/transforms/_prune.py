@@ -1,0 +1,264 @@
+"""Optax transforms that prune while training: masks follow a schedule and live in the optimizer state."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._masks import align_masks
+from jaxprune._tree._paths import flatten
+from jaxprune.transforms._enforce import enforce, require_params
+from jaxprune.transforms._mask_log import Log, tell
+
+Make = Callable[[Any, Any], Any]
+# (weights as they will be, masks so far, k) -> masks.
+_Remask = Callable[[Any, Any, Any], Any]
+
+# How many values of a schedule are looked at before training, at most; and how many where it never ends.
+_MOST_LOOKED_AT = 100_000
+_LOOKED_AHEAD = 10_000
+
+
+class PruneState(NamedTuple):
+    """State of `prune` and `prune_and_regrow`: updates seen so far (int32) and the masks, True = keep."""
+
+    count: jax.Array  # type: ignore[assignment]  # optax names it so, and a tuple has a method of that name
+    masks: Any
+
+
+def prune(
+    make: Make, schedule: optax.ScalarOrSchedule, *, every: int = 1, until: int | None = None, log: Log | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Prune gradually while training: new masks from the weights as they will be, at strengths from a schedule.
+
+    At the updates 0, every, 2 * every, ... and at `until`, the last one, masks become ``make(p + u, schedule(count))``;
+    in between, and after, they stay. They are enforced at every update: a pruned weight is exactly ``+0.0`` after every
+    ``optax.apply_updates``, as with `keep_pruned`. A pruned weight stays pruned: it enters `make` as zero, below any
+    weight that is kept, and comes back under no schedule (`prune_and_regrow` lets it).
+
+    Placement: last in the chain, as `keep_pruned`. Inside ``optax.MultiSteps`` it counts the updates that are emitted
+    (what it makes of the others is thrown away); after it, every mini-step.
+
+    From a dense run: with ``tx = optax.chain(dense, prune(...))`` and the parameters and the state of `dense` from its
+    checkpoint, go on with the state ``(dense_state, *tx.init(params)[1:])``; the schedule begins at that update.
+
+    Args:
+        make: ``(params, k) -> masks``, for example ``functools.partial(make_masks, rule=rules.global_sparsity)``.
+        schedule: k as an optax schedule of the update's number (from 0), or a number; one for all layers (to give each
+            its own, scale k inside `make`). The cubic of Zhu & Gupta is
+            ``optax.polynomial_schedule(0.0, final, power=3, transition_steps=n, transition_begin=start)``.
+        every: updates from one change of masks to the next, >= 1.
+        until: the number of the update that makes the last masks, with ``schedule(until)`` exactly, whether or not
+            `every` divides it; None never ends.
+        log: called from inside the compiled step with a dict of numbers each time masks change: ``step``, ``k``,
+            ``sparsity`` (of the leaves that are pruned at all), ``churn`` (the fraction of their weights whose mask
+            changed), ``dead_units`` (output units without any weight; in a stack of layers, without one in any of
+            them), ``escaped`` (pruned weights that were no longer zero: this transform does not stand last) and, by
+            leaf, ``threshold/<path>`` (the smallest magnitude kept).
+
+    Returns:
+        A transform whose state is a `PruneState`; `masks_in` finds the masks. Under ``optax.inject_hyperparams`` all
+        arguments but ``schedule`` are to be named in ``static_args``.
+
+    Raises:
+        ValueError: every < 1, until < 0; by ``init`` where `make` refuses a k of the schedule or makes masks of another
+            tree; by ``update`` without params.
+
+    >>> import functools, jax.numpy as jnp, optax
+    >>> from jaxprune import make_masks, rules
+    >>> make = functools.partial(make_masks, rule=rules.layer_sparsity)
+    >>> tx = optax.chain(optax.sgd(0.0), prune(make, lambda count: 0.25 * (1 + count), every=1, until=1))
+    >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+    >>> state = tx.init(params)
+    >>> for _ in range(3):
+    ...     updates, state = tx.update(params, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    ...     print(params["kernel"].ravel().tolist())
+    [0.0, 2.0, 3.0, 4.0]
+    [0.0, 0.0, 3.0, 4.0]
+    [0.0, 0.0, 3.0, 4.0]
+
+    Reference: Zhu, Gupta, "To Prune, or Not to Prune", 2017.
+    """
+
+    def remask(weights: Any, masks: Any, k: Any) -> Any:
+        made = _like(masks, make(_pruned_lowest(weights, masks), k), weights)
+        return jax.tree.map(jnp.logical_and, made, masks)
+
+    return _scheduled("prune", remask, make, schedule, every, until, log)
+
+
+def prune_and_regrow(
+    make: Make, schedule: optax.ScalarOrSchedule, *, every: int = 1, until: int | None = None, log: Log | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Prune as `prune` does, but let pruned weights come back: masks are made anew each time.
+
+    `make` sees ``p + u`` with pruned weights at what the optimizer's update would make of them, so a weight that the
+    optimizer wants far from zero returns; with a schedule that falls, weights return in any case, starting at that
+    update. The optimizer's moments of pruned weights are left alone. A schedule that jumps between 0 and a sparsity is
+    AC/DC (see `ac_dc_schedule`).
+
+    Placement, arguments, state and errors as in `prune`.
+
+    >>> import functools, jax.numpy as jnp, optax
+    >>> from jaxprune import make_masks, rules
+    >>> make = functools.partial(make_masks, rule=rules.layer_sparsity)
+    >>> tx = prune_and_regrow(make, lambda count: jnp.where(count < 1, 0.5, 0.0))
+    >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+    >>> updates, state = tx.update({"kernel": jnp.zeros((1, 2))}, tx.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> updates, state = tx.update({"kernel": jnp.full((1, 2), 3.0)}, state, params)
+    >>> optax.apply_updates(params, updates)["kernel"].tolist()
+    [[3.0, 5.0]]
+    """
+
+    def remask(weights: Any, masks: Any, k: Any) -> Any:
+        return _like(masks, make(weights, k), weights)
+
+    return _scheduled("prune_and_regrow", remask, make, schedule, every, until, log)
+
+
+def ac_dc_schedule(sparsity: float, *, period: int, begin: int = 0, finish: int) -> optax.Schedule:
+    """Alternate between sparse and dense phases, ending sparse (AC/DC), for `prune_and_regrow`.
+
+    Dense before `begin`; then phases of `period` updates, sparse and dense in turn, the first one sparse; sparse from
+    `finish` on. To be used as ``prune_and_regrow(make, schedule, every=period, until=finish)``: the masks of a phase
+    are made at its first update.
+
+    Args:
+        sparsity: k in the sparse phases, in [0, 1].
+        period: updates in a phase, >= 1.
+        begin: the update at which the first sparse phase begins, a multiple of `period`.
+        finish: the update at which the last sparse phase begins, > begin.
+
+    Returns:
+        A schedule, 0 or `sparsity`.
+
+    Raises:
+        ValueError: an argument is outside its range.
+
+    >>> schedule = ac_dc_schedule(0.9, period=10, begin=10, finish=40)
+    >>> [round(float(schedule(count)), 1) for count in (0, 10, 20, 30, 40, 50)]
+    [0.0, 0.9, 0.0, 0.9, 0.9, 0.9]
+
+    Reference: Peste, Iofinova, Vladu, Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
+    Networks", 2021, algorithm 1.
+    """
+    if not 0 <= sparsity <= 1 or period < 1 or not 0 <= begin < finish or begin % period:
+        raise ValueError(
+            "ac_dc_schedule takes 0 <= sparsity <= 1, period >= 1 and 0 <= begin < finish, begin a multiple of period; "
+            f"got {sparsity=}, {period=}, {begin=}, {finish=}."
+        )
+
+    def schedule(count: Any) -> jax.Array:
+        sparse = (count >= begin) & ((count - begin) // period % 2 == 0) | (count >= finish)
+        return jnp.where(sparse, jnp.float32(sparsity), jnp.float32(0))
+
+    return schedule
+
+
+def _scheduled(
+    title: str,
+    remask: _Remask,
+    make: Make,
+    schedule: optax.ScalarOrSchedule,
+    every: int,
+    until: int | None,
+    log: Log | None,
+) -> optax.GradientTransformationExtraArgs:
+    check_steps(title, every, until)
+
+    def init_fn(params: Any) -> PruneState:
+        if jax.tree.leaves(params):  # optax.tree.map_params initialises with a placeholder that has none
+            _try_out(make, params, range_of(title, schedule, every, until))
+        masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params)
+        return PruneState(jnp.zeros([], jnp.int32), masks)
+
+    def update_fn(updates: Any, state: PruneState, params: Any = None, **extra_args: Any) -> tuple[Any, PruneState]:
+        del extra_args
+        require_params(params, title)
+
+        def change(masks: Any) -> Any:
+            k = schedule(state.count) if callable(schedule) else schedule
+            weights = optax.apply_updates(params, updates)
+            changed = remask(weights, masks, k)
+            if log is not None:
+                tell(log, {"step": state.count, "k": k}, params, weights, masks, changed)
+            return changed
+
+        masks = jax.lax.cond(is_due(state.count, every, until), change, lambda masks: masks, state.masks)
+        return enforce(updates, params, masks), PruneState(optax.safe_increment(state.count), masks)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_steps(title: str, every: int, until: int | None) -> None:
+    """Raise a ValueError unless every >= 1 and until >= 0."""
+    if every < 1:
+        raise ValueError(f"{title} takes every >= 1, the updates from one change of masks to the next; got {every}.")
+    if until is not None and until < 0:
+        raise ValueError(f"{title} takes until >= 0, the number of the last update that changes masks; got {until}.")
+
+
+def is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:
+    """Whether masks change at this update: every so often, and at the last one."""
+    due = count % every == 0
+    return due if until is None else (due & (count < until)) | (count == until)
+
+
+def range_of(title: str, schedule: optax.ScalarOrSchedule, every: int, until: int | None) -> tuple[float, float] | None:
+    """Return the least and the largest value of a schedule where masks change; None where it is not known yet."""
+    values: Any = schedule
+    if callable(schedule):
+        last = _LOOKED_AHEAD * every if until is None else until
+        stride = every * max(1, last // every // _MOST_LOOKED_AT)
+        steps = np.unique(np.append(np.arange(0, last, stride), last)).astype(np.int32)
+        with jax.ensure_compile_time_eval():  # also where init is traced
+            values = jax.vmap(schedule)(steps)
+        if np.shape(values) != steps.shape:
+            raise ValueError(f"{title} takes a schedule of one number; it gave an array of shape {values.shape[1:]}.")
+    if isinstance(values, jax.core.Tracer):
+        return None
+    return float(np.min(np.asarray(values))), float(np.max(np.asarray(values)))
+
+
+def _try_out(make: Make, params: Any, bounds: tuple[float, float] | None) -> None:
+    """Let `make` see the tree and the extremes of k without computing, so that its errors come before training."""
+    flat = flatten(params, "params")
+    if bounds is None:
+        align_masks(jax.eval_shape(make, params, jax.ShapeDtypeStruct((), jnp.float32)), flat)
+        return
+    for k in sorted(set(bounds)):
+        align_masks(jax.eval_shape(lambda params, k=k: make(params, k), params), flat)
+
+
+def _pruned_lowest(weights: Any, masks: Any) -> Any:
+    """Return the weights with pruned ones at zero and kept ones distinctly above it."""
+    flat = flatten(weights, "params")
+
+    def settle(leaf: Any, mask: Any) -> Any:
+        if mask is None or not is_floating(leaf):
+            return leaf
+        # Among zeros a rule cannot know which are pruned already; a kept one must not be taken for them.
+        kept = jnp.where(leaf == 0, jnp.full_like(leaf, jnp.finfo(leaf.dtype).tiny), leaf)
+        return jnp.where(mask, kept, jnp.zeros_like(leaf))
+
+    return flat.treedef.unflatten(
+        [settle(leaf, mask) for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)]
+    )
+
+
+def _like(masks: Any, made: Any, params: Any) -> Any:
+    """Return the masks that were made in the treedef of the ones in the state; all True where none was made."""
+    flat, held = flatten(params, "params"), flatten(masks, "masks")
+    by_path = dict(zip(flat.paths, align_masks(made, flat), strict=True))
+    return held.treedef.unflatten(
+        [
+            jnp.ones_like(mask) if by_path[path] is None else by_path[path]
+            for path, mask in zip(held.paths, held.leaves, strict=True)
+        ]
+    )

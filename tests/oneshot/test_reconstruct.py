@@ -1,0 +1,160 @@
+"""Masked least squares against its closed form, for any mask, and what it must not touch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune
+from jaxprune import rules
+from jaxprune.oneshot._reconstruct import reconstruct
+from tests.support import oracles_oneshot as oracles
+from tests.support.oneshot_problems import grams_of, one, params_of
+from tests.support.sharding import operations
+
+KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+
+
+def solved(weights, mask, gram, **options):
+    params, grams = one(weights, gram)
+    return np.asarray(reconstruct(params, {"a": {"kernel": jnp.asarray(mask)}}, grams, **options)["a"]["kernel"])
+
+
+def random_mask(shape, seed, kept=0.5):
+    return np.random.default_rng(seed).random(shape) < kept
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.3])
+def test_it_equals_the_closed_form_of_every_unit(kept, damping):
+    weights, gram = oracles.problem(40, 24, seed=0, samples=400)
+    mask = random_mask((40, 24), 1, kept)
+    found = solved(weights, mask, gram, damping=damping, steps=60)
+    expected = oracles.reconstruct(weights, mask, oracles.damped(gram, damping))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert (found[~mask] == 0).all()
+    assert not np.signbit(found[~mask]).any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), kept=st.floats(0, 1), steps=st.sampled_from([0, 5]))
+def test_more_steps_never_lose_more_and_no_step_loses_more_than_the_mask_alone(seed, kept, steps):
+    weights, gram = oracles.problem(16, 8, seed)
+    mask = random_mask((16, 8), seed, kept)
+    damped = oracles.damped(gram, 0.01)
+    losses = [oracles.loss(solved(weights, mask, gram, steps=n), weights, damped) for n in (steps, steps + 1)]
+    alone = oracles.loss(np.where(mask, weights, 0), weights, damped)
+    assert losses[1] <= losses[0] * (1 + 1e-4) + 1e-9
+    assert losses[0] <= alone * (1 + 1e-4) + 1e-9
+
+
+def test_no_weight_gone_changes_nothing_and_all_gone_leaves_zeros():
+    weights, gram = oracles.problem(12, 6, 3)
+    np.testing.assert_array_equal(solved(weights, np.ones((12, 6), bool), gram), weights)
+    np.testing.assert_array_equal(solved(weights, np.zeros((12, 6), bool), gram), 0)
+
+
+def test_a_unit_that_lost_nothing_stays_as_it_was_beside_one_that_did():
+    weights, gram = oracles.problem(12, 2, 4)
+    mask = np.ones((12, 2), bool)
+    mask[:6, 0] = False
+    found = solved(weights, mask, gram)
+    np.testing.assert_array_equal(found[:, 1], weights[:, 1])
+    assert not np.allclose(found[6:, 0], weights[6:, 0])
+
+
+def test_singular_gram_matrices_without_damping_still_give_least_squares():
+    """Eight samples of twelve inputs: many minimisers, all with the same loss."""
+    weights, gram = oracles.problem(12, 6, 5, samples=8)
+    mask = random_mask((12, 6), 6, 0.4)
+    with pytest.warns(UserWarning, match="singular"):
+        found = solved(weights, mask, gram, damping=0.0, steps=200)
+    values, vectors = np.linalg.eigh(gram)
+    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    best = np.zeros_like(weights)
+    for unit in range(6):
+        kept = mask[:, unit]
+        best[kept, unit] = np.linalg.lstsq(root[:, kept], root @ weights[:, unit], rcond=None)[0]
+    assert oracles.loss(found, weights, gram) == pytest.approx(oracles.loss(best, weights, gram), abs=1e-4)
+
+
+def test_dead_inputs_keep_their_weights_and_bad_weights_count_as_zero():
+    weights, gram = oracles.problem(12, 6, 7)
+    gram[5] = gram[:, 5] = 0
+    weights[3, 3] = np.nan
+    mask = random_mask((12, 6), 8, 0.7)
+    mask[3, 3], mask[5] = False, [True, False] * 3
+    found = solved(weights, mask, gram)
+    np.testing.assert_array_equal(found[5], np.where(mask[5], weights[5], 0))
+    assert np.isfinite(found).all()
+
+
+def test_every_matrix_of_a_stack_and_only_leaves_that_lost_weights_are_solved():
+    problems = [oracles.problem(16, 8, seed) for seed in (9, 10)]
+    weights, grams = (np.stack(arrays) for arrays in zip(*problems, strict=True))
+    params = params_of(a=weights, b=weights[0])
+    params["a"]["bias"] = jnp.ones(8)
+    masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params)
+    masks["a"]["kernel"] = jnp.asarray(random_mask(weights.shape, 11))
+    found = reconstruct(params, masks, grams_of({"a": weights}, {"a": grams}), damping=0.0, steps=60)
+    for n in range(2):
+        expected = oracles.reconstruct(weights[n], np.asarray(masks["a"]["kernel"][n]), grams[n])
+        np.testing.assert_allclose(found["a"]["kernel"][n], expected, atol=1e-4)
+    np.testing.assert_array_equal(found["a"]["bias"], params["a"]["bias"])
+    np.testing.assert_array_equal(found["b"]["kernel"], params["b"]["kernel"])
+
+
+def test_it_improves_every_rule_and_works_under_jit_and_in_bfloat16():
+    weights, gram = oracles.problem(32, 16, 12)
+    params, grams = one(jnp.asarray(weights, jnp.bfloat16), gram)
+    dense = np.asarray(params["a"]["kernel"], np.float32)
+    for rule, k in [(rules.layer_sparsity, 0.6), (rules.n_m(4), 2), (rules.std_threshold, 0.8)]:
+        masks = jaxprune.make_masks(params, k, rule=rule)
+        better = jax.jit(functools.partial(reconstruct))(params, masks, grams)["a"]["kernel"]
+        assert better.dtype == jnp.bfloat16
+        alone = np.where(masks["a"]["kernel"], dense, 0)
+        losses = [oracles.loss(found, dense, gram) for found in (np.asarray(better, np.float32), alone)]
+        assert losses[0] < 0.75 * losses[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": -1}, "a whole number of steps"),
+        ({"damping": float("nan")}, "damping >= 0"),
+        (
+            {"masks": {"a": {"kernel": jnp.zeros((12, 6), bool)}, "b": jnp.zeros(3, bool)}},
+            "No site multiplies data by 'b'",
+        ),
+        ({"masks": {"a": {"kernel": jnp.zeros((6, 12), bool)}, "b": None}}, r"masks has for params\['a'\]\['kernel'\]"),
+    ],
+)
+def test_errors_say_what_was_asked_and_where(change, message):
+    weights, gram = oracles.problem(12, 6, 13)
+    params, grams = one(weights, gram)
+    params["b"] = jnp.ones(3)
+    given_ = {"masks": {"a": {"kernel": jnp.zeros((12, 6), bool)}, "b": jnp.ones(3, bool)}, **change}
+    with pytest.raises(ValueError, match=message):
+        reconstruct(params, given_.pop("masks"), grams, **given_)
+
+
+@KINDS
+def test_sharded_over_outputs_devices_exchange_one_number_a_step(kind):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    weights, gram = oracles.problem(32, 64, 14)
+    mask = random_mask((32, 64), 15)
+    params, grams = one(weights, gram)
+    params, masks = jax.device_put((params, {"a": {"kernel": mask}}), NamedSharding(mesh, P(None, "x")))
+    grams = jax.device_put(grams, NamedSharding(mesh, P()))
+    found = reconstruct(params, masks, grams)["a"]["kernel"]
+    np.testing.assert_allclose(found, solved(weights, mask, gram), atol=1e-5)
+    assert found.sharding.is_equivalent_to(params["a"]["kernel"].sharding, 2)
+    compiled = jax.jit(reconstruct).lower(params, masks, grams).compile()
+    exchanged = {operation: size for operation, size in operations(compiled) if operation.startswith("all-")}
+    assert exchanged == {"all-reduce": 1}  # whether all units have converged

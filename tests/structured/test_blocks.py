@@ -1,0 +1,265 @@
+"""What can be dropped: scanned layers and residual branches, and the function without some, by hand."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxprune.structured import (
+    channel_masks,
+    count_macs,
+    count_parameters,
+    masked,
+    rebuild,
+    select_channels,
+    shrink,
+    trace,
+    verify,
+)
+from jaxprune.structured._plan import plan_of
+from tests.support.structured_depth import STACK, close, dropping, mlp, mlp_without, residual, stack, traced
+from tests.support.structured_zoo import normal
+
+# ---- by hand
+
+
+def test_branches_by_hand():
+    fn, params, x = mlp()
+    graph = trace(fn, params, x)
+    assert [(block.name, block.size, block.paths) for block in graph.blocks] == [
+        ("f", 1, ("f/bias", "f/down", "f/up")),
+        ("g/adapter", 1, ("g/adapter/a", "g/adapter/b")),
+        ("g", 1, ("g/adapter/a", "g/adapter/b", "g/kernel")),
+    ]
+    assert "What can be dropped as a whole" in str(graph)
+    assert "What can be dropped" not in str(traced("cnn_linen")[1])
+    plan = dropping(graph, ["f"])
+    small = shrink(plan, params)
+    assert small["f"] == {"up": None, "bias": None, "down": None}
+    np.testing.assert_array_equal(
+        rebuild(graph, plan)(small, x), jax.jit(functools.partial(mlp_without, ["f"]))(params, x)
+    )
+    masks = channel_masks(plan, params)
+    assert [bool(mask.any()) for mask in jax.tree.leaves(masks)] == [False] * 3 + [True] * 4
+    assert count_parameters(graph, plan) == sum(leaf.size for leaf in jax.tree.leaves(small)) == 12 + 16 + 16
+    assert count_macs(graph, plan) == 5 * (12 + 16 + 16)
+    # Whoever deletes the entries has the same parameters.
+    del small["f"]
+    close(rebuild(graph, plan)(small, x), mlp_without(["f"], params, x), 1e-6)
+
+
+SUBSETS = [subset for n in range(4) for subset in itertools.combinations(["f", "g/adapter", "g"], n)]
+
+
+def test_every_choice_of_branches():
+    fn, params, x = mlp()
+    graph = trace(fn, params, x)
+    masked_fn = masked(graph)
+    for names in SUBSETS:
+        plan, expected = dropping(graph, names), mlp_without(names, params, x)
+        close(rebuild(graph, plan)(shrink(plan, params), x), expected, 1e-6)
+        close(masked_fn(params, channel_masks(plan, params), x), expected, 1e-6)
+    assert masked_fn._cache_size() == 1  # masks are arguments
+
+
+def test_what_a_dropped_branch_would_have_computed_is_of_no_consequence():
+    """A NaN in it reaches no result; of the smaller function, no gradient either."""
+    params = {"a": normal(3, 4), "f": jnp.full((4, 4), jnp.nan)}
+    fn = lambda p, x: (lambda h: h + jnp.tanh(h @ p["f"]))(x @ p["a"])  # noqa: E731
+    x = normal(5, 3)
+    graph = trace(fn, params, x)
+    plan = dropping(graph, ["f"])
+    np.testing.assert_allclose(masked(graph)(params, channel_masks(plan, params), x), x @ params["a"], rtol=1e-6)
+    small_fn = rebuild(graph, plan)
+    close(jax.grad(lambda p: small_fn(p, x).sum())(shrink(plan, params))["a"], np.tile(x.sum(0)[:, None], 4))
+
+
+# ---- what is a block
+
+
+def blocks_of(fn: Any, params: Any, *inputs: Any) -> list[tuple[str, int]]:
+    return [(block.name, block.size) for block in trace(fn, params, *inputs).blocks]
+
+
+X = normal(5, 4)
+W = {"a": normal(4, 4), "b": normal(4, 4, salt=1), "bias": normal(4)}
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        pytest.param(lambda p, x: x @ p["a"] + p["bias"][None], [], id="a bias"),
+        pytest.param(lambda p, x: x + jnp.broadcast_to(p["bias"], x.shape), [], id="positions"),
+        pytest.param(lambda p, x: x @ p["a"] + x @ p["b"], [], id="a projection on the shortcut"),
+        pytest.param(lambda p, x: x + x @ p["a"] + x @ p["b"], ["a", "b"], id="branches side by side"),
+        pytest.param(lambda p, x: x @ p["a"] + x @ p["b"] + x, ["a"], id="two in one branch"),
+        pytest.param(lambda p, x: (x @ p["b"] + p["bias"][None]) + x @ p["a"] @ p["b"], [], id="no common stream"),
+        pytest.param(lambda p, x: (x + x @ p["a"]) + (x + x @ p["a"]) @ p["a"], [], id="shared parameters"),
+        pytest.param(lambda p, x: x @ (p["a"] + jnp.tanh(p["a"]) @ p["b"]), [], id="a weight made of weights"),
+        pytest.param(lambda p, x: jax.nn.gelu(x @ p["a"]), [], id="a cubic without parameters"),
+        pytest.param(lambda p, x: x @ p["a"] + (x @ p["a"] + x @ p["b"]).sum(1, keepdims=True), [], id="broadcast"),
+        pytest.param(
+            lambda p, x: x + (lambda h: h + h @ p["a"])(jax.nn.relu(x)), ["a"], id="nothing beyond the inner branch"
+        ),
+        pytest.param(lambda p, x: lax.scan(lambda c, w: (c, x @ w), x, jnp.stack([p["a"]]))[1], [], id="one layer"),
+    ],
+)
+def test_sums_that_are_residual(fn: Any, expected: list[str]):
+    assert [name for name, _ in blocks_of(fn, W, X)] == expected
+
+
+def test_a_branch_may_read_other_inputs():
+    """A padding mask, an encoder: the branch is that in which the stream is read."""
+    fn = lambda p, x, mask: x + jnp.tanh(x @ p["a"]) * mask[:, None]  # noqa: E731
+    graph = trace(fn, W, X, jnp.ones(5))
+    assert [block.paths for block in graph.blocks] == [("a",)]
+    plan = dropping(graph, ["a"])
+    np.testing.assert_array_equal(rebuild(graph, plan)(shrink(plan, W), X, jnp.ones(5)), X)
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}, {"unroll": 4}])
+def test_scanned_layers_are_slices_of_the_stack(options: dict[str, Any]):
+    fn, x = functools.partial(stack, **options), normal(5, 3)
+    graph = trace(fn, STACK, x)
+    assert [(block.name, block.size, block.paths) for block in graph.blocks] == [("layers", 4, ("layers",))]
+    plan = dropping(graph, (), {"layers": (0, 3)})
+    assert plan.kept == {"layers": {0: (0, 3)}}
+    small = {**STACK, "layers": STACK["layers"][jnp.array([0, 3])]}
+    np.testing.assert_array_equal(shrink(plan, STACK)["layers"], small["layers"])
+    np.testing.assert_array_equal(rebuild(graph, plan)(small, x), jax.jit(fn)(small, x))
+    close(masked(graph)(STACK, channel_masks(plan, STACK), x), fn(small, x), 1e-6)
+    assert (count_macs(graph), count_macs(graph, plan)) == (5 * (12 + 4 * 16 + 8), 5 * (12 + 2 * 16 + 8))
+
+
+def test_layers_are_no_channels():
+    graph = trace(stack, STACK, normal(5, 3))
+    assert [group.name for group in graph.groups] == ["in[1]"]
+    assert all(0 not in plan.get("layers", {}) for plan in [select_channels(graph, STACK, 0.5).kept])
+    assert ("layers", 0) not in {(axis.path, axis.axis) for axis in graph.frozen}
+
+
+def test_steps_that_are_no_layers():
+    """Along an input, with nothing carried, or where each step's result is a result: the axis stays, with the reason."""
+
+    def why(fn: Any, *inputs: Any) -> list[tuple[str, ...]]:
+        graph = trace(fn, STACK, *inputs)
+        assert graph.blocks == ()
+        return [axis.reasons for axis in graph.frozen if (axis.path, axis.axis) == ("layers", 0)]
+
+    x = normal(5, 4)
+    cache = normal(4, 5, 4)
+    each = lambda p, x: lax.map(lambda w: x @ w, p["layers"]).sum(0)  # noqa: E731
+    assert why(each, x) == [("a scan runs along it",)]
+    outs = lambda p, x: lax.scan(lambda x, w: (residual(w, x), x), x, p["layers"])[1]  # noqa: E731
+    assert why(outs, x) == [("an output",)]
+    cached = lambda p, x, c: lax.scan(lambda x, s: (residual(s[0], x + s[1]), None), x, (p["layers"], c))[0]  # noqa: E731
+    assert why(cached, x, cache) == [("an input",)]
+    count = lambda x: lax.scan(lambda x, number: (jnp.tanh(x + number), x), x, jnp.arange(4.0))[1]  # noqa: E731
+    assert why(lambda p, x: jnp.einsum("lnd,lde->ne", count(x), p["layers"]), x) == [("a scan runs along it",)]
+    over_time = lambda p, x: lax.scan(lambda h, x: (jnp.tanh(h @ p["a"] + x[None]), None), x, x)[0]  # noqa: E731
+    graph = trace(over_time, W, normal(4, 4))
+    assert graph.blocks == ()
+
+
+def test_what_is_summed_over_layers_is_summed_over_those_that_stay():
+    """A loss of every layer, weighted by a parameter and by the number of the layer, which stays what it was."""
+    params = {**STACK, "weights": normal(4)}
+
+    def fn(params: Any, x: Any) -> Any:
+        def step(x: Any, layer: Any) -> Any:
+            w, number = layer
+            return residual(w, x) * (1 + number), jnp.square(x).mean()
+
+        x, losses = lax.scan(step, x @ params["in"], (params["layers"], jnp.arange(4.0)))
+        return x, (losses * params["weights"]).sum()
+
+    x = normal(5, 3)
+    graph = trace(fn, params, x)
+    (block,) = graph.blocks
+    assert block.paths == ("layers", "weights")
+    plan = dropping(graph, (), {"layers": (1, 3)})
+    h = x @ params["in"]
+    losses = []
+    for layer in (1, 3):
+        losses.append(jnp.square(h).mean())
+        h = residual(params["layers"][layer], h) * (1 + layer)
+    expected = h, jnp.dot(jnp.array(losses), params["weights"][jnp.array([1, 3])])
+    close(rebuild(graph, plan)(shrink(plan, params), x), expected)
+    assert verify(graph, plan, params, x).passed
+
+
+def test_parts_of_layers_are_layers():
+    """Where results of the layers are divided later on, so are the layers, and none of it is a channel."""
+
+    def run(params: Any, x: Any) -> tuple[Any, Any]:
+        return lax.scan(lambda x, w: (residual(w, x), jnp.square(x).mean()), x @ params["in"], params["layers"])
+
+    def thirds(params: Any, x: Any) -> Any:
+        x, losses = run(params, x)
+        return x, losses[:2].sum() + losses[:4].sum()
+
+    def pairs(params: Any, x: Any) -> Any:
+        x, losses = run(params, x)
+        return x, losses.reshape(3, 2).sum(1) @ params["weights"]
+
+    x = normal(5, 3)
+    params = {**STACK, "layers": normal(6, 4, 4) / 2, "weights": normal(3)}
+    for fn, sizes, kept in [
+        (thirds, [2, 2, 2], {"layers": (1,), "layers#3": (0,)}),
+        (pairs, [3, 2], {"layers": (0, 2)}),
+    ]:
+        graph = trace(fn, params, x)
+        assert [block.size for block in graph.blocks] == sizes
+        assert not any(member.axis == 0 for group in graph.groups for member in group.members)
+        plan = dropping(graph, (), kept)
+        assert verify(graph, plan, params, x).passed
+
+
+def test_two_scans_over_one_stack_and_scans_in_scans():
+    def halves(params: Any, x: Any) -> Any:
+        first = {**params, "layers": params["layers"][:2], "out": params["in"].T}
+        return stack({**params, "layers": params["layers"][2:]}, stack(first, x))
+
+    x = normal(5, 3)
+    graph = trace(halves, STACK, x)
+    assert [(block.name, block.size) for block in graph.blocks] == [("layers", 2), ("layers#2", 2)]
+    plan = dropping(graph, (), {"layers": (1,), "layers#2": (0,)})
+    assert plan.kept == {"layers": {0: (1, 2)}}
+    h = residual(STACK["layers"][1], x @ STACK["in"]) @ STACK["in"].T
+    close(rebuild(graph, plan)(shrink(plan, STACK), x), residual(STACK["layers"][2], h @ STACK["in"]) @ STACK["out"])
+    assert verify(graph, plan, STACK, x).passed
+
+    params = normal(2, 3, 4, 4) / 2
+    inner = lambda x, group: (lax.scan(lambda x, w: (residual(w, x), None), x, group)[0], None)  # noqa: E731
+    nested = lambda p, x: lax.scan(inner, x, p)[0]  # noqa: E731
+    graph = trace(nested, params, X)
+    assert [block.size for block in graph.blocks] == [2, 3]
+    outer, layers = graph.blocks
+    plan = plan_of(graph, {outer.place: np.array([1]), layers.place: np.array([0, 2])})
+    close(rebuild(graph, plan)(shrink(plan, params), X), residual(params[1, 2], residual(params[1, 0], X)))
+    assert verify(graph, plan, params, X).passed
+
+
+@pytest.mark.parametrize("cast_outside", [False, True])
+def test_branches_in_what_is_rematerialised(cast_outside: bool):
+    params = [normal(4, 4, salt=i) / 2 for i in range(3)]
+
+    def fn(params: Any, x: Any) -> Any:
+        for w in params:
+            x = jax.checkpoint(residual)(w.astype(jnp.bfloat16).astype(x.dtype) if cast_outside else w, x)
+        return x
+
+    graph = trace(fn, params, X)
+    assert [block.paths for block in graph.blocks] == [("0",), ("1",), ("2",)]
+    plan = dropping(graph, ["1"])
+    small, small_fn = shrink(plan, params), rebuild(graph, plan)
+    assert small[1] is None
+    close(small_fn(small, X), fn([params[0], params[2]], X), 1e-6)
+    assert verify(graph, plan, params, X).passed
+    found = jax.grad(lambda p: jnp.sin(small_fn(p, X)).sum())(small)
+    close([found[0], found[2]], jax.grad(lambda p: jnp.sin(fn(p, X)).sum())([params[0], params[2]]))

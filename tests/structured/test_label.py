@@ -1,0 +1,171 @@
+"""What `trace` says of a function: groups, frozen axes with their reasons, tables, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jaxprune.structured import Graph, trace
+from tests.support.structured_cases import CASES
+from tests.support.structured_zoo import normal
+
+
+def reasons(graph: Graph) -> dict[tuple[str, int], tuple[str, ...]]:
+    return {(axis.path, axis.axis): axis.reasons for axis in graph.frozen}
+
+
+def traced(name: str) -> Graph:
+    case = CASES[name]()
+    return trace(case.fn, case.params, *case.inputs, prunable_outputs=case.outputs)
+
+
+def test_members_by_hand():
+    graph = traced("cnn_linen")
+    group = graph.group("Conv_1/kernel[3]")
+    members = {(member.path, member.axis): member for member in group.members}
+    assert set(members) == {("Conv_1/bias", 0), ("Conv_1/kernel", 3), ("Dense_0/kernel", 0)}
+    assert [key for key, member in members.items() if member.produces] == [("Conv_1/kernel", 3)]
+    # Flattened images of 2 x 2 places: the channel is the inner factor.
+    assert members["Dense_0/kernel", 0].channels.tolist() == [*range(8)] * 4
+    assert members["Conv_1/bias", 0].channels.tolist() == [*range(8)]
+    assert group.span == 1
+
+
+def test_heads_stand_for_their_dimensions():
+    graph = traced("transformer")
+    name = "_Transformer_0/MultiHeadDotProductAttention_0/key/kernel"
+    assert (graph.group(f"{name}[1]").span, graph.group(f"{name}[2]").span) == (4, 2)
+    assert graph.group("Embed_0/embedding[1]").span == 1
+
+
+def test_the_outer_factor_is_the_parameters_whatever_a_contraction_lists_first():
+    params = {"v": normal(6, 2, 4), "o": normal(2, 4, 6)}
+
+    def fn(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.einsum("bqeh,hed->bqd", jnp.tanh(jnp.einsum("bqd,dhe->bqeh", x, params["v"])), params["o"])
+
+    graph = trace(fn, params, normal(3, 5, 6))
+    assert {group.name: group.outer for group in graph.groups} == {"v[1]": (), "v[2]": ("v[1]",)}
+
+
+def test_why_axes_stay():
+    found = reasons(traced("cnn_linen"))
+    assert found["Conv_0/kernel", 0] == ("the window of a convolution",)
+    assert found["Conv_0/kernel", 1] == ("the window of a convolution",)
+    assert found["Dense_1/bias", 0] == ("an output",)
+    assert found["Dense_0/kernel", 0] == ("a window runs along it",)
+    assert ("Dense_0/kernel", 1) not in found
+
+
+def test_why_nothing_of_the_weird_one_can_be_cut():
+    found = reasons(traced("weird"))
+    assert found["a", 1] == ("reversed",)
+    assert found["b", 1] == ("cumsum runs along it",)
+    assert found["c", 1] == ("sort runs along it",)
+    assert found["d", 1] == ("elements are chosen by an index",)
+
+
+def test_what_has_no_rule_freezes_all_it_touches():
+    def fn(params: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.fft.fft(x @ params).real.sum(1)
+
+    graph = trace(fn, normal(3, 8), normal(4, 3))
+    assert graph.groups == ()
+    assert reasons(graph)["", 1] == ("fft has no rule",)
+
+
+def test_axes_that_do_not_align_say_which():
+    # 24 channels are 4 x 6 for the norm and 6 x 4 for the sum.
+    def normed(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        h = x @ params["a"]
+        g = h.reshape(5, 4, 6)
+        h = (g - g.mean(2, keepdims=True)).reshape(5, 24)
+        return h.reshape(5, 6, 4).sum(2) @ params["b"]
+
+    graph = trace(normed, {"a": normal(3, 24), "b": normal(6, 2)}, normal(5, 3))
+    (reason,) = reasons(graph)["a", 1]
+    assert "reshape" in reason
+    assert "do not align" in reason
+
+
+def test_a_parameter_that_is_not_used_stays():
+    graph = trace(lambda p, x: x @ p["a"], {"a": normal(3, 2), "spare": normal(4, 4)}, normal(5, 3))
+    assert graph.groups == ()
+    assert reasons(graph)["spare", 0] == ("the function does not use it",)
+
+
+def test_outputs_may_be_cut_where_they_are_state():
+    def fn(params: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
+        h = x @ params["a"]
+        return {"y": h @ params["b"], "mean": 0.9 * params["mean"] + 0.1 * h.mean(0)}
+
+    params = {"a": normal(3, 8), "b": normal(8, 2), "mean": normal(8)}
+    assert trace(fn, params, normal(4, 3)).groups == ()
+    (group,) = trace(fn, params, normal(4, 3), prunable_outputs=lambda path: path == "mean").groups
+    assert [(member.path, member.axis) for member in group.members] == [("a", 1), ("b", 0), ("mean", 0)]
+
+
+def test_shapes_are_enough():
+    params = {"up": jax.ShapeDtypeStruct((3, 8), jnp.bfloat16), "down": jax.ShapeDtypeStruct((8, 2), jnp.bfloat16)}
+    x = jax.ShapeDtypeStruct((5, 3), jnp.bfloat16)
+    (group,) = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, x).groups
+    assert (group.name, group.size) == ("up[1]", 8)
+
+
+def test_calls_of_one_function_are_kept_apart():
+    """A jitted function has one jaxpr; its calls have axes of their own."""
+    layer = jax.jit(lambda x, w: jnp.tanh(x @ w))
+    params = [normal(3, 8), normal(8, 8), normal(8, 8, salt=1), normal(8, 2)]
+
+    def fn(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        for w in params:
+            x = layer(x, w)
+        return x
+
+    graph = trace(fn, params, normal(4, 3))
+    assert [group.name for group in graph.groups] == ["0[1]", "1[1]", "2[1]"]
+
+
+def test_tables_and_drawing():
+    graph = traced("llama")
+    text = str(graph)
+    assert "Channels that are cut together" in text
+    assert "k[1]#2" in text
+    assert "q[1] of 16" in text  # a head of keys stands for four positions of two queries' projections
+    assert "an output" not in text.split("Axes that stay")[0]
+    assert "<pre" in graph._repr_html_()
+    drawn = graph.to_dot()
+    assert drawn.startswith("graph channels {")
+    assert drawn.count(" -- ") == sum(len(group.members) for group in graph.groups)
+    with pytest.raises(KeyError, match=r"'k' is no group"):
+        graph.group("k")
+
+
+def test_a_function_of_values_is_refused():
+    with pytest.raises(TypeError, match=r"depends on the values .* functools.partial"):
+        trace(lambda p, x: x @ p if x[0, 0] > 0 else x, normal(3, 3), normal(4, 3))
+    with pytest.raises(TypeError, match=r"params\['a'\] is a str"):
+        trace(lambda p, x: x, {"a": "no array"}, normal(4, 3))
+
+
+def test_a_deep_network_is_traced_once():
+    """Twelve layers of attention and a dense block, 768 wide, from shapes alone: work that grows with the layers."""
+    width, heads, layers = 768, 12, 12
+    shape = lambda *n: jax.ShapeDtypeStruct(n, jnp.float32)  # noqa: E731
+    block = {
+        "qkv": shape(width, 3 * width), "out": shape(width, width),
+        "up": shape(width, 4 * width), "down": shape(4 * width, width), "scale": shape(width),
+    }  # fmt: skip
+
+    def fn(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+        for p in params:
+            y = x * lax.rsqrt((x * x).mean(-1, keepdims=True)) * p["scale"][None, None]
+            q, k, v = jnp.moveaxis((y @ p["qkv"]).reshape(*x.shape[:2], 3, heads, -1), 2, 0)
+            x = x + jax.nn.dot_product_attention(q, k, v).reshape(x.shape) @ p["out"]
+            x = x + jax.nn.gelu(x @ p["up"]) @ p["down"]
+        return x.mean(-1)
+
+    graph = trace(fn, [block] * layers, shape(2, 16, width))
+    # Heads, and their dimensions, which one kernel holds for all three; the dense block. The stream is an input.
+    assert len(graph.groups) == layers * 3
+    assert sorted({group.size for group in graph.groups}) == [12, 64, 3072]

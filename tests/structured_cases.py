@@ -1,6 +1,0 @@
-"""All networks of the structured zoo by name."""
-
-import structured_zoo
-import structured_zoo_sequences
-
-CASES = {case.__name__: case for case in (*structured_zoo.NETWORKS, *structured_zoo_sequences.NETWORKS)}

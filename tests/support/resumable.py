@@ -1,0 +1,110 @@
+"""A small training run with every transform, and a process that takes all of them along, saved after every step.
+
+`python tests/support/resumable.py FOLDER`, with the root on the path, goes on from the newest checkpoint in the folder, if there is one.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+
+from jaxprune import apply_masks, keep_pruned, make_masks, prune, rigl
+from jaxprune.transforms import (
+    ac_dc_schedule,
+    decay_pruned,
+    keep_zeros,
+    prune_and_regrow,
+    soft_threshold,
+    sparse_evolution,
+    static_sparse,
+    straight_through,
+)
+from tests.support.one_layer import MASKS, dense_params, loss, step
+
+STEPS = 12
+
+
+class Run(NamedTuple):
+    """What is trained: the optimizer, made anew by each process, what it minimises, and where it begins."""
+
+    make: Callable[[], Any]
+    objective: Callable[[Any], jax.Array] = loss
+    start: Callable[[], Any] = lambda: apply_masks(dense_params(), MASKS)
+
+
+def quantile(params: Any, k: Any) -> Any:
+    """Make masks that compile fast: what is larger than the share k of all magnitudes."""
+    return jax.tree.map(lambda leaf: jnp.abs(leaf) >= jnp.quantile(jnp.abs(leaf), k), params)
+
+
+def half(params: Any) -> Any:
+    return quantile(params, 0.5)
+
+
+def behind_learnt_threshold(trained: Any) -> jax.Array:
+    return loss(soft_threshold(trained["params"], trained["s"]))
+
+
+CUBIC = optax.polynomial_schedule(0.0, 0.7, power=3, transition_steps=9)
+RUNS = {
+    "keep_pruned": Run(lambda: optax.chain(optax.adam(0.05), keep_pruned(MASKS))),
+    "keep_zeros": Run(lambda: optax.chain(optax.adam(0.05), keep_zeros())),
+    "prune": Run(lambda: optax.chain(optax.adam(0.05), prune(quantile, CUBIC, every=4, until=9))),
+    "prune_and_regrow": Run(
+        lambda: optax.chain(
+            optax.adam(0.05), prune_and_regrow(quantile, ac_dc_schedule(0.5, period=3, finish=9), every=3, until=9)
+        )
+    ),
+    "decay_pruned": Run(
+        lambda: optax.chain(decay_pruned(lambda params: make_masks(params, 1.0), 0.1), optax.adam(0.05))
+    ),
+    "static_sparse": Run(lambda: static_sparse(optax.adam(0.05), MASKS)),
+    "rigl": Run(lambda: rigl(optax.adam(0.05), MASKS, every=4, until=9)),
+    "sparse_evolution": Run(lambda: sparse_evolution(optax.adam(0.05), MASKS, jax.random.key(3), every=4, until=9)),
+    "straight_through": Run(
+        lambda: optax.chain(decay_pruned(half, 0.1), optax.adam(0.05)),
+        lambda params: loss(straight_through(params, half(params))),
+        dense_params,
+    ),
+    "soft_threshold": Run(
+        lambda: optax.adamw(0.05),
+        behind_learnt_threshold,
+        lambda: {"params": dense_params(), "s": jnp.float32(-2.0)},
+    ),
+}
+
+
+def begin(run: Run) -> Any:
+    """Return parameters and optimizer state, committed to a device, as what is restored will be."""
+    params = run.start()
+    return jax.device_put((params, run.make().init(params)), jax.devices()[0])
+
+
+def advance(run: Run) -> Callable[[Any], Any]:
+    """Return the function that takes a step."""
+    tx = run.make()
+    return lambda state: step(tx, *state, jax.grad(run.objective)(state[0]))
+
+
+def train_all(folder: Path) -> None:
+    """Take all runs through all steps, with a checkpoint after each."""
+    state = {name: begin(run) for name, run in RUNS.items()}
+    functions = {name: advance(run) for name, run in RUNS.items()}
+    step_all = jax.jit(lambda state: {name: functions[name](state[name]) for name in state})
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            state = manager.restore(done, args=ocp.args.StandardRestore(shapes))
+        for count in range(done + 1, STEPS + 1):
+            state = step_all(state)
+            manager.save(count, args=ocp.args.StandardSave(state))
+
+
+if __name__ == "__main__":
+    train_all(Path(sys.argv[1]).resolve())
