@@ -131,7 +131,7 @@ def n_of_four(params: Any, n: Any) -> Any:
 def sr_ste(n: Any, steps: int, seed: int) -> optax.GradientTransformation:
     """Decay the weights that the forward masks hide, the paper's rate."""
     del steps, seed
-    return optax.chain(jaxprune.transforms.decay_pruned(lambda params: n_of_four(params, n), 2e-4), ADAM)
+    return optax.chain(jaxprune.transforms.decay_pruned(n_of_four, n, rate=2e-4), ADAM)
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))

@@ -62,51 +62,53 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return settings
 
 
-def keep_n_of(n: int, m: int) -> Make:
-    """Return the function that makes the masks of kernels with whole groups of inputs."""
+def keep_of(m: int) -> Make:
+    """Return the function of parameters and n that makes the masks of kernels with whole groups of m inputs."""
 
     def prunable(path: str, leaf: Any) -> bool:
         return jaxprune.is_kernel(path, leaf) and leaf.shape[-2] % m == 0
 
-    return functools.partial(jaxprune.make_masks, k=n, rule=rules.n_m(m), prunable=prunable)
+    return functools.partial(jaxprune.make_masks, rule=rules.n_m(m), prunable=prunable)
 
 
-def sparse_refined(dense: TrainState, make: Make, decay: float, sgd: optax.GradientTransformation) -> TrainState:
+def sparse_refined(
+    dense: TrainState, make: Make, n: int, decay: float, sgd: optax.GradientTransformation
+) -> TrainState:
     """Return the dense weights with masks, made from them in every step, between them and the loss."""
 
     def apply_fn(variables: Any, images: jax.Array) -> jax.Array:
         params = variables["params"]
-        return dense.apply_fn({"params": jaxprune.transforms.straight_through(params, make(params))}, images)
+        return dense.apply_fn({"params": jaxprune.transforms.straight_through(params, make(params, n))}, images)
 
     everything = jaxprune.masks_in(dense.opt_state)
-    tx = optax.chain(jaxprune.transforms.decay_pruned(make, decay), sgd, jaxprune.keep_pruned(everything))
+    tx = optax.chain(jaxprune.transforms.decay_pruned(make, n, rate=decay), sgd, jaxprune.keep_pruned(everything))
     return dense.replace(apply_fn=apply_fn, tx=tx, opt_state=tx.init(dense.params))
 
 
 def run(experiment: Experiment, settings: Settings) -> None:
     """Train in all ways and show what each is worth."""
     sgd = optax.sgd(settings.learning_rate, settings.momentum)
-    make = keep_n_of(settings.n, settings.m)
+    make, n = keep_of(settings.m), settings.n
     first = cnn.create_state(experiment.classes, experiment.sample_images, settings.seed, sgd)
 
     @jax.jit
     def train_steps(state: TrainState, images: jax.Array, labels: jax.Array, batches: jax.Array) -> Any:
         """Take steps, and tell besides how much their weights' masks have changed."""
-        before = make(state.params)
+        before = make(state.params, n)
         state, metrics = cnn.train_steps(state, images, labels, batches)
-        return state, {**metrics, "masks_changed": 1 - jaxprune.algebra.overlap(before, make(state.params))}
+        return state, {**metrics, "masks_changed": 1 - jaxprune.algebra.overlap(before, make(state.params, n))}
 
     dense = experiment.train("dense", first, train_steps, settings.epochs)
     experiment.note("dense", experiment.validate(dense, cnn.evaluate))
-    pruned = cnn.restart(dense, make(dense.params), sgd)
+    pruned = cnn.restart(dense, make(dense.params, n), sgd)
     experiment.note("pruned", experiment.validate(pruned, cnn.evaluate))
     tuned = experiment.train("fine-tuned", pruned, train_steps, settings.fine_tune_epochs)
     experiment.note("fine-tuned", experiment.validate(tuned, cnn.evaluate))
     for name, decay in (("STE", 0.0), ("SR-STE", settings.decay)):
-        start = sparse_refined(first, make, decay, sgd)
+        start = sparse_refined(first, make, n, decay, sgd)
         refined = experiment.train(name, start, train_steps, settings.epochs + settings.fine_tune_epochs)
         # What the loss saw in training is the network once its weights are really pruned.
-        pruned = cnn.restart(first.replace(params=refined.params), make(refined.params), sgd)
+        pruned = cnn.restart(first.replace(params=refined.params), make(refined.params, n), sgd)
         experiment.note(name, experiment.validate(pruned, cnn.evaluate))
     draw(experiment, settings)
     experiment.say(f"Written to {settings.out}: results.json, nm_sparse.png, checkpoint/")

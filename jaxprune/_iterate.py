@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune._masks import apply_masks
-from jaxprune._tree._paths import align, flatten
+from jaxprune._tree._paths import flatten
 
 
 class Round(NamedTuple):
@@ -72,7 +72,7 @@ def _rounds(train: Any, make: Any, params: Any, ks: Iterable[Any], rewind_to: An
 
 def _require_same(rewind_to: Any, params: Any) -> None:
     late = flatten(params, "params")
-    early = align(flatten(rewind_to, "rewind_to"), late, "rewind_to", "params")
+    early = late.aligned(flatten(rewind_to, "rewind_to"))
     for name, leaf, start in zip(late.names, late.leaves, early, strict=True):
         if jnp.shape(start) != jnp.shape(leaf):
             raise ValueError(

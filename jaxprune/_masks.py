@@ -7,22 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import rules
+from jaxprune._selection import _counts
 from jaxprune._tree._leaves import is_floating, is_known
 from jaxprune._tree._masks import align_masks, all_true, check_mask
-from jaxprune._tree._paths import Flat, align, flatten, require_arrays, spread
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._tree._params import Params, Prunable, Stacked, read_params
+from jaxprune._tree._paths import flatten, read_arrays
 from jaxprune.rules._layers import Layer, is_scalar
-from jaxprune.rules._rule import Rule
+from jaxprune.rules._rule import AnyRule, as_rule
+from jaxprune.sites._sites import Sites
 
 
 def make_masks(
     params: Any,
     k: Any,
     *,
-    rule: Rule = rules.std_threshold,
+    rule: AnyRule = rules.std_threshold,
     scores: Any = None,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
 ) -> Any:
     """Say which weights stay: a tree of boolean masks shaped like `params`, True = keep.
 
@@ -40,10 +43,13 @@ def make_masks(
         rule: ``(scores, k) -> masks``, one of `jaxprune.rules` or your own: it is given a tree of float32 scores that
             has None where a leaf is not prunable, and returns a tree of boolean masks of the same shapes.
         scores: a tree of scores like `params`, larger = keep; None ranks by magnitude.
-        prunable: ``(path, leaf) -> bool`` or a tree (prefix) of bools; None prunes what `is_kernel` names. Static.
-        stacked: names the leaves that hold one layer for each index of their first axis (by ``nn.scan`` or ``vmap``):
-            a glob pattern of paths or of modules above the leaf, several of them, or ``(path, leaf) -> number of layer
-            axes``. Every statistic, threshold, count and guard is then per layer. Static.
+        prunable: which leaves are pruned: ``(path, leaf) -> bool``, glob patterns of paths or of modules above the leaf, a
+            tree (prefix) of bools, or `sites`; None prunes what the sites say, or else what `is_kernel` names. Static.
+        stacked: which leaves hold one layer for each index of their first axis (by ``nn.scan`` or ``vmap``): glob patterns
+            of paths or of modules above the leaf, ``(path, leaf) -> number of layer axes``, or a tree (prefix) of such
+            numbers. Every statistic, threshold, count and guard is then per layer. Static.
+        sites: what `find_sites` read from the function: which leaves multiply data, along which axes, in which stacks;
+            then nothing is guessed from names. Static.
 
     Returns:
         Masks of the treedef of `params`, of its shapes, ``bool``.
@@ -63,34 +69,32 @@ def make_masks(
 
     Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
-    flat = flatten(params, "params")
-    require_arrays(flat)
-    stacks = stack_axes(stacked, flat)
-    chosen = choose(prunable, params, flat, stacks)
-    layers = _layers(flat, scores, chosen, stacks)
+    tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
+    layers = _layers(tree, scores)
     if not is_scalar(k):
-        entries = spread(k, flat.paths, "k")
-        k = flat.treedef.unflatten([entry if fits else None for entry, fits in zip(entries, chosen, strict=True)])
-    pruned = iter(_read_masks(rule(flat.treedef.unflatten(layers), k), layers, rule))
-    return flat.treedef.unflatten(
-        [next(pruned) if fits else all_true(leaf) for leaf, fits in zip(flat.leaves, chosen, strict=True)]
+        k = tree.build(
+            [entry if fits else None for entry, fits in zip(tree.spread(k, "k"), tree.prunable, strict=True)]
+        )
+    pruned = iter(_read_masks(rule(tree.build(layers), k), layers, rule))
+    return tree.build(
+        [next(pruned) if fits else all_true(leaf) for leaf, fits in zip(tree.leaves, tree.prunable, strict=True)]
     )
 
 
-def _layers(flat: Flat, scores: Any, chosen: list[bool], stacks: list[int]) -> list[Layer | None]:
+def _layers(tree: Params, scores: Any) -> list[Layer | None]:
     """Pair every prunable leaf with its scores; None for the others."""
-    given = [None] * len(flat.paths) if scores is None else _given_scores(flat, scores, chosen)
+    given = [None] * len(tree.paths) if scores is None else _given_scores(tree, scores)
     return [
-        Layer(path, name, jnp.asarray(leaf if score is None else score), scores is None, stack) if fits else None
-        for path, name, leaf, score, fits, stack in zip(
-            flat.paths, flat.names, flat.leaves, given, chosen, stacks, strict=True
+        Layer(path, name, jnp.asarray(leaf if score is None else score), axes, scores is None) if fits else None
+        for path, name, leaf, score, fits, axes in zip(
+            tree.paths, tree.names, tree.leaves, given, tree.prunable, tree.axes, strict=True
         )
     ]
 
 
-def _given_scores(flat: Flat, scores: Any, chosen: list[bool]) -> list[Any]:
-    given = align(flatten(scores, "scores", is_leaf=lambda x: x is None), flat, "scores", "params")
-    for name, leaf, score, fits in zip(flat.names, flat.leaves, given, chosen, strict=True):
+def _given_scores(tree: Params, scores: Any) -> list[Any]:
+    given = tree.aligned(flatten(scores, "scores", is_leaf=lambda x: x is None))
+    for name, leaf, score, fits in zip(tree.names, tree.leaves, given, tree.prunable, strict=True):
         if not fits:
             continue
         if score is None or not is_floating(score) or np.shape(score) != np.shape(leaf):
@@ -109,11 +113,11 @@ def _has_nan(score: Any) -> bool:
         return bool(jnp.isnan(score).any())
 
 
-def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.Array]:
+def _read_masks(masks: Any, layers: list[Layer | None], rule: AnyRule) -> list[jax.Array]:
     """Check what a rule returned; one mask for each layer, in order."""
     leaves = jax.tree.leaves(masks)
     expected = [layer for layer in layers if layer is not None]
-    title = getattr(rule, "__name__", repr(rule))
+    title = as_rule(rule).name
     if len(leaves) != len(expected):
         raise ValueError(f"rule {title} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
     for mask, layer in zip(leaves, expected, strict=True):
@@ -143,23 +147,25 @@ def apply_masks(params: Any, masks: Any) -> Any:
     >>> apply_masks([jnp.array([1.0, jnp.nan])], [jnp.array([True, False])])[0].tolist()
     [1.0, 0.0]
     """
-    flat = flatten(params, "params")
-    require_arrays(flat)
-    return flat.treedef.unflatten(
+    tree = read_arrays(params, "params")
+    return tree.build(
         [
             leaf if mask is None or not is_floating(leaf) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
-            for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)
+            for leaf, mask in zip(tree.leaves, align_masks(masks, tree), strict=True)
         ]
     )
 
 
-def sparsity(masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None) -> jax.Array:
+def sparsity(
+    masks: Any, *, prunable: Prunable = None, stacked: Stacked = None, sites: Sites | None = None
+) -> jax.Array:
     """Return the fraction removed of the prunable weights, ``1 - nnz / size``.
 
     Args:
         masks: a tree of boolean masks, True = keep.
         prunable: which leaves count, as in `make_masks`; ``lambda path, leaf: True`` gives the overall sparsity.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         A float32 scalar in [0, 1].
@@ -169,17 +175,13 @@ def sparsity(masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked |
     >>> float(sparsity(masks)), float(sparsity(masks, prunable=lambda path, leaf: True))
     (0.75, 0.375)
     """
-    flat = flatten(masks, "masks")
-    for name, leaf in zip(flat.names, flat.leaves, strict=True):
+    for name, leaf in flatten(masks, "masks").named():
         if getattr(leaf, "dtype", None) != np.bool_:
             raise TypeError(f"{name} is {leaf!r:.40}, not an array of bool; sparsity counts masks.")
-    chosen = choose(prunable, masks, flat, stack_axes(stacked, flat), eligible=lambda leaf: True)
-    leaves = [leaf for leaf, fits in zip(flat.leaves, chosen, strict=True) if fits]
-    removed = sum((_count_false(leaf) for leaf in leaves), jnp.zeros((), jnp.float32))
+    tree = read_params(masks, what="masks", prunable=prunable, stacked=stacked, sites=sites, eligible=lambda leaf: True)
+    leaves = [leaf for leaf, fits in zip(tree.leaves, tree.prunable, strict=True) if fits]
+    removed = sum(
+        (_counts.to_float(_counts.count_true(~leaf, tuple(range(leaf.ndim)))) for leaf in leaves),
+        jnp.zeros((), jnp.float32),
+    )
     return removed / max(1, sum(leaf.size for leaf in leaves))
-
-
-def _count_false(mask: jax.Array) -> jax.Array:
-    # Rows are counted in integers and added as floats: no overflow for any size, and exact below 2**24 rows.
-    rows = jnp.sum(~mask, axis=-1, dtype=jnp.int32) if mask.ndim else (~mask).astype(jnp.int32)
-    return jnp.sum(rows.astype(jnp.float32))

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxprune._summary import Row, Summary, amount, summarize
+from jaxprune._summary import LayerRow, Summary, amount, summarize
+from jaxprune._tree._params import Prunable, Stacked
 from jaxprune._tree._paths import flatten
-from jaxprune._tree._prunable import Predicate, Stacked
 from jaxprune.choose._sensitivity import Sensitivity
+from jaxprune.sites._sites import Sites
 from jaxprune.storage import _atomic
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def report(
     title: str = "Pruning report",
     sensitivity: Sensitivity | None = None,
     history: Sequence[Mapping[str, float]] | None = None,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
     uses: Mapping[str, int] | None = None,
 ) -> Summary:
     """Write one HTML page about a pruned model: what was removed where, what it costs to keep, figures and remarks.
@@ -58,6 +60,7 @@ def report(
         history: what a log hook was told while training, to be shown as a figure; see `jaxprune.plot.churn`.
         prunable: as in `make_masks`.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
         uses: as in `summarize`.
 
     Returns:
@@ -68,7 +71,7 @@ def report(
         OSError: the file cannot be written.
         ValueError: the masks do not fit the parameters; the message names the leaf.
     """
-    summary = summarize(params, masks, prunable=prunable, stacked=stacked, uses=uses)
+    summary = summarize(params, masks, prunable=prunable, stacked=stacked, sites=sites, uses=uses)
     parts = [*_overview(summary), *_layers(params, masks, summary)]
     if sensitivity is not None:
         parts += _of_sensitivity(sensitivity)
@@ -89,7 +92,7 @@ def _overview(summary: Summary) -> Iterator[str]:
 
     total, rows = summary.prunable, summary.rows
     dense, sparse, small = (
-        sum(getattr(row, name) for row in rows) for name in ("bytes_dense", "bytes_sparse", "bytes_int8")
+        sum(getattr(row, name) for row in rows) for name in ("dense_bytes", "stored_bytes", "int8_bytes")
     )
     yield (
         f"<p>{total.sparsity:.2%} of the {total.size:,} prunable weights are removed, {total.kept:,} stay "
@@ -108,7 +111,7 @@ def _overview(summary: Summary) -> Iterator[str]:
     yield _table([*heads, *(["MACs", "kept MACs"] if told else [])], body)
 
 
-def _row(row: Row, told: bool) -> tuple[str, list[str]]:
+def _row(row: LayerRow, told: bool) -> tuple[str, list[str]]:
     cells = [
         row.path,
         " x ".join(map(str, row.shape)),
@@ -118,8 +121,8 @@ def _row(row: Row, told: bool) -> tuple[str, list[str]]:
         f"{row.size:,}",
         f"{row.sparsity:.2%}" if row.prunable else "dense",
         f"{row.dead_units:,}" if row.prunable else "",
-        f"{row.bytes_sparse:,}",
-        f"{row.bytes_int8:,}",
+        f"{row.stored_bytes:,}",
+        f"{row.int8_bytes:,}",
         *([amount(row.macs), amount(row.macs_kept)] if told else []),
     ]
     return ("" if row.prunable else "dense"), cells

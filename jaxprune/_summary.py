@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._printing import Printable, as_json
-from jaxprune._selection import _moments
-from jaxprune._selection._counts import count_kept
-from jaxprune._tree._axes import output_axes
+from jaxprune._rows import Row
+from jaxprune._selection import _counts, _moments
+from jaxprune._tree._axes import Axes
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._paths import flatten, require_arrays
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
-from jaxprune.rules._layers import Layer
+from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune.sites._sites import Sites
 from jaxprune.storage._sizes import leaf_bytes
 
 if TYPE_CHECKING:
@@ -28,39 +27,21 @@ if TYPE_CHECKING:
 NEARLY_EMPTY = 0.99
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRow(Row):
     """One layer.
 
     Attributes:
-        path: with the index of the layer where it is one of a stack.
-        shape: of one layer.
-        size: how many weights it has.
-        kept: how many the mask keeps.
-        sparsity: the fraction removed.
-        threshold: the smallest magnitude kept; None where nothing is removed.
-        std: of the weights.
         prunable: whether it counts as prunable.
         dead_units: output units of which no weight is kept.
-        bytes_dense: of the array as it is.
-        bytes_sparse: of its kept values and a bitmask, as `save_sparse` stores them.
-        bytes_int8: the same with values of one byte.
+        int8_bytes: as `stored_bytes`, with values of one byte.
         macs: multiply-accumulates of one call with all weights; None where `summarize` was not told `uses`.
         macs_kept: those of the weights kept.
     """
 
-    path: str
-    shape: tuple[int, ...]
-    size: int
-    kept: int
-    sparsity: float
-    threshold: float | None
-    std: float | None
     prunable: bool
     dead_units: int
-    bytes_dense: int
-    bytes_sparse: int
-    bytes_int8: int
+    int8_bytes: int
     macs: int | None
     macs_kept: int | None
 
@@ -79,7 +60,7 @@ class Total:
 class Summary(Printable):
     """What `summarize` found; prints as a table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[LayerRow, ...]
     prunable: Total
     overall: Total
 
@@ -90,7 +71,8 @@ class Summary(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""
-        return dataclasses.asdict(self)
+        totals = {"prunable": dataclasses.asdict(self.prunable), "overall": dataclasses.asdict(self.overall)}
+        return {"rows": [row.to_dict() for row in self.rows], **totals}
 
     def to_json(self) -> str:
         """Return `to_dict` as JSON text; JSON has no infinity and no NaN, they become null."""
@@ -114,7 +96,7 @@ class Summary(Printable):
                 f"{row.kept:,}",
                 f"{row.size:,}",
                 f"{row.sparsity:.2%}" if row.prunable else "dense",
-                amount(row.bytes_sparse),
+                amount(row.stored_bytes),
                 *([amount(row.macs_kept)] if told else []),
                 style=None if row.prunable else "dim",
             )
@@ -131,13 +113,13 @@ class Summary(Printable):
                 f"{total.kept:,}",
                 f"{total.size:,}",
                 f"{total.sparsity:.2%}",
-                amount(sum(row.bytes_sparse for row in rows)),
+                amount(sum(row.stored_bytes for row in rows)),
                 *([amount(sum(row.macs_kept or 0 for row in rows))] if told else []),
             )
         return table
 
 
-def _remarks(row: Row) -> Iterator[str]:
+def _remarks(row: LayerRow) -> Iterator[str]:
     if not row.prunable or row.kept == row.size:
         return
     if row.kept <= 1:
@@ -170,8 +152,9 @@ def summarize(
     params: Any,
     masks: Any,
     *,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
     uses: Mapping[str, int] | None = None,
 ) -> Summary:
     """Summarize what the masks keep of the parameters, layer by layer and in total.
@@ -183,6 +166,7 @@ def summarize(
         masks: their masks, True = keep.
         prunable: which leaves count as prunable, as in `make_masks`.
         stacked: as in `make_masks`; each layer of a stack has a row of its own.
+        sites: as in `make_masks`.
         uses: by path, how often each weight multiplies in one call, to count multiply-accumulates: once in a dense
             layer, as often as there are output positions in a convolution; paths left out count none.
 
@@ -199,56 +183,55 @@ def summarize(
     >>> row.path, row.kept, row.sparsity, row.threshold
     ('kernel', 2, 0.5, 2.0)
     """
-    flat = flatten(params, "params")
-    require_arrays(flat)
-    stacks = stack_axes(stacked, flat)
-    chosen = choose(prunable, params, flat, stacks)
+    tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
     rows = [
         row
-        for path, leaf, mask, fits, stack in zip(
-            flat.paths, flat.leaves, align_masks(masks, flat), chosen, stacks, strict=True
+        for path, leaf, mask, fits, axes in zip(
+            tree.paths, tree.leaves, align_masks(masks, tree), tree.prunable, tree.axes, strict=True
         )
-        for row in _rows(path, jnp.asarray(leaf), mask, fits, stack, None if uses is None else uses.get(path, 0))
+        for row in _rows(path, jnp.asarray(leaf), mask, fits, axes, None if uses is None else uses.get(path, 0))
     ]
     return Summary(tuple(rows), _total(row for row in rows if row.prunable), _total(rows))
 
 
-def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, stack: int, uses: int | None) -> Iterator[Row]:
-    shape = leaf.shape[stack:]
-    axes = tuple(range(stack, leaf.ndim))
+def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, roles: Axes, uses: int | None) -> Iterator[LayerRow]:
+    axes = tuple(axis for axis in range(leaf.ndim) if axis not in roles.stack)
+    shape, layers = tuple(leaf.shape[axis] for axis in axes), tuple(leaf.shape[axis] for axis in roles.stack)
     floating = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
-    counts = np.full(leaf.shape[:stack], math.prod(shape), np.int64) if mask is None else count_kept(mask, axes)
+    counts = np.full(layers, math.prod(shape), np.int64) if mask is None else _counted(mask, axes)
     if floating:
         mask = jnp.ones_like(leaf, dtype=bool) if mask is None else mask
         cuts, stds = _measure(leaf, mask, axes=axes)
-    dead = _dead_units(Layer(path, path, leaf, True, stack), mask) if prunable and floating else np.int64(0)
-    dead = np.broadcast_to(dead, leaf.shape[:stack])
-    for index in np.ndindex(leaf.shape[:stack]):
+    dead = _dead_units(mask, axes, roles) if prunable and floating else np.int64(0)
+    dead = np.broadcast_to(dead, layers)
+    for index in np.ndindex(layers):
         size, kept = math.prod(shape), int(counts[index])
-        yield Row(
+        yield LayerRow(
             path=path + "".join(f"[{i}]" for i in index),
             shape=shape,
             size=size,
             kept=kept,
-            sparsity=1 - kept / size if size else 0.0,
             threshold=float(cuts[index]) if floating and kept < size else None,
             std=float(stds[index]) if floating else None,
             prunable=prunable,
             dead_units=int(dead[index]),
-            bytes_dense=size * leaf.dtype.itemsize,
-            bytes_sparse=leaf_bytes(shape, leaf.dtype.itemsize, kept),
-            bytes_int8=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating else None),
+            dense_bytes=size * leaf.dtype.itemsize,
+            stored_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept),
+            int8_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating else None),
             macs=None if uses is None else uses * size,
             macs_kept=None if uses is None else uses * kept,
         )
 
 
-def _dead_units(layer: Layer, mask: Any) -> np.ndarray:
-    """Count for each layer of a stack the output units of which nothing is kept."""
-    units = output_axes(layer) if len(layer.axes) > 1 else layer.axes
-    inputs = tuple(axis for axis in layer.axes if axis not in units)
-    alive = jnp.any(mask, inputs)
-    return count_kept(~alive, range(layer.stack, alive.ndim))
+def _counted(mask: Any, axes: tuple[int, ...]) -> np.ndarray:
+    return _counts.to_numpy(_counts.count_true(jnp.asarray(mask), axes))
+
+
+def _dead_units(mask: Any, axes: tuple[int, ...], roles: Axes) -> np.ndarray:
+    """Count for each layer the output units of which nothing is kept."""
+    units = axes if roles.outputs is None else roles.outputs
+    alive = jnp.any(mask, tuple(axis for axis in axes if axis not in units), keepdims=True)
+    return _counted(~alive, axes)
 
 
 @functools.partial(jax.jit, static_argnames="axes")

@@ -1,5 +1,6 @@
 """Mask algebra: masks of the same parameters combined, compared, packed to bits, read off and checked."""
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable
@@ -12,12 +13,12 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxprune._masks import make_masks
 from jaxprune._selection import _counts
-from jaxprune._selection._counts import count_kept
 from jaxprune._tree._leaves import is_floating, is_nothing
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._paths import Flat, align, flatten, require_arrays
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._paths import Tree, flatten, read_arrays
 from jaxprune._tree._sharding import sharded_as
+from jaxprune.sites._sites import Sites
 
 
 def intersect(a: Any, b: Any) -> Any:
@@ -80,7 +81,7 @@ def invert(masks: Any) -> Any:
     [False, True]
     """
     flat = _read(masks, "masks")
-    return flat.treedef.unflatten([~mask for mask in _arrays(flat, "inverted")])
+    return flat.build([~mask for mask in _arrays(flat, "inverted")])
 
 
 def overlap(a: Any, b: Any) -> jax.Array:
@@ -122,14 +123,14 @@ def overlap(a: Any, b: Any) -> jax.Array:
 
 def _combine(operation: Callable[[jax.Array, jax.Array], jax.Array], a: Any, b: Any) -> Any:
     flat, pairs = _pairs(a, b)
-    return flat.treedef.unflatten([None if x is None else operation(x, y) for x, y in pairs])
+    return flat.build([None if x is None else operation(x, y) for x, y in pairs])
 
 
-def _pairs(a: Any, b: Any) -> tuple[Flat, list[tuple[Any, Any]]]:
+def _pairs(a: Any, b: Any) -> tuple[Tree, list[tuple[Any, Any]]]:
     """Pair the leaves of two trees of masks as arrays; (None, None) where both keep the leaf whole."""
     flat = _read(a, "a")
     pairs = []
-    for name, x, y in zip(flat.names, flat.leaves, align(_read(b, "b"), flat, "b", "a"), strict=True):
+    for name, x, y in zip(flat.names, flat.leaves, flat.aligned(_read(b, "b")), strict=True):
         if x is not None and y is not None and x.shape != y.shape:
             raise ValueError(f"{name} has shape {x.shape}, but b has {y.shape} there; combine masks of the same tree.")
         if x is None and y is not None:
@@ -140,7 +141,7 @@ def _pairs(a: Any, b: Any) -> tuple[Flat, list[tuple[Any, Any]]]:
     return flat, pairs
 
 
-def _read(masks: Any, what: str) -> Flat:
+def _read(masks: Any, what: str) -> Tree:
     """Flatten a tree of masks, each a boolean array or None."""
     flat = flatten(masks, what, is_leaf=is_nothing)
     leaves = []
@@ -149,10 +150,10 @@ def _read(masks: Any, what: str) -> Flat:
             found = f"{getattr(mask, 'dtype', type(mask).__name__)}{list(np.shape(mask))}"
             raise ValueError(f"{name} is {found}, not a boolean mask (True = keep).")
         leaves.append(None if is_nothing(mask) else jnp.asarray(mask))
-    return flat._replace(leaves=leaves)
+    return dataclasses.replace(flat, leaves=leaves)
 
 
-def _arrays(flat: Flat, verb: str) -> list[jax.Array]:
+def _arrays(flat: Tree, verb: str) -> list[jax.Array]:
     for name, mask in zip(flat.names, flat.leaves, strict=True):
         if mask is None:
             raise ValueError(f"{name} is None, which has no shape and cannot be {verb}. Give a boolean array.")
@@ -180,7 +181,7 @@ def pack(masks: Any) -> Any:
     [9]
     """
     flat = _read(masks, "masks")
-    return flat.treedef.unflatten([_pack_leaf(mask) for mask in _arrays(flat, "packed")])
+    return flat.build([_pack_leaf(mask) for mask in _arrays(flat, "packed")])
 
 
 @jax.jit
@@ -211,7 +212,7 @@ def unpack(packed: Any, like: Any) -> Any:
     [[True, False, False], [True, False, False]]
     """
     flat = flatten(like, "like")
-    given = align(flatten(packed, "packed"), flat, "packed", "like")
+    given = flat.aligned(flatten(packed, "packed"))
     leaves = []
     for name, bits, leaf in zip(flat.names, given, flat.leaves, strict=True):
         size = -(-math.prod(np.shape(leaf)) // 8)
@@ -219,7 +220,7 @@ def unpack(packed: Any, like: Any) -> Any:
             found = f"{getattr(bits, 'dtype', type(bits).__name__)}{list(np.shape(bits))}"
             raise ValueError(f"packed has for {name} {found}; its shape {list(np.shape(leaf))} takes uint8[{size}].")
         leaves.append(_unpack_leaf(bits, leaf))
-    return flat.treedef.unflatten(leaves)
+    return flat.build(leaves)
 
 
 def _unpack_leaf(bits: Any, leaf: Any) -> jax.Array:
@@ -229,7 +230,7 @@ def _unpack_leaf(bits: Any, leaf: Any) -> jax.Array:
     return sharded_as(mask, leaf) if isinstance(leaf, jax.Array) else mask
 
 
-def masks_of(params: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None) -> Any:
+def masks_of(params: Any, *, prunable: Prunable = None, stacked: Stacked = None, sites: Sites | None = None) -> Any:
     """Read masks off parameters that have been pruned: what is zero now is removed.
 
     Leaves that are not prunable are kept whole. A weight that is zero by chance counts as pruned, and a layer of zeros
@@ -239,6 +240,7 @@ def masks_of(params: Any, *, prunable: Predicate | Any = None, stacked: Stacked 
         params: a pytree of arrays. May be traced.
         prunable: which leaves are read, as in `make_masks`.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         Masks of the treedef of `params`, True = keep.
@@ -252,7 +254,7 @@ def masks_of(params: Any, *, prunable: Predicate | Any = None, stacked: Stacked 
     >>> masks["kernel"].tolist(), masks["bias"].tolist()
     ([[False, True]], [True, True])
     """
-    return make_masks(params, 1.0, rule=_nonzero, prunable=prunable, stacked=stacked)
+    return make_masks(params, 1.0, rule=_nonzero, prunable=prunable, stacked=stacked, sites=sites)
 
 
 def _nonzero(scores: Any, k: Any) -> Any:
@@ -260,7 +262,7 @@ def _nonzero(scores: Any, k: Any) -> Any:
     return jax.tree.map(lambda score: score != 0, scores)
 
 
-def validate(params: Any, masks: Any) -> None:
+def require_pruned(params: Any, masks: Any) -> None:
     """Raise an error unless the masks fit the parameters and every pruned weight is exactly zero.
 
     For a test or a check before export: it reads every weight, so it cannot run under ``jit``. Leaves that are not
@@ -277,19 +279,18 @@ def validate(params: Any, masks: Any) -> None:
 
     >>> import jax.numpy as jnp
     >>> masks = {"kernel": jnp.array([[True, False]])}
-    >>> validate({"kernel": jnp.array([[2.0, 0.0]])}, masks)
-    >>> validate({"kernel": jnp.array([[2.0, 0.5]])}, masks)
+    >>> require_pruned({"kernel": jnp.array([[2.0, 0.0]])}, masks)
+    >>> require_pruned({"kernel": jnp.array([[2.0, 0.5]])}, masks)
     Traceback (most recent call last):
         ...
     ValueError: params['kernel'] has 1 pruned weight(s) of 1 that are not zero; the largest is 0.5. ...
     """
-    flat = flatten(params, "params")
-    require_arrays(flat)
+    flat = read_arrays(params, "params")
     for name, leaf, mask in zip(flat.names, flat.leaves, align_masks(masks, flat), strict=True):
         if mask is None or not is_floating(leaf):
             continue
         if isinstance(leaf, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
-            raise ValueError(f"validate reads the values of {name}, which are traced; call it outside jit.")
+            raise ValueError(f"require_pruned reads the values of {name}, which are traced; call it outside jit.")
         wrong, removed, largest = _unpruned(leaf, mask)
         if wrong:
             raise ValueError(
@@ -307,17 +308,18 @@ def _unpruned(leaf: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, j
     return hits, pruned, largest
 
 
-def kept_weights(masks: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None) -> int:
+def count_kept(masks: Any, *, prunable: Prunable = None, stacked: Stacked = None, sites: Sites | None = None) -> int:
     """Count the weights that the masks keep of the prunable leaves, exactly.
 
     Args:
         masks: a tree of boolean masks, True = keep.
         prunable: which leaves count, as in `make_masks`.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
 
-    >>> kept_weights({"kernel": jnp.array([[True, False]]), "bias": jnp.ones(2, bool)})
+    >>> count_kept({"kernel": jnp.array([[True, False]]), "bias": jnp.ones(2, bool)})
     1
     """
-    flat = flatten(masks, "masks")
-    chosen = choose(prunable, masks, flat, stack_axes(stacked, flat), eligible=lambda leaf: True)
-    return sum(int(count_kept(leaf)) for leaf, fits in zip(flat.leaves, chosen, strict=True) if fits)
+    tree = read_params(masks, what="masks", prunable=prunable, stacked=stacked, sites=sites, eligible=lambda leaf: True)
+    chosen = [leaf for leaf, fits in zip(tree.leaves, tree.prunable, strict=True) if fits]
+    return sum(int(_counts.to_numpy(_counts.count_true(leaf, tuple(range(leaf.ndim))))) for leaf in chosen)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune
-from jaxprune.algebra import intersect, invert, masks_of, overlap, pack, union, unpack, validate
+from jaxprune.algebra import intersect, invert, masks_of, overlap, pack, require_pruned, union, unpack
 
 A = {"dense": {"kernel": jnp.array([[True, True], [False, False]]), "bias": jnp.ones(2, bool)}, "head": jnp.array(True)}
 B = {"dense": {"kernel": jnp.array([[True, False], [True, False]]), "bias": jnp.ones(2, bool)}, "head": jnp.array(True)}
@@ -135,7 +135,7 @@ def test_the_algebra_of_sharded_masks_keeps_their_sharding(kind):
         assert found.sharding.is_equivalent_to(sharded.sharding, 2)
     np.testing.assert_array_equal(pack([sharded])[0], np.packbits(mask, bitorder="little"))
     assert float(overlap([sharded], [sharded])) == 1.0
-    validate([jnp.where(sharded, 1.0, 0.0)], [sharded])
+    require_pruned([jnp.where(sharded, 1.0, 0.0)], [sharded])
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_masks_of_applied_masks_are_the_masks():
     masks = jaxprune.make_masks(params, 0.8, rule=jaxprune.rules.layer_sparsity)
     pruned = jaxprune.apply_masks(params, masks)
     np.testing.assert_array_equal(masks_of(pruned)["kernel"], masks["kernel"])
-    validate(pruned, masks)
+    require_pruned(pruned, masks)
 
 
 KERNEL = {"kernel": jnp.array([[1.0, 2.0], [0.0, -0.0]])}
@@ -192,11 +192,11 @@ MASK = np.array([[True, True], [False, False]])
 )
 def test_validate_names_the_leaf_that_does_not_fit(params, mask, message):
     with pytest.raises(ValueError, match=message):
-        validate(params, mask)
+        require_pruned(params, mask)
 
 
 def test_validate_accepts_what_fits():
-    validate(KERNEL, {"kernel": MASK})
-    validate(KERNEL | {"steps": jnp.ones(2, jnp.int32)}, {"kernel": MASK, "steps": None})
-    with pytest.raises(ValueError, match=r"validate reads the values of params\['kernel'\].*outside jit"):
-        jax.jit(lambda params: validate(params, {"kernel": MASK}))(KERNEL)
+    require_pruned(KERNEL, {"kernel": MASK})
+    require_pruned(KERNEL | {"steps": jnp.ones(2, jnp.int32)}, {"kernel": MASK, "steps": None})
+    with pytest.raises(ValueError, match=r"require_pruned reads the values of params\['kernel'\].*outside jit"):
+        jax.jit(lambda params: require_pruned(params, {"kernel": MASK}))(KERNEL)

@@ -120,11 +120,15 @@ def test_a_tree_of_bools_that_does_not_fit(prunable: object) -> None:
         make_masks(PARAMS, 1.0, prunable=prunable)
 
 
-@pytest.mark.parametrize("prunable", ["kernel", {"a": "no", "b": True}, MASKS, 1.0])
+@pytest.mark.parametrize("prunable", [{"a": "no", "b": True}, MASKS, 1.0])
 def test_prunable_is_neither_predicate_nor_bools(prunable: object) -> None:
-    """A name is no predicate: it must not select everything because a string is true."""
     with pytest.raises(TypeError, match="prunable"):
         make_masks(PARAMS, 1.0, prunable=prunable)
+
+
+def test_a_pattern_that_fits_nothing() -> None:
+    with pytest.raises(ValueError, match=r"prunable='kernels' matches no path. Paths look like"):
+        make_masks(PARAMS, 1.0, prunable="kernels")
 
 
 @pytest.mark.parametrize(

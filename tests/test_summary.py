@@ -77,10 +77,10 @@ def test_the_table_shows_every_layer_and_both_totals() -> None:
 
 def test_bytes_and_multiply_accumulates_by_hand() -> None:
     bias, conv, dense = summarize(PARAMS, MASKS, uses={"conv/kernel": 25, "dense/kernel": 1}).rows
-    assert (bias.bytes_dense, bias.bytes_sparse, bias.bytes_int8) == (8, 8, 8)
+    assert (bias.dense_bytes, bias.stored_bytes, bias.int8_bytes) == (8, 8, 8)
     # 3 floats, 2 rows of one byte, 2 row offsets, 4 numbers of the shape; or 3 bytes and 2 scales instead of the floats
-    assert (conv.bytes_dense, conv.bytes_sparse, conv.bytes_int8) == (16, 12 + 2 + 16 + 32, 3 + 8 + 2 + 16 + 32)
-    assert (dense.bytes_dense, dense.bytes_sparse, dense.bytes_int8) == (16, 8 + 1 + 8 + 16, 2 + 16 + 1 + 8 + 16)
+    assert (conv.dense_bytes, conv.stored_bytes, conv.int8_bytes) == (16, 12 + 2 + 16 + 32, 3 + 8 + 2 + 16 + 32)
+    assert (dense.dense_bytes, dense.stored_bytes, dense.int8_bytes) == (16, 8 + 1 + 8 + 16, 2 + 16 + 1 + 8 + 16)
     assert [(row.macs, row.macs_kept) for row in (bias, conv, dense)] == [(0, 0), (100, 75), (4, 2)]
     assert [row.dead_units for row in (bias, conv, dense)] == [0, 0, 2]
     assert "MACs" in str(summarize(PARAMS, MASKS, uses={"dense/kernel": 1}))

@@ -17,16 +17,13 @@ from rich.table import Table
 from jaxprune import rules
 from jaxprune._printing import as_json
 from jaxprune._tree._prunable import Predicate, is_kernel
-from jaxprune.rules._rule import Rule
 from jaxprune.storage import _files
 from jaxprune.storage._checkpoint import Checkpoint, Plan
 from jaxprune.storage._overview import diff_files, summarize_file
 
-# The rules that take nothing but k, and n_m.
-RULES = (
-    "std_threshold", "mean_threshold", "max_threshold", "absolute_threshold", "layer_sparsity", "row_sparsity",
-    "global_sparsity", "erk_sparsity", "n_m",
-)  # fmt: skip
+# What each rule's k is; one that is made by its m takes --m as well.
+RULES = {name: rule.strength for name, rule in vars(rules).items() if isinstance(rule, rules.Rule)}
+RULES["n_m"] = "how many of every --m weights are kept"
 
 _WIDTH = 120  # of tables in a file or a pipe, which have no width of their own
 
@@ -130,7 +127,7 @@ def _write(
 def _figures(options: argparse.Namespace, planned: Plan, size: int | None, prunable: set[str]) -> dict[str, Any]:
     """Gather what was written, or would be; the bytes of a dry run are those of the tensors, before zstd."""
     rows = planned.rows
-    counted = [row for row in rows if row.name in prunable and row.kept <= row.size]
+    counted = [row for row in rows if row.path in prunable and row.kept <= row.size]
     weights, kept = sum(row.size for row in rows), sum(row.kept for row in rows)
     pruned_size, pruned_kept = sum(row.size for row in counted), sum(row.kept for row in counted)
     stored = sum(row.stored_bytes for row in rows) if size is None else size
@@ -142,7 +139,7 @@ def _figures(options: argparse.Namespace, planned: Plan, size: int | None, pruna
         "compression": sum(row.dense_bytes for row in rows) / max(stored, 1),
         "sparsity": 1 - kept / weights if weights else 0.0,
         "prunable_sparsity": 1 - pruned_kept / pruned_size if pruned_size else 0.0,
-        "tensors": [dataclasses.asdict(row) for row in rows],
+        "tensors": [row.to_dict() for row in rows],
     }
 
 
@@ -155,7 +152,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
         share = f"{1 - row['kept'] / row['size']:.2%}" if row["kept"] < row["size"] else ""
         error = f"{row['relative_error']:.2%}" if row["relative_error"] else ""
         shape = " x ".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, f"{row['kept']:,}", share, f"{row['stored_bytes']:,}", error)
+        table.add_row(row["path"], shape, f"{row['kept']:,}", share, f"{row['stored_bytes']:,}", error)
     _console().print(table)
     verb = "wrote" if figures["written"] else "would write, before compression,"
     print(
@@ -164,7 +161,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
     )
 
 
-def _rule_of(options: argparse.Namespace) -> Rule:
+def _rule_of(options: argparse.Namespace) -> rules.Rule:
     if (options.rule == "n_m") != (options.m is not None):
         raise ValueError("--m says how many weights make a group of --rule n_m; give both or neither.")
     return rules.n_m(options.m) if options.rule == "n_m" else getattr(rules, options.rule)

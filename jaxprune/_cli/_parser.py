@@ -19,11 +19,7 @@ No model class is needed, and one tensor at a time is in memory. Tables go to th
 the standard error. Exit codes: 0, 1 for models that differ (diff), 2 for what cannot be done.
 """
 
-_RULES = """
-Rules, and what k is: std_threshold, mean_threshold, max_threshold (times that statistic of the tensor),
-absolute_threshold (the threshold), layer_sparsity, row_sparsity, global_sparsity, erk_sparsity (the fraction removed),
-n_m (weights kept of every --m).
-"""
+_RULES = "Rules, and what k is:\n" + "\n".join(f"  {name}: {strength}" for name, strength in actions.RULES.items())
 
 
 class _Parser(argparse.ArgumentParser):

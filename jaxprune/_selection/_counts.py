@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -227,13 +227,10 @@ def _trailing_zeros(word: jax.Array) -> jax.Array:
     return lax.population_count(~word & (word - 1))
 
 
-def count_kept(mask: Any, axes: Sequence[int] | None = None) -> np.ndarray:
-    """Count True exactly along `axes` (all when None), int64: modulo 2**32, with a float to tell how often that wrapped.
+def to_numpy(a: Count) -> np.ndarray:
+    """The numbers as int64 of NumPy; not under jit.
 
-    >>> count_kept(jnp.array([[True, False], [True, True]]), (1,)).tolist()
+    >>> to_numpy(count_true(jnp.array([[True, False], [True, True]]), (1,))).tolist()
     [1, 2]
     """
-    along = None if axes is None else tuple(axes)
-    low = np.asarray(jnp.sum(mask, along, dtype=jnp.uint32), np.int64)
-    near = np.asarray(jnp.sum(mask, along, dtype=jnp.float32), np.float64)
-    return low + 2**32 * np.round((near - low) / 2**32).astype(np.int64)
+    return (np.asarray(a.high).astype(np.int64) << _WORD) + np.asarray(a.low).astype(np.int64)

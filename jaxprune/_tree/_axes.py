@@ -1,44 +1,39 @@
-"""Which axes of a kernel are its inputs and which its outputs, by the conventions of each framework."""
+"""Which axes of a leaf count layers, which number its inputs and which its outputs."""
 
-from jaxprune.rules._layers import Layer
+from typing import NamedTuple
 
 _ATTENTION_INPUTS = ("query", "key", "value")
 
 
-def input_axis(layer: Layer) -> int:
-    """The axis along which a unit's inputs lie: the contraction of a dense layer, the input channels of a convolution.
+class Axes(NamedTuple):
+    """The roles of a leaf's axes, counted from its first axis on.
+
+    Attributes:
+        stack: the axes that count layers, rising.
+        inputs: the axis along which neighbouring inputs of a unit lie: of a dense layer the contraction, of a convolution the
+            input channels; None where they do not lie along one axis.
+        outputs: the axes that number the output units, rising; None where that is not known.
+        why: why `inputs` or `outputs` is None, the end of a sentence that begins with the leaf.
+    """
+
+    stack: tuple[int, ...]
+    inputs: int | None
+    outputs: tuple[int, ...] | None
+    why: str = ""
+
+
+def conventional(path: str, shape: tuple[int, ...], stack: tuple[int, ...] = ()) -> Axes:
+    """Go by the conventions of frameworks: a leaf's name, its module's, and how many axes it has.
 
     Flax and Haiku keep kernels as ``(..., in, out)``, attention projections as ``(in, heads, head_dim)``; Equinox, as
     PyTorch, calls them ``weight`` and keeps ``(out, in, ...)``.
     """
-    if _out_first(layer):
-        return layer.stack + 1
-    return layer.stack if _projects_to_heads(layer) else layer.values.ndim - 2
-
-
-def output_axes(layer: Layer) -> tuple[int, ...]:
-    """The axes that number a layer's output units; all others are inputs of one unit."""
-    if _out_first(layer):
-        return (layer.stack,)
-    ndim = layer.values.ndim
-    return (ndim - 2, ndim - 1) if _projects_to_heads(layer) else (ndim - 1,)
-
-
-def _out_first(layer: Layer) -> bool:
-    return layer.path.rpartition("/")[2].startswith("weight")
-
-
-def _projects_to_heads(layer: Layer) -> bool:
-    *_, module, _ = ["", "", *layer.path.split("/")]
-    return module in _ATTENTION_INPUTS and len(layer.axes) == 3
-
-
-def resolve_axis(axis: int, layer: Layer, rule: str) -> int:
-    """Turn an axis of one layer into an axis of the leaf, behind its stack; raise when there is none."""
-    ndim = len(layer.axes)
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"{rule} was given axis {axis}, but {layer.name} has shape {layer.values.shape[layer.stack :]}. "
-            "Choose another axis, or leave this parameter dense with prunable=..."
-        )
-    return layer.stack + axis % ndim
+    own = [axis for axis in range(len(shape)) if axis not in stack]
+    if len(own) < 2:
+        return Axes(stack, None, tuple(own), f"has shape {shape}, which has no axis of inputs")
+    *_, module, name = ["", *path.split("/")]
+    if name.startswith("weight"):
+        return Axes(stack, own[1], (own[0],))
+    if module in _ATTENTION_INPUTS and len(own) == 3:
+        return Axes(stack, own[0], (own[1], own[2]))
+    return Axes(stack, own[-2], (own[-1],))

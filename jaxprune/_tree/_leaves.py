@@ -27,3 +27,14 @@ def is_known(array: jax.Array | float) -> bool:
     if isinstance(array, jax.core.Tracer):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+
+
+def is_function(x: Any) -> bool:
+    """Whether something is called rather than read: a function, not a tree whose class has a method ``__call__``.
+
+    An Equinox model is callable, and so are its masks; a tree whose leaves are arrays, numbers or bools is data.
+    """
+    if not callable(x) or isinstance(x, jax.tree_util.Partial):
+        return callable(x)
+    leaves = jax.tree.leaves(x)
+    return not leaves or not all(map(is_array, leaves))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._leaves import is_floating, is_nothing
-from jaxprune._tree._paths import Flat, align, flatten
+from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._sharding import sharded_as
 
 
@@ -22,19 +22,20 @@ def all_true(leaf: Any) -> jax.Array:
 
 
 def check_mask(mask: Any, what: str, leaf: Any) -> None:
+    """Raise a ValueError unless a mask is bool and of its leaf's shape; `what` begins the message."""
     dtype, shape = getattr(mask, "dtype", type(mask).__name__), np.shape(mask)
     if dtype != np.bool_ or shape != np.shape(leaf):
         raise ValueError(f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.")
 
 
-def align_masks(masks: Any, flat: Flat) -> list[Any]:
-    """Return for each leaf of `flat` its mask (None keeps the leaf whole), checked for dtype and shape."""
-    return check_masks(align(flatten(masks, "masks", is_leaf=is_nothing), flat, "masks", "params"), flat)
+def align_masks(masks: Any, tree: Tree) -> list[Any]:
+    """Return for each leaf of `tree` its mask (None keeps the leaf whole), checked for dtype and shape."""
+    return check_masks(tree.aligned(flatten(masks, "masks", is_leaf=is_nothing)), tree)
 
 
-def check_masks(masks: Sequence[Any], flat: Flat) -> list[Any]:
-    """Check the masks of the leaves of `flat` for dtype and shape; None stands for one that keeps its leaf whole."""
-    for mask, name, leaf in zip(masks, flat.names, flat.leaves, strict=True):
+def check_masks(masks: Sequence[Any], tree: Tree) -> list[Any]:
+    """Check the masks of the leaves of `tree` for dtype and shape; None stands for one that keeps its leaf whole."""
+    for mask, name, leaf in zip(masks, tree.names, tree.leaves, strict=True):
         if not is_nothing(mask):
             check_mask(mask, f"masks has for {name} an array", leaf)
     return [None if is_nothing(mask) else mask for mask in masks]

@@ -1,9 +1,12 @@
-"""Leaves of any pytree by their normalised paths, so that trees of different classes can be aligned."""
+"""A pytree read once: its leaves by normalised paths, so that trees of different classes can be aligned."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.tree_util import GetAttrKey, keystr
 
 from jaxprune._tree._leaves import is_array, is_nothing
@@ -11,13 +14,97 @@ from jaxprune._tree._leaves import is_array, is_nothing
 KeyPath = tuple[Any, ...]
 
 
-class Flat(NamedTuple):
-    """A flattened tree: for each leaf its normalised path, its name for messages, and the leaf."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tree:
+    """A flattened tree.
 
+    Attributes:
+        what: what messages call it: ``params``, ``masks``.
+        paths: of each leaf, normalised: ``block/dense/kernel``.
+        names: of each leaf, for messages: ``params['block']['dense']['kernel']``.
+        leaves: the leaves.
+        treedef: the structure.
+    """
+
+    what: str
     paths: list[str]
     names: list[str]
     leaves: list[Any]
     treedef: jax.tree_util.PyTreeDef
+
+    @functools.cached_property
+    def by_path(self) -> dict[str, Any]:
+        """The leaves by their paths."""
+        return dict(zip(self.paths, self.leaves, strict=True))
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the leaves by their paths."""
+        return {path: np.shape(leaf) for path, leaf in zip(self.paths, self.leaves, strict=True)}
+
+    def named(self) -> list[tuple[str, Any]]:
+        """Each leaf behind its name for messages."""
+        return list(zip(self.names, self.leaves, strict=True))
+
+    def build(self, leaves: Sequence[Any]) -> Any:
+        """Make a tree of this structure."""
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def aligned(self, other: "Tree") -> list[Any]:
+        """Return the leaves of `other` in the order of this tree; a path that only one of them has is an error.
+
+        Only an entry of `other` that is None (or optax's empty MaskedNode) need have no leaf here.
+        """
+        known = set(self.paths)
+        for path, name in zip(self.paths, self.names, strict=True):
+            if path not in other.by_path:
+                raise ValueError(
+                    f"{other.what} has no entry for {name}. Make {other.what} from the same tree as {self.what}."
+                )
+        for path, name, leaf in zip(other.paths, other.names, other.leaves, strict=True):
+            if path not in known and not is_nothing(leaf):
+                raise ValueError(f"{name} has no counterpart in {self.what}. Make {other.what} from the same tree.")
+        return [other.by_path[path] for path in self.paths]
+
+    def spread(self, prefix: Any, what: str) -> list[Any]:
+        """Give each leaf the entry of the tree `prefix`, called `what`, that stands at it or above it, or None."""
+        return spread(prefix, self.paths, what)
+
+    def owner_of(self, path: str) -> str | None:
+        """Return the path here with which `path` ends, the longest one: of the moments of an optimizer, the parameter."""
+        return owner(path, self.by_path)
+
+    def require_arrays(self) -> None:
+        """Raise a TypeError that names the first leaf which is no array."""
+        for name, leaf in self.named():
+            if not is_array(leaf):
+                raise TypeError(
+                    f"{name} is a {type(leaf).__name__}, not an array. Pass arrays only, for example "
+                    "eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)."
+                )
+
+    def require_shapes(self, shapes: Mapping[str, tuple[int, ...]], source: str, remedy: str) -> None:
+        """Raise a ValueError where a leaf of these paths is missing here, or has another shape.
+
+        Args:
+            shapes: what is expected, by path.
+            source: where the shapes come from, for the message: ``the plan``.
+            remedy: what to do, a sentence.
+        """
+        for path, shape in shapes.items():
+            if path not in self.shapes:
+                known = ", ".join(self.paths[:4]) + (", ..." if len(self.paths) > 4 else "")
+                raise ValueError(f"{source} has {path}, which {self.what} lacks; it has {known or 'nothing'}. {remedy}")
+            if self.shapes[path] != tuple(shape):
+                raise ValueError(
+                    f"{path} has shape {self.shapes[path]} in {self.what}, but {tuple(shape)} in {source}. {remedy}"
+                )
+
+
+def owner(path: str, known: Mapping[str, Any]) -> str | None:
+    """Return the longest of the known paths with which a path ends."""
+    parts = path.split("/")
+    return next((end for end in ("/".join(parts[i:]) for i in range(len(parts) + 1)) if end in known), None)
 
 
 def normalise(path: KeyPath) -> str:
@@ -32,35 +119,26 @@ def normalise(path: KeyPath) -> str:
     return "/".join(parts)
 
 
-def flatten(tree: Any, what: str, is_leaf: Callable[[Any], bool] | None = None) -> Flat:
-    """Flatten `tree`; `what` is what messages call it (``params``, ``masks``)."""
+def flatten(tree: Any, what: str, is_leaf: Callable[[Any], bool] | None = None) -> Tree:
+    """Read a tree; `what` is what messages call it (``params``, ``masks``)."""
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     paths = [normalise(path) for path, _ in entries]
     names = [what + keystr(path) for path, _ in entries]
     if len(set(paths)) < len(paths):
         twice = next(name for name, path in zip(names, paths, strict=True) if paths.count(path) > 1)
         raise ValueError(f"{twice} has the same path as another leaf of {what}; rename one of the two.")
-    return Flat(paths, names, [leaf for _, leaf in entries], treedef)
+    return Tree(what, paths, names, [leaf for _, leaf in entries], treedef)
 
 
-def align(flat: Flat, like: Flat, what: str, like_what: str) -> list[Any]:
-    """Return the leaves of `flat` in the order of `like`; a path that only one of them has is an error.
-
-    Only an entry of `flat` that is None (or optax's empty MaskedNode) need have no leaf: `like` may have None there.
-    """
-    by_path = dict(zip(flat.paths, flat.leaves, strict=True))
-    known = set(like.paths)
-    for path, name in zip(like.paths, like.names, strict=True):
-        if path not in by_path:
-            raise ValueError(f"{what} has no entry for {name}. Make {what} from the same tree as {like_what}.")
-    for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
-        if path not in known and not is_nothing(leaf):
-            raise ValueError(f"{name} has no counterpart in {like_what}. Make {what} from the same tree.")
-    return [by_path[path] for path in like.paths]
+def read_arrays(tree: Any, what: str) -> Tree:
+    """Read a tree, all leaves of which are to be arrays; raise a TypeError that names the first one which is none."""
+    found = flatten(tree, what)
+    found.require_arrays()
+    return found
 
 
 def spread(prefix: Any, paths: Sequence[str], what: str) -> list[Any]:
-    """Give each path the entry of the tree `prefix` that stands at it or above it, or None."""
+    """Give each path the entry of the tree `prefix`, called `what`, that stands at it or above it, or None."""
     found: list[Any] = [None] * len(paths)
     entries = flatten(prefix, what)
     for path, name, entry in zip(entries.paths, entries.names, entries.leaves, strict=True):
@@ -72,11 +150,16 @@ def spread(prefix: Any, paths: Sequence[str], what: str) -> list[Any]:
     return found
 
 
-def require_arrays(flat: Flat) -> None:
-    """Raise a TypeError that names the first leaf which is no array."""
-    for name, leaf in zip(flat.names, flat.leaves, strict=True):
-        if not is_array(leaf):
-            raise TypeError(
-                f"{name} is a {type(leaf).__name__}, not an array. Pass arrays only, for example "
-                "eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)."
-            )
+def as_prefix(entries: Mapping[str, Any]) -> Any:
+    """Return nested dicts with an entry at each path: a tree prefix of any parameters that have these paths.
+
+    >>> as_prefix({"a/kernel": 0.5, "a/bias": 0.0})
+    {'a': {'kernel': 0.5, 'bias': 0.0}}
+    """
+    if list(entries) == [""]:
+        return entries[""]
+    prefix: dict[str, Any] = {}
+    for path, entry in entries.items():
+        *modules, leaf = path.split("/")
+        functools.reduce(lambda within, key: within.setdefault(key, {}), modules, prefix)[leaf] = entry
+    return prefix

@@ -1,18 +1,15 @@
-"""Which leaves are pruned, and which of them are stacks of layers."""
+"""Which leaves are pruned, by name and shape."""
 
 import re
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxprune._tree._leaves import is_floating
-from jaxprune._tree._paths import Flat, KeyPath, spread
+from jaxprune._tree._paths import KeyPath
 
 Predicate = Callable[[str, Any], bool]
-Stacked = str | Sequence[str] | Callable[[str, Any], int]
 
 # A leaf of one of these names multiplies inputs in Flax and Haiku, whatever the module around it is called.
 _KERNEL = re.compile(r"kernel|w|w_?\d+|w_[a-z]+")
@@ -80,85 +77,7 @@ def _owner(params: Any, path: KeyPath) -> str:
     return type(owner).__name__
 
 
-def _in_table_or_norm(params: Any) -> list[bool]:
+def in_tables_or_norms(params: Any) -> list[bool]:
+    """Say for each leaf whether the class that holds it is an embedding or a norm."""
     owners = [_owner(params, path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     return [bool(_EMBEDDING.intersection(_words(owner))) or "Norm" in owner for owner in owners]
-
-
-def stack_axes(stacked: Stacked | None, flat: Flat) -> list[int]:
-    """Return for each leaf how many leading axes count layers; raise when `stacked` matches nothing."""
-    if stacked is None:
-        return [0] * len(flat.paths)
-    if callable(stacked):
-        counts = [int(stacked(path, leaf)) for path, leaf in zip(flat.paths, flat.leaves, strict=True)]
-        asked = "the predicate"
-    else:
-        patterns = [stacked] if isinstance(stacked, str) else list(stacked)
-        for pattern in patterns:
-            if not any(_names(pattern, path) for path in flat.paths):
-                found = f"Paths look like {flat.paths[0]!r}" if flat.paths else "There is none"
-                raise ValueError(
-                    f"stacked={pattern!r} matches no path. {found}; a pattern names a leaf or a module above it."
-                )
-        counts = [int(any(_names(pattern, path) for pattern in patterns)) for path in flat.paths]
-        asked = repr(stacked)
-    for count, name, leaf in zip(counts, flat.names, flat.leaves, strict=True):
-        if not 0 <= count <= np.ndim(leaf):
-            raise ValueError(f"stacked={asked} gives {count} layer axes to {name} of shape {np.shape(leaf)}.")
-    return counts
-
-
-def _names(pattern: str, path: str) -> bool:
-    """Whether a glob pattern fits the path or a module above the leaf."""
-    parts = path.split("/")
-    return any(fnmatchcase("/".join(parts[: n + 1]), pattern) for n in range(len(parts)))
-
-
-def choose(
-    prunable: Any,
-    tree: Any,
-    flat: Flat,
-    stacks: list[int],
-    eligible: Callable[[Any], bool] = is_floating,
-) -> list[bool]:
-    """Return for each leaf of a tree of parameters whether it is pruned.
-
-    `prunable` is None (kernels, by `is_kernel` and the class that holds the leaf), a predicate or a tree of bools.
-    Leaves that are not `eligible` never are; for a tree of masks pass a test that its leaves meet.
-    """
-    allowed = [eligible(leaf) for leaf in flat.leaves]
-    # A predicate is asked about one layer, so that a stack of biases does not look like a kernel.
-    layers = [
-        leaf if stack == 0 else jax.ShapeDtypeStruct(leaf.shape[stack:], leaf.dtype)
-        for leaf, stack in zip(flat.leaves, stacks, strict=True)
-    ]
-    if prunable is None:
-        excluded = _in_table_or_norm(tree)
-        chosen = [
-            fits and not out and is_kernel(path, layer)
-            for fits, out, path, layer in zip(allowed, excluded, flat.paths, layers, strict=True)
-        ]
-    elif callable(prunable):
-        chosen = [
-            fits and bool(prunable(path, layer)) for fits, path, layer in zip(allowed, flat.paths, layers, strict=True)
-        ]
-    else:
-        chosen = [fits and verdict for fits, verdict in zip(allowed, _verdicts(prunable, flat), strict=True)]
-    if not any(chosen):
-        shown = ", ".join(flat.names[:4]) + (", ..." if len(flat.names) > 4 else "")
-        raise ValueError(
-            f"No leaf is prunable. Found {shown or 'an empty tree'}. "
-            "Pass prunable=, a function (path, leaf) -> bool or a tree of bools."
-        )
-    return chosen
-
-
-def _verdicts(prunable: Any, flat: Flat) -> list[bool]:
-    """Read a tree of bools; what it does not cover is not pruned."""
-    verdicts = spread(prunable, flat.paths, "prunable")
-    for verdict, name in zip(verdicts, flat.names, strict=True):
-        if not (verdict is None or isinstance(verdict, bool | np.bool_)):
-            raise TypeError(
-                f"prunable is a function (path, leaf) -> bool or a tree of bools; for {name} it says {verdict!r}."
-            )
-    return [bool(verdict) for verdict in verdicts]

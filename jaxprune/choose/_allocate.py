@@ -1,14 +1,14 @@
 """Strengths for each layer from what each bears alone."""
 
-import functools
 from typing import Any
 
 import numpy as np
 
+from jaxprune._tree._paths import as_prefix
 from jaxprune.choose._sensitivity import Sensitivity
 
 
-def allocate(sensitivity: Sensitivity, total: float) -> dict[str, Any]:
+def allocate(sensitivity: Sensitivity, k: float) -> Any:
     """Choose a strength for each layer so that together they reach a sparsity at the least cost.
 
     The cost is the sum of what the layers cost alone, linear between the points of the sweep; of each curve the lower
@@ -18,14 +18,14 @@ def allocate(sensitivity: Sensitivity, total: float) -> dict[str, Any]:
 
     Args:
         sensitivity: the curves.
-        total: the sparsity wanted over all groups, in [0, 1].
+        k: the sparsity wanted over all groups, in [0, 1].
 
     Returns:
         A tree prefix of the parameters, ``{"conv": {"kernel": 1.25}, ...}``: what `make_masks` takes as k, with the
         `rule` and `scores` of the sweep.
 
     Raises:
-        ValueError: total is outside [0, 1], or more than the largest strength of the sweep removes.
+        ValueError: k is outside [0, 1], or more than the largest strength of the sweep removes.
 
     >>> curves = Sensitivity(
     ...     ks=(0.5, 1.0), groups=("a/kernel", "b/kernel"), paths=(("a/kernel",), ("b/kernel",)), sizes=(100, 100),
@@ -35,17 +35,17 @@ def allocate(sensitivity: Sensitivity, total: float) -> dict[str, Any]:
     >>> allocate(curves, 0.4)  # the first half of a is free, b costs from the first weight on: 80 of a
     {'a': {'kernel': 0.8}, 'b': {'kernel': 0.0}}
     """
-    if isinstance(total, bool) or not isinstance(total, int | float) or not 0 <= total <= 1:
-        raise ValueError(f"allocate takes 0 <= total <= 1, a number; got {total!r}.")
+    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 <= k <= 1:
+        raise ValueError(f"allocate takes a sparsity, 0 <= k <= 1, a number; got {k!r}.")
     sizes = np.asarray(sensitivity.sizes, np.float64)
     ks = np.asarray([0.0, *sensitivity.ks])
     zero = np.zeros((len(sizes), 1))
     removed = sizes[:, None] * np.concatenate([zero, np.maximum.accumulate(sensitivity.sparsity, axis=1)], axis=1)
     cost = np.concatenate([zero, np.maximum.accumulate(np.maximum(sensitivity.drop, 0), axis=1)], axis=1)
-    wanted, most = total * sizes.sum(), float(removed[:, -1].sum())
+    wanted, most = k * sizes.sum(), float(removed[:, -1].sum())
     if wanted > most * (1 + 1e-12):
         raise ValueError(
-            f"allocate was asked for a sparsity of {total:g}, but the largest k of the sweep ({ks[-1]:g}) reaches "
+            f"allocate was asked for a sparsity of {k:g}, but the largest k of the sweep ({ks[-1]:g}) reaches "
             f"{most / sizes.sum():.4g}; sweep over larger ks."
         )
 
@@ -56,7 +56,8 @@ def allocate(sensitivity: Sensitivity, total: float) -> dict[str, Any]:
     for _, group, weights in sorted(steps):
         taken[group] += min(weights, wanted - taken.sum())
     strengths = [_strength(weights, removed[group], ks) for group, weights in enumerate(taken)]
-    return _as_prefix(sensitivity, strengths)
+    pairs = zip(sensitivity.paths, strengths, strict=True)
+    return as_prefix({path: strength for paths, strength in pairs for path in paths})
 
 
 def _hull(removed: np.ndarray, cost: np.ndarray) -> list[tuple[float, float]]:
@@ -78,13 +79,3 @@ def _strength(weights: float, removed: np.ndarray, ks: np.ndarray) -> float:
     """The smallest strength that removes so many weights, linear between the points of the sweep."""
     rising = np.concatenate([[True], np.diff(removed) > 0])
     return round(float(np.interp(weights, removed[rising], ks[rising])), 12)
-
-
-def _as_prefix(sensitivity: Sensitivity, strengths: list[float]) -> dict[str, Any]:
-    prefix: dict[str, Any] = {}
-    for paths, k in zip(sensitivity.paths, strengths, strict=True):
-        for path in paths:
-            *modules, leaf = path.split("/")
-            place = functools.reduce(lambda within, key: within.setdefault(key, {}), modules, prefix)
-            place[leaf] = k
-    return prefix

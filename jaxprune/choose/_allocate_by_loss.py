@@ -9,9 +9,9 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._masks import make_masks
 from jaxprune._tree._leaves import is_known
-from jaxprune._tree._paths import flatten
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
-from jaxprune.scores._leaves import read_params
+from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._paths import as_prefix, flatten
+from jaxprune.sites._sites import Sites
 
 
 def allocate_by_loss(
@@ -20,8 +20,9 @@ def allocate_by_loss(
     *,
     scores: Any,
     max_sparsity: float = 0.95,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
 ) -> Any:
     """Share a sparsity out among layers by second-order loss: to each what one threshold for all would remove of it.
 
@@ -36,10 +37,11 @@ def allocate_by_loss(
         max_sparsity: the most that may be removed of any layer (static).
         prunable: as in `make_masks`.
         stacked: as in `make_masks`; a stack then has a sparsity for each of its layers.
+        sites: as in `make_masks`.
 
     Returns:
-        A tree prefix of sparsities: a float for each prunable leaf (an array for a stack, or where k is traced), None
-        for the others.
+        A tree prefix of the parameters, nested dicts as `allocate` returns them: a float for each prunable leaf (an array
+        for a stack, or where k is traced).
 
     Raises:
         ValueError: as `make_masks`.
@@ -54,20 +56,20 @@ def allocate_by_loss(
     def rule(scores: Any, k: Any) -> Any:
         return rules.global_sparsity(scores, k, max_sparsity=max_sparsity)
 
-    masks = flatten(make_masks(params, k, rule=rule, scores=scores, prunable=prunable, stacked=stacked), "masks")
-    flat = read_params(params)
-    stacks = stack_axes(stacked, flat)
-    chosen = choose(prunable, params, flat, stacks)
-    return flat.treedef.unflatten(
-        [
-            _removed(mask, stack) if fits else None
-            for mask, stack, fits in zip(masks.leaves, stacks, chosen, strict=True)
-        ]
+    which: dict[str, Any] = {"prunable": prunable, "stacked": stacked, "sites": sites}
+    masks = flatten(make_masks(params, k, rule=rule, scores=scores, **which), "masks")
+    flat = read_params(params, **which)
+    return as_prefix(
+        {
+            path: _removed(mask, stack)
+            for path, mask, stack, fits in zip(flat.paths, masks.leaves, flat.stacks, flat.prunable, strict=True)
+            if fits
+        }
     )
 
 
-def _removed(mask: jax.Array, stack: int) -> Any:
-    axes = tuple(range(stack, mask.ndim))
+def _removed(mask: jax.Array, stack: tuple[int, ...]) -> Any:
+    axes = tuple(axis for axis in range(mask.ndim) if axis not in stack)
     if not is_known(mask):
         return jnp.mean(~mask, axes, dtype=jnp.float32)
     found = np.mean(~np.asarray(mask), axes, dtype=np.float64)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,11 +12,11 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._masks import apply_masks, make_masks, sparsity
 from jaxprune._printing import Printable
-from jaxprune._tree._prunable import Predicate, Stacked
-from jaxprune.algebra import kept_weights
+from jaxprune._tree._params import Prunable, Stacked
+from jaxprune.algebra import count_kept
 from jaxprune.choose._sensitivity import Evaluate, as_metric
-from jaxprune.rules._guard import PruningWarning
-from jaxprune.rules._rule import Rule
+from jaxprune.rules._rule import AnyRule, Rule, as_rule
+from jaxprune.sites._sites import Sites
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,10 +79,11 @@ def search_k(
     min_metric: float | None = None,
     budget: float | None = None,
     cost: Callable[[Any], Any] | None = None,
-    rule: Rule = rules.std_threshold,
+    rule: AnyRule = rules.std_threshold,
     scores: Any = None,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
     low: float = 0.0,
     high: float | None = None,
     steps: int = 16,
@@ -103,13 +103,14 @@ def search_k(
         min_metric: the lowest metric accepted.
         budget: the highest cost accepted.
         cost: masks to a number that falls as k rises; None counts the weights kept of the prunable leaves. See
-            `stored_bytes`.
+            `storage.stored_bytes`.
         rule: as in `make_masks`; its sparsity must rise with k.
         scores: as in `make_masks`.
         prunable: as in `make_masks`.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
         low: where the search begins.
-        high: where it ends; None takes 4, or 1 for rules whose k is a fraction.
+        high: where it ends; None takes the largest k of the rule, or 4 where it has none.
         steps: how many strengths to try at most, >= 2.
 
     Returns:
@@ -129,22 +130,22 @@ def search_k(
         raise ValueError("search_k takes exactly one of max_drop=, min_metric= and budget=.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"search_k takes steps >= 2, a whole number; got {steps!r}.")
-    make = functools.partial(make_masks, rule=rule, prunable=prunable, stacked=stacked)
-    high = _highest(make, params) if high is None else float(high)
+    make = functools.partial(make_masks, rule=rule, prunable=prunable, stacked=stacked, sites=sites)
+    high = _highest(as_rule(rule), high)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"search_k looks from low to high, low < high; got {low:g} and {high:g}.")
-    counted = functools.partial(sparsity, prunable=prunable, stacked=stacked)
+    which: dict[str, Any] = {"prunable": prunable, "stacked": stacked, "sites": sites}
 
     @jax.jit
     def prune_by(params: Any, scores: Any, k: jax.Array) -> tuple[Any, Any, jax.Array]:
         masks = make(params, k, scores=scores)
-        return masks, apply_masks(params, masks), counted(masks)
+        return masks, apply_masks(params, masks), sparsity(masks, **which)
 
     def prune(k: float) -> tuple[Any, Any, jax.Array]:
         return prune_by(params, scores, jnp.float32(k))
 
     if budget is not None:
-        return _within_budget(prune, cost, budget, float(low), high, steps, prunable, stacked)
+        return _within_budget(prune, cost, budget, float(low), high, steps, which)
     if evaluate is None:
         raise ValueError("search_k needs evaluate= for max_drop and min_metric.")
     least, asked = _least(evaluate, params, max_drop, min_metric)
@@ -200,12 +201,11 @@ def _within_budget(
     low: float,
     high: float,
     steps: int,
-    prunable: Any,
-    stacked: Any,
+    which: dict[str, Any],
 ) -> Strength:
     def attempt(k: float) -> Trial:
         masks, _, gone = prune(k)
-        value = kept_weights(masks, prunable=prunable, stacked=stacked) if cost is None else float(cost(masks))
+        value = count_kept(masks, **which) if cost is None else float(cost(masks))
         return Trial(k, float(gone), value, value <= budget)
 
     asked = f"a cost of at most {budget:,.6g}"
@@ -226,12 +226,10 @@ def _within_budget(
     return Strength(good.k, tuple(tried), asked)
 
 
-def _highest(make: Callable[[Any, float], Any], params: Any) -> float:
-    """Where the search ends: at standard deviations that leave almost nothing, or at 1 for a rule that refuses them."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PruningWarning)
-            jax.eval_shape(lambda params: make(params, _DEVIATIONS), params)
-    except ValueError:
-        return 1.0
-    return _DEVIATIONS
+def _highest(rule: Rule, high: float | None) -> float:
+    """Where the search ends: at the largest k of a fraction, or where multiples of a statistic leave almost nothing."""
+    if not rule.rises:
+        raise ValueError(f"search_k takes a rule of which a larger k removes more; {rule.name} keeps more.")
+    if high is not None:
+        return float(high)
+    return rule.high if math.isfinite(rule.high) else _DEVIATIONS

@@ -1,7 +1,6 @@
 """What each layer bears: the metric with one layer pruned, and with all, at every strength."""
 
 import dataclasses
-import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,9 @@ from jaxprune import rules
 from jaxprune._masks import make_masks
 from jaxprune._masks import sparsity as mask_sparsity
 from jaxprune._printing import Printable, as_json
-from jaxprune._tree._paths import Flat, flatten
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
-from jaxprune.rules._rule import Rule
+from jaxprune._tree._params import Params, Prunable, Stacked, matches, read_params
+from jaxprune.rules._rule import AnyRule
+from jaxprune.sites._sites import Sites
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,10 +117,11 @@ def sensitivity(
     params: Any,
     ks: Sequence[float],
     *,
-    rule: Rule = rules.std_threshold,
+    rule: AnyRule = rules.std_threshold,
     scores: Any = None,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
     groups: Mapping[str, str | Sequence[str]] | None = None,
     batch_size: int | None = None,
     progress: bool = False,
@@ -141,6 +141,7 @@ def sensitivity(
         scores: as in `make_masks`.
         prunable: as in `make_masks`.
         stacked: as in `make_masks`; layers of a stack are pruned together.
+        sites: as in `make_masks`.
         groups: by name, glob patterns of paths of what to prune together; None takes each prunable leaf alone. Leaves
             in no group stay dense.
         batch_size: with a number, evaluate so many groups at once by ``vmap``; `evaluate` must then be traceable.
@@ -164,17 +165,16 @@ def sensitivity(
     section 4 (sensitivity of each layer alone).
     """
     ks = _check_rising(ks)
-    flat = flatten(params, "params")
-    chosen = choose(prunable, params, flat, stack_axes(stacked, flat))
-    members = _members(groups, flat, chosen)
+    flat = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
+    members = _members(groups, flat)
     group_of = {i: g for g, leaves in enumerate(members.values()) for i in leaves}
     sizes = tuple(sum(flat.leaves[i].size for i in leaves) for leaves in members.values())
     everything = len(members)
-    kept_whole = flat.treedef.unflatten(i in group_of for i in range(len(flat.leaves)))
+    kept_whole = flat.build([i in group_of for i in range(len(flat.leaves))])
 
     @jax.jit
     def make(params: Any, scores: Any, k: jax.Array) -> tuple[Any, jax.Array]:
-        masks = make_masks(params, k, rule=rule, scores=scores, prunable=kept_whole, stacked=stacked)
+        masks = make_masks(params, k, rule=rule, scores=scores, prunable=kept_whole, stacked=stacked, sites=sites)
         leaves = jax.tree.leaves(masks)
         gone = [mask_sparsity([leaves[i] for i in own], prunable=True) for own in members.values()]
         return masks, jnp.stack(gone)
@@ -239,17 +239,15 @@ def _check_rising(ks: Sequence[float]) -> tuple[float, ...]:
     return found
 
 
-def _members(groups: Any, flat: Flat, chosen: Sequence[bool]) -> dict[str, list[int]]:
+def _members(groups: Any, flat: Params) -> dict[str, list[int]]:
     """Find for each group the positions of its leaves."""
-    candidates = [i for i, fits in enumerate(chosen) if fits and flat.leaves[i].size]
+    candidates = [i for i, fits in enumerate(flat.prunable) if fits and flat.leaves[i].size]
     if groups is None:
         return {flat.paths[i]: [i] for i in candidates}
     found: dict[str, list[int]] = {}
     for name, patterns in groups.items():
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        found[name] = [
-            i for i in candidates if any(fnmatch.fnmatchcase(flat.paths[i], pattern) for pattern in patterns)
-        ]
+        found[name] = [i for i in candidates if any(matches(pattern, flat.paths[i]) for pattern in patterns)]
         if not found[name]:
             raise ValueError(
                 f"group {name!r} ({', '.join(map(repr, patterns))}) matches no prunable leaf; the paths are "

@@ -10,13 +10,14 @@ from jax import lax
 from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._selection._largest import keep_largest
-from jaxprune._tree._prunable import Predicate
+from jaxprune._tree._params import Prunable
 from jaxprune.oneshot._pattern import Pattern, read_pattern
 from jaxprune.oneshot._reconstruct import reconstruct_matrix
 from jaxprune.oneshot._solve import Solution, prune_sites, solve_each
-from jaxprune.rules._rule import Rule
+from jaxprune.rules._rule import AnyRule
 from jaxprune.sites._calibrate import Grams
 from jaxprune.sites._factorise import Factor, check_damping
+from jaxprune.sites._sites import Sites
 
 # The share of the steps in which the mask tightens; it is fixed in the others.
 _GRADUAL = 0.75
@@ -31,10 +32,11 @@ def admm(
     grams: Grams,
     k: Any,
     *,
-    rule: Rule = rules.layer_sparsity,
+    rule: AnyRule = rules.layer_sparsity,
     steps: int = 30,
     damping: float = 0.01,
-    prunable: Predicate | Any = None,
+    prunable: Prunable = None,
+    sites: Sites | None = None,
 ) -> tuple[Any, Any]:
     """Prune by ADMM with a mask that tightens step by step, and finish by masked least squares (`reconstruct`).
 
@@ -50,6 +52,7 @@ def admm(
         steps: of ADMM, >= 1; in the first three quarters of them the mask tightens (static).
         damping: as in `sparsegpt`.
         prunable: as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         The pruned parameters and their masks, both of the treedef of params; True = keep.
@@ -74,7 +77,9 @@ def admm(
     def method(weights: jax.Array, grams: jax.Array, strength: jax.Array) -> Solution:
         return _prune(weights, grams, strength, damping, pattern=pattern, steps=steps)
 
-    return prune_sites(params, grams, k, method, title="admm", pattern=pattern, damping=damping, prunable=prunable)
+    return prune_sites(
+        params, grams, k, method, title="admm", pattern=pattern, damping=damping, prunable=prunable, sites=sites
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "steps"))

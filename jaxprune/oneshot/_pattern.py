@@ -5,16 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
 from jaxprune._selection._largest import keep_largest
+from jaxprune._tree._axes import Axes
 from jaxprune.rules import _guard
 from jaxprune.rules._layers import Layer, strengths
-from jaxprune.rules._rule import Rule
+from jaxprune.rules._rule import AnyRule, Rule, as_rule
 
-# The sizes of groups that are looked for when a rule may be `rules.n_m`.
-_MAX_GROUP = 64
 # A matrix of that many entries would need a Gram matrix of several petabytes or a single unit of its size.
 _MOST = 2**32 - 1
 
@@ -23,47 +21,57 @@ class Pattern(NamedTuple):
     """A rule within matrices [inputs, outputs]: counts of the whole matrix or of each unit, or N of every M inputs.
 
     Attributes:
-        rule: the rule itself.
-        title: the rule's name in messages.
-        group: M of an N:M rule; 1 where the rule counts.
-        by_unit: whether every output unit loses the same number of weights.
+        rule: the rule itself, `rules.layer_sparsity`, `rules.row_sparsity` or ``rules.n_m(m)``.
     """
 
     rule: Rule
-    title: str
-    group: int
-    by_unit: bool
+
+    @property
+    def title(self) -> str:
+        """The rule's name in messages."""
+        return self.rule.name
+
+    @property
+    def group(self) -> int:
+        """M of an N:M rule; 1 where the rule counts."""
+        return self.rule.m
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether every output unit loses the same number of weights."""
+        return self.rule.scope == "unit"
 
     @property
     def counts(self) -> bool:
         """Whether the strength is a sparsity and becomes a count."""
-        return self.group == 1
+        return self.rule.counts
 
-    def strength(self, k: Any, layer: Layer) -> jax.Array:
-        """Turn the strength k of a layer of matrices [N, inputs, outputs] into what `choose` takes: a number for each.
+    def strength(self, k: Any, name: str, weights: jax.Array) -> jax.Array:
+        """Turn the strength k of matrices [N, inputs, outputs] into what `choose` takes: a number for each.
 
         That is how many weights go of the whole matrix (or of each unit), never the last; or how many stay of a group.
+
+        Args:
+            k: a number, or an array of shape ``()`` or ``[N]``.
+            name: of the leaf, for messages.
+            weights: the matrices.
         """
-        matrices, inputs, outputs = layer.values.shape
-        (k,) = strengths(k, [layer], self.title, *((0.0, 1.0) if self.counts else (1, self.group)))
+        matrices, inputs, outputs = weights.shape
+        layer = Layer("kernel", name, weights, Axes((0,), 1, (2,)))
+        (k,) = strengths(k, [layer], self.rule)
         if self.counts:
             size = inputs if self.by_unit else inputs * outputs
             if size > _MOST:
-                raise ValueError(
-                    f"{layer.name} consists of matrices of {size:,} weights; at most {_MOST:,} are handled."
-                )
-            if isinstance(k, float) and round(k * size) > max(0, size - 1):
-                _guard.warn([f"  {layer.name}: k = {k:g} asks for all weights to go"], self.title)
-            number = _counts.minimum(_counts.rounded(k, size), _counts.from_int(max(0, size - 1))).low
+                raise ValueError(f"{name} consists of matrices of {size:,} weights; at most {_MOST:,} are handled.")
+            allowed = min(max(0, size - 1), _guard.most_removed(self.rule.max_sparsity, size))
+            if isinstance(k, float) and round(k * size) > allowed:
+                _guard.warn([f"  {name}: k = {k:g} asks for {round(k * size):,} of {size:,} to go"], self.title)
+            number = _counts.minimum(_counts.rounded(k, size), _counts.from_int(allowed)).low
         else:
             if inputs % self.group:
                 raise ValueError(
-                    f"{self.title} groups weights by {self.group} along the inputs, but {layer.name} has {inputs} of "
+                    f"{self.title} groups weights by {self.group} along the inputs, but {name} has {inputs} of "
                     "them. Leave this parameter dense with prunable=..."
-                )
-            if isinstance(k, float) and k != int(k):
-                raise ValueError(
-                    f"{self.title} keeps a whole number of every {self.group} weights, not k = {k} ({layer.name})."
                 )
             number = jnp.asarray(k).astype(jnp.uint32)
         return jnp.broadcast_to(number, (matrices,))
@@ -82,7 +90,7 @@ class Pattern(NamedTuple):
         """
         rows, _ = scores.shape
         if not self.counts:
-            (mask,) = self.rule([Layer("kernel", "scores", scores)], strength)
+            (mask,) = self.rule([Layer("kernel", "scores", scores, Axes((), 0, (1,)))], strength)
             return mask
         first = jnp.asarray(first, jnp.uint32)
         last = jnp.minimum(first + rows, inputs)
@@ -94,18 +102,14 @@ class Pattern(NamedTuple):
         return keep_largest(scores, Count(none, removed), batch=batch, magnitude=False)
 
 
-def read_pattern(rule: Rule, method: str) -> Pattern:
+def read_pattern(rule: AnyRule, method: str) -> Pattern:
     """Find out how a rule chooses within a matrix; raise a ValueError where it does not."""
-    if rule is rules.layer_sparsity:
-        return Pattern(rule, "rules.layer_sparsity", 1, False)
-    if rule is rules.row_sparsity:
-        return Pattern(rule, "rules.row_sparsity", 1, True)
-    # The same m gives the same function.
-    for m in range(2, _MAX_GROUP + 1):
-        if rules.n_m(m) is rule:
-            return Pattern(rule, f"rules.n_m({m})", m, False)
-    raise ValueError(
-        f"{method} chooses weights within one matrix, by rules.layer_sparsity, rules.row_sparsity or rules.n_m(m) "
-        f"with m <= {_MAX_GROUP} and without axis= (groups run along the inputs that the Gram matrix is of), not by {getattr(rule, '__name__', rule)!s}. To spread a sparsity over layers, give "
-        "each its own k (k may be a tree prefix: see jaxprune.choose.allocate_by_loss)."
-    )
+    found = as_rule(rule)
+    within = (found.counts and found.scope in ("layer", "unit")) or found.m > 1
+    if not within or found.grain != "weight" or found.axis is not None:
+        raise ValueError(
+            f"{method} chooses weights within one matrix, by rules.layer_sparsity, rules.row_sparsity or rules.n_m(m), "
+            f"without axis= (groups and units are those that the Gram matrix is of), not by {found.name}. To spread a "
+            "sparsity over layers, give each its own k (k may be a tree prefix: see choose.allocate_by_loss)."
+        )
+    return Pattern(found)

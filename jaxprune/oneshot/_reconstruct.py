@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxprune._tree._leaves import is_floating, is_known
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._paths import flatten, require_arrays
+from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._solve import Solution, report, solve_each
 from jaxprune.sites._calibrate import Grams
 from jaxprune.sites._factorise import Factor, check_damping
@@ -62,8 +62,8 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     check_damping(damping, "reconstruct")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"reconstruct takes a whole number of steps, >= 0; got {steps!r}.")
-    require_arrays(flatten(params, "params"))
-    flat = grams.sites.check(params)
+    read_arrays(params, "params")
+    flat = grams.sites.require_params(params)
     leaves = []
     for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):
         if mask is not None and is_floating(leaf) and not _keeps_all(mask):
@@ -75,7 +75,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
                 report(found, name, damping)
                 leaf = site.put(leaf, found.weights)
         leaves.append(leaf)
-    return flat.treedef.unflatten(leaves)
+    return flat.build(leaves)
 
 
 def _keeps_all(mask: jax.Array) -> bool:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxprune._jaxpr import _equations
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import all_true
-from jaxprune._tree._prunable import Predicate, choose
+from jaxprune._tree._params import Prunable, read_params
+from jaxprune._tree._prunable import Predicate
 from jaxprune.sites._accumulate import cross_products, grams
 from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
 from jaxprune.sites._contractions import Contraction
@@ -41,7 +42,8 @@ def sequential(
     method: Method,
     *,
     target: Literal["dense", "current"] = "dense",
-    prunable: Predicate | Any = None,
+    prunable: Prunable = None,
+    sites: Sites | None = None,
 ) -> tuple[Any, Any]:
     """Prune layer by layer, in the order in which the function uses them, each on what the pruned layers before give.
 
@@ -66,6 +68,7 @@ def sequential(
         target: what the pruned layer imitates: the outputs of the dense model, or (as published) its own outputs
             before it was pruned, given the pruned model's inputs.
         prunable: which leaves are pruned, as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         The pruned parameters and their masks, of the treedef of params; True = keep.
@@ -94,7 +97,7 @@ def sequential(
         require_alike(inputs, held[0], number)
     reading = read(fn, params, held[0])
     flat = reading.flat
-    chosen = choose(prunable, params, flat, [0] * len(flat.paths))
+    chosen = read_params(params, prunable=prunable, sites=sites).prunable
     paths = {path for path, fits in zip(flat.paths, chosen, strict=True) if fits}
     for path in paths:
         sites_of(Grams(reading.sites, {}, {}), path, "sequential")
@@ -108,7 +111,7 @@ def sequential(
             pruner.prune(path, found)
     if planned:
         pruner.run(held, planned)
-    return jax.tree.unflatten(flat.treedef, pruner.leaves), jax.tree.unflatten(flat.treedef, pruner.masks)
+    return flat.build(pruner.leaves), flat.build(pruner.masks)
 
 
 _Planned = dict[tuple[Place, int], tuple[Site, Contraction]]

@@ -11,14 +11,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune._tree._leaves import is_known
 from jaxprune._tree._masks import all_true
-from jaxprune._tree._paths import flatten, require_arrays, spread
-from jaxprune._tree._prunable import Predicate, choose
+from jaxprune._tree._params import Prunable, read_params
+from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._pattern import Pattern
-from jaxprune.rules._layers import Layer, is_scalar
+from jaxprune.rules._layers import is_scalar
 from jaxprune.sites._calibrate import Grams
 from jaxprune.sites._factorise import Factor, factorise
 from jaxprune.sites._matrices import as_matrices, sites_of
-from jaxprune.sites._sites import Site
+from jaxprune.sites._sites import Site, Sites
 
 # Matrices of up to so many entries, with their Gram matrices, are solved side by side; larger ones one by one.
 _SIDE_BY_SIDE = 2**20
@@ -57,7 +57,8 @@ def prune_sites(
     title: str,
     pattern: Pattern,
     damping: float,
-    prunable: Predicate | Any,
+    prunable: Prunable,
+    sites: Sites | None,
 ) -> tuple[Any, Any]:
     """Prune every prunable leaf by a method that takes matrices, Gram matrices and the pattern's strengths.
 
@@ -70,27 +71,27 @@ def prune_sites(
         pattern: which weights of a matrix the method removes.
         damping: what the method was asked to add, for messages.
         prunable: as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         The pruned parameters and their masks.
     """
-    require_arrays(flatten(params, "params"))
-    flat = grams.sites.check(params)
-    chosen = choose(prunable, params, flat, [0] * len(flat.paths))
-    ks = [k] * len(flat.paths) if is_scalar(k) else spread(k, flat.paths, "k")
+    read_arrays(params, "params")
+    flat = grams.sites.require_params(params)
+    chosen = read_params(params, prunable=prunable, sites=sites).prunable
+    ks = [k] * len(flat.paths) if is_scalar(k) else flat.spread(k, "k")
     leaves, masks = [], []
     for path, name, leaf, fits, strength in zip(flat.paths, flat.names, flat.leaves, chosen, ks, strict=True):
         mask = all_true(leaf)
         for site in sites_of(grams, path, title) if fits else ():
             weights, order = _in_groups(site, leaf, pattern.group)
-            layer = Layer("kernel", name, weights, stack=1)
-            found = method(weights, _grams(grams, site, order), pattern.strength(strength, layer))
+            found = method(weights, _grams(grams, site, order), pattern.strength(strength, name, weights))
             report(found, name, damping)
             leaf = _put(site, leaf, found.weights, order)
             mask = _put(site, mask, found.mask, order)
         leaves.append(leaf)
         masks.append(mask)
-    return flat.treedef.unflatten(leaves), flat.treedef.unflatten(masks)
+    return flat.build(leaves), flat.build(masks)
 
 
 def _in_groups(site: Site, leaf: Any, group: int) -> tuple[jax.Array, np.ndarray | None]:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune import rules
-from jaxprune._tree._prunable import Predicate
+from jaxprune._tree._params import Prunable
 from jaxprune.oneshot._pattern import Pattern, read_pattern
 from jaxprune.oneshot._solve import Solution, prune_sites, solve_each
-from jaxprune.rules._rule import Rule
+from jaxprune.rules._rule import AnyRule
 from jaxprune.sites._calibrate import Grams
 from jaxprune.sites._factorise import Factor, check_damping, inverse_root
+from jaxprune.sites._sites import Sites
 
 # Rows whose errors are handed on one by one; more rows at a time leave the processor's nearest cache.
 _ROWS = 16
@@ -31,11 +32,12 @@ def sparsegpt(
     grams: Grams,
     k: Any,
     *,
-    rule: Rule = rules.layer_sparsity,
+    rule: AnyRule = rules.layer_sparsity,
     damping: float = 0.01,
     mask_block: int | None = None,
     block: int = 128,
-    prunable: Predicate | Any = None,
+    prunable: Prunable = None,
+    sites: Sites | None = None,
 ) -> tuple[Any, Any]:
     """Prune by SparseGPT: choose weights by optimal brain surgery, and let those to the right make up for the loss.
 
@@ -59,6 +61,7 @@ def sparsegpt(
         block: after how many inputs, rounded down to whole mask blocks, the errors are handed on to all later ones;
             changes the speed only (static).
         prunable: which leaves to prune, as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         The pruned parameters and their masks, both of the treedef of params; True = keep.
@@ -88,7 +91,9 @@ def sparsegpt(
     def method(weights: jax.Array, grams: jax.Array, strength: jax.Array) -> Solution:
         return _prune(weights, grams, strength, damping, pattern=pattern, mask_block=mask_block, block=block)
 
-    return prune_sites(params, grams, k, method, title="sparsegpt", pattern=pattern, damping=damping, prunable=prunable)
+    return prune_sites(
+        params, grams, k, method, title="sparsegpt", pattern=pattern, damping=damping, prunable=prunable, sites=sites
+    )
 
 
 def _checked_blocks(mask_block: int | None, block: int, pattern: Pattern) -> int:

@@ -4,6 +4,8 @@ from jaxprune.rules._groups import blocks as blocks
 from jaxprune.rules._groups import channels as channels
 from jaxprune.rules._groups import n_m as n_m
 from jaxprune.rules._guard import PruningWarning as PruningWarning
+from jaxprune.rules._rule import Rule as Rule
+from jaxprune.rules._rule import as_rule as as_rule
 from jaxprune.rules._sparsities import erk_sparsity as erk_sparsity
 from jaxprune.rules._sparsities import global_sparsity as global_sparsity
 from jaxprune.rules._sparsities import layer_sparsity as layer_sparsity

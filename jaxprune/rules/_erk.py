@@ -9,10 +9,15 @@ import numpy as np
 
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
-from jaxprune.rules._layers import Layer
 
 
-def allocate(layers: Sequence[Layer], removed: Count, least: Sequence[int]) -> list[Count]:
+def allocate(
+    sizes: Sequence[int],
+    dims: Sequence[int],
+    stacks: Sequence[tuple[int, ...]],
+    removed: Count,
+    least: Sequence[int],
+) -> list[Count]:
     """Share out a total number of removed weights.
 
     A layer of size n and dimensions d keeps ``min(n, e * sum(d))`` weights, with the one e that gives the total. The
@@ -20,27 +25,39 @@ def allocate(layers: Sequence[Layer], removed: Count, least: Sequence[int]) -> l
     rounded down, raised to `least`, and the difference to the total goes to the largest layers.
 
     Args:
-        layers: the layers; each layer of a stack has a share of its own.
+        sizes: of one layer of each leaf.
+        dims: the sum of the dimensions of one layer of each leaf.
+        stacks: the shape of each leaf's stack of layers; each layer has a share of its own.
         removed: the total to remove, at most what `least` leaves.
         least: how many weights one layer of each leaf keeps at least.
 
     Returns:
         For each leaf the number removed, of the shape of its stack.
     """
-    depths = [math.prod(layer.values.shape[: layer.stack]) for layer in layers]
-    sizes = np.repeat([layer.size for layer in layers], depths)
-    dims = np.repeat([float(sum(layer.shape)) for layer in layers], depths)
-    floors = np.repeat(np.asarray(least), depths)
+    depths = [math.prod(stack) for stack in stacks]
+    return _allocate(
+        np.repeat(np.asarray(sizes), depths),
+        np.repeat(np.asarray(dims, float), depths),
+        np.repeat(np.asarray(least), depths),
+        removed,
+        stacks,
+    )
+
+
+def _allocate(
+    sizes: np.ndarray, dims: np.ndarray, floors: np.ndarray, removed: Count, stacks: Sequence[tuple[int, ...]]
+) -> list[Count]:
     total = int(sizes.sum())
     keep = _counts.subtract(_counts.from_int(total), removed)
     shares = _shares(sizes, dims, _counts.to_float(keep))
     most, fewest = _counts.from_int(sizes.tolist()), _counts.from_int(floors.tolist())
     kept = _counts.maximum(_counts.minimum(_counts.from_float(shares), most), fewest)
     lost = _counts.subtract(most, _settle(kept, keep, sizes, floors))
+    depths = [math.prod(stack) for stack in stacks]
     starts = np.cumsum([0, *depths])
     return [
-        Count(*(jnp.reshape(word[start : start + depth], layer.values.shape[: layer.stack]) for word in lost))
-        for layer, start, depth in zip(layers, starts, depths, strict=False)
+        Count(*(jnp.reshape(word[start : start + depth], stack) for word in lost))
+        for stack, start, depth in zip(stacks, starts, depths, strict=False)
     ]
 
 

@@ -9,18 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree._axes import input_axis, output_axes, resolve_axis
+from jaxprune._tree._axes import Axes
 from jaxprune._tree._sharding import sharded_as, without_explicit_axes
 from jaxprune.rules._layers import Layer, read_layers, strengths
-from jaxprune.rules._rule import Rule
+from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.scores._channels import channel_norm
 
 # Scores of the channels of one kernel: (kernel, the axes to reduce) -> one score a channel.
 Norm = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
-@functools.cache
-def n_m(m: int, *, axis: int | Callable[[str], int] | None = None) -> Rule:
+def n_m(m: int, *, axis: int | None = None) -> Rule:
     """Make the rule that keeps the k largest of every m consecutive weights along the inputs (N:M, N = k).
 
     Exact: every group keeps k weights, whatever the ties (among equals the lower index is kept) and the dtype; NaN
@@ -29,15 +28,14 @@ def n_m(m: int, *, axis: int | Callable[[str], int] | None = None) -> Rule:
 
     Args:
         m: the size of a group, >= 1.
-        axis: the axis of one layer along which groups run; or a function from a leaf's path to its axis, such as
-            ``find_sites(fn, params, x).input_axis``, which knows how fn uses it; None goes by the names of frameworks.
+        axis: the axis of one layer along which groups run; None takes the inputs, as the ``sites=`` of `make_masks` know
+            them, or else by the names of frameworks.
 
     Returns:
         A rule ``(scores, k) -> masks``, with k a whole number, 1 <= k <= m (may be traced).
 
     Raises:
-        ValueError: m < 1; by the rule: k is not within 1 to m, an axis does not exist or divide into groups of m, or
-            whatever a function given as `axis` raises.
+        ValueError: m < 1; by the rule: k is not within 1 to m, or an axis does not exist or divide into groups of m.
 
     >>> import jax.numpy as jnp, jaxprune
     >>> params = {"kernel": jnp.array([[1.0], [4.0], [3.0], [2.0]])}
@@ -47,33 +45,35 @@ def n_m(m: int, *, axis: int | Callable[[str], int] | None = None) -> Rule:
     Reference: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, section 3; Zhou et al., "Learning N:M
     Fine-grained Structured Sparse Neural Networks From Scratch", 2021.
     """
-    title = f"rules.n_m({m})"
     if isinstance(m, bool) or not isinstance(m, int) or m < 1:
         raise ValueError(f"rules.n_m takes the size of a group, a whole number >= 1; got {m!r}.")
-
-    def rule(scores: Any, k: Any) -> Any:
-        layers, build = read_layers(scores)
-        masks = []
-        for layer, n in zip(layers, strengths(k, layers, title, 1, m), strict=True):
-            if isinstance(n, float) and n != int(n):
-                raise ValueError(f"{title} keeps a whole number of every {m} weights, not k = {n} ({layer.name}).")
-            along = _group_axis(axis, layer, title)
-            if layer.values.shape[along] % m:
-                raise ValueError(
-                    f"{title} groups weights by {m} along axis {along - layer.values.ndim}, but {layer.name} has shape "
-                    f"{layer.values.shape}. Choose another axis, or leave this parameter dense with prunable=..."
-                )
-            masks.append(_keep_n(layer.values, n, m=m, axis=along, magnitude=layer.magnitude))
-        return build(masks)
-
-    rule.__name__ = title
-    return rule
+    return Rule(
+        _n_m,
+        f"rules.n_m({m})",
+        scope="group",
+        strength=f"how many of every {m} weights are kept",
+        low=1.0,
+        high=float(m),
+        whole=True,
+        rises=False,
+        settings=(*((("axis", axis),) if axis is not None else ()), ("m", m)),
+    )
 
 
-def _group_axis(axis: int | Callable[[str], int] | None, layer: Layer, title: str) -> int:
-    if callable(axis):
-        return axis(layer.path)
-    return input_axis(layer) if axis is None else resolve_axis(axis, layer, title)
+def _n_m(scores: Any, k: Any, *, m: int, axis: int | None = None) -> Any:
+    """Keep the k largest of every m weights, a `n_m` with settings."""
+    rule = n_m(m, axis=axis)
+    layers, build = read_layers(scores)
+    masks = []
+    for layer, n in zip(layers, strengths(k, layers, rule), strict=True):
+        along = layer.input_axis(rule.name, axis)
+        if layer.values.shape[along] % m:
+            raise ValueError(
+                f"{rule.name} groups weights by {m} along axis {along - layer.values.ndim}, but {layer.name} has shape "
+                f"{layer.values.shape}. Choose another axis, or leave this parameter dense with prunable=..."
+            )
+        masks.append(_keep_n(layer.values, layer.spread(jnp.asarray(n)), m=m, axis=along, magnitude=layer.magnitude))
+    return build(masks)
 
 
 @functools.partial(jax.jit, static_argnames=("m", "axis", "magnitude"))
@@ -89,7 +89,7 @@ def _keep_n(values: jax.Array, n: Any, *, m: int, axis: int, magnitude: bool) ->
                 later_wins = members[j] > members[i]
                 places[i] += later_wins.astype(places[i].dtype)
                 places[j] += (~later_wins).astype(places[j].dtype)
-        n = jnp.reshape(n, (*n.shape, *[1] * (members[0].ndim - n.ndim)))
+        n = jnp.expand_dims(n, axis) if n.ndim else n
         return jnp.concatenate([place < n for place in places], axis + 1).reshape(shape)
 
     values = jax.lax.stop_gradient(values)
@@ -99,8 +99,7 @@ def _keep_n(values: jax.Array, n: Any, *, m: int, axis: int, magnitude: bool) ->
     return without_explicit_axes(keep, values)(values, n)
 
 
-@functools.cache
-def channels(rule: Rule, axis: int | None = None, *, norm: Norm = channel_norm) -> Rule:
+def channels(rule: AnyRule, *, axis: int | None = None, norm: Norm = channel_norm) -> Rule:
     """Make the rule that keeps or removes whole channels, chosen by `rule` from one score a channel.
 
     Every guarantee of `rule` holds for channels: ``channels(layer_sparsity)`` removes exactly ``round(k * c)`` of the c
@@ -126,34 +125,42 @@ def channels(rule: Rule, axis: int | None = None, *, norm: Norm = channel_norm) 
 
     Reference: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets", 2017, section 3.1.
     """
-    title = "rules.channels"
+    inner = as_rule(rule)
+    settings = (("axis", axis), ("norm", norm), ("rule", inner))
+    return dataclasses.replace(
+        inner, function=_channels, name=f"rules.channels({inner.name})", grain="channel", settings=settings
+    )
+
+
+def _channels(scores: Any, k: Any, *, rule: Rule, axis: int | None, norm: Norm) -> Any:
+    """Keep or remove whole channels, a `channels` with settings."""
+
+    def kept(layer: Layer) -> tuple[int, ...]:
+        return layer.output_axes("rules.channels", axis)
 
     def pooled(layer: Layer) -> Layer:
-        kept = _channel_axes(layer, axis, title)
-        axes = tuple(a - layer.stack for a in layer.axes if a not in kept)
+        axes = tuple(place for place, a in enumerate(layer.axes) if a not in kept(layer))
 
         def score(kernel: jax.Array) -> jax.Array:
             return norm(kernel, axes)
 
-        for _ in range(layer.stack):
+        for _ in layer.stack:
             score = jax.vmap(score)
-        values = score(jax.lax.stop_gradient(layer.values))
-        return dataclasses.replace(layer, values=values, magnitude=False, pooled=layer.shape)
+        first = tuple(range(len(layer.stack)))
+        values = score(jnp.moveaxis(jax.lax.stop_gradient(layer.values), layer.stack, first))
+        roles = Axes(first, None, tuple(range(len(first), values.ndim)), "is channels, which have no inputs")
+        return dataclasses.replace(layer, values=values, roles=roles, magnitude=False, pooled=layer.shape)
 
     def spread(mask: jax.Array, layer: Layer) -> jax.Array:
-        kept = (*range(layer.stack), *_channel_axes(layer, axis, title))
-        gone = [a for a in range(layer.values.ndim) if a not in kept]
-        return sharded_as(jnp.broadcast_to(jnp.expand_dims(mask, gone), layer.values.shape), layer.values)
+        axes = (*layer.stack, *kept(layer))
+        gone = [a for a in range(layer.values.ndim) if a not in axes]
+        in_order = jnp.transpose(mask, sorted(range(len(axes)), key=axes.__getitem__))
+        return sharded_as(jnp.broadcast_to(jnp.expand_dims(in_order, gone), layer.values.shape), layer.values)
 
-    return _grouped(rule, pooled, spread)
-
-
-def _channel_axes(layer: Layer, axis: int | None, title: str) -> tuple[int, ...]:
-    return output_axes(layer) if axis is None else (resolve_axis(axis, layer, title),)
+    return _grouped(rule, scores, k, pooled, spread)
 
 
-@functools.cache
-def blocks(rule: Rule, shape: tuple[int, ...], *, reduce: Callable[..., jax.Array] = jnp.mean) -> Rule:
+def blocks(rule: AnyRule, shape: tuple[int, ...], *, reduce: Callable[..., jax.Array] = jnp.mean) -> Rule:
     """Make the rule that keeps or removes blocks of weights, chosen by `rule` from one score a block.
 
     Blocks tile the last axes of each layer (of a Flax kernel: inputs and outputs, at every tap of a convolution; of an
@@ -183,18 +190,29 @@ def blocks(rule: Rule, shape: tuple[int, ...], *, reduce: Callable[..., jax.Arra
     if not shape or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in shape):
         raise ValueError(f"rules.blocks takes a tuple of whole numbers >= 1 as the block's shape; got {shape!r}.")
 
+    inner = as_rule(rule)
+    settings = (("reduce", reduce), ("rule", inner), ("shape", tuple(shape)))
+    return dataclasses.replace(
+        inner, function=_blocks, name=f"rules.blocks({inner.name})", grain="block", settings=settings
+    )
+
+
+def _blocks(scores: Any, k: Any, *, rule: Rule, shape: tuple[int, ...], reduce: Callable[..., jax.Array]) -> Any:
+    """Keep or remove blocks, a `blocks` with settings."""
+
     def tiled(layer: Layer) -> list[tuple[int, int]]:
         """For each axis of the leaf the side of a block and the number of blocks."""
-        if len(shape) > len(layer.axes):
+        own = layer.axes
+        if len(shape) > len(own):
             raise ValueError(
                 f"rules.blocks was given blocks of shape {shape}, but {layer.name} has shape {layer.shape}. "
                 "Leave this parameter dense with prunable=..."
             )
-        sides = [1] * (layer.values.ndim - len(shape)) + list(shape)
-        if len(shape) == 2 and output_axes(layer) == (layer.stack,) and len(layer.axes) > 2:
-            # An Equinox convolution keeps its taps last.
-            sides = [1] * layer.stack + list(shape) + [1] * (len(layer.axes) - 2)
-        return [(side, math.ceil(n / side)) for side, n in zip(sides, layer.values.shape, strict=True)]
+        # A convolution whose units come first, as Equinox keeps it, has its taps last.
+        taps_last = len(shape) == 2 and len(own) > 2 and layer.roles.outputs == own[:1]
+        along = own[:2] if taps_last else own[len(own) - len(shape) :]
+        sides = dict(zip(along, shape, strict=True))
+        return [(sides.get(axis, 1), math.ceil(n / sides.get(axis, 1))) for axis, n in enumerate(layer.values.shape)]
 
     def pooled(layer: Layer) -> Layer:
         tiles = tiled(layer)
@@ -220,15 +238,17 @@ def blocks(rule: Rule, shape: tuple[int, ...], *, reduce: Callable[..., jax.Arra
 
         return sharded_as(without_explicit_axes(expand, layer.values)(mask), layer.values)
 
-    return _grouped(rule, pooled, spread)
+    return _grouped(rule, scores, k, pooled, spread)
 
 
-def _grouped(rule: Rule, pooled: Callable[[Layer], Layer], spread: Callable[[jax.Array, Layer], jax.Array]) -> Rule:
+def _grouped(
+    rule: Rule,
+    scores: Any,
+    k: Any,
+    pooled: Callable[[Layer], Layer],
+    spread: Callable[[jax.Array, Layer], jax.Array],
+) -> Any:
     """Apply `rule` to one score a group, and give every weight the verdict of its group."""
-
-    def grouped(scores: Any, k: Any) -> Any:
-        layers, build = read_layers(scores)
-        verdicts = jax.tree.leaves(rule(build([pooled(layer) for layer in layers]), k))
-        return build([spread(mask, layer) for mask, layer in zip(verdicts, layers, strict=True)])
-
-    return grouped
+    layers, build = read_layers(scores)
+    verdicts = jax.tree.leaves(rule(build([pooled(layer) for layer in layers]), k))
+    return build([spread(mask, layer) for mask, layer in zip(verdicts, layers, strict=True)])

@@ -24,10 +24,10 @@ def most_removed(max_sparsity: float, size: int) -> int:
 def warn(lines: Sequence[str], rule: str) -> None:
     """Warn of the layers where the guard acted, one line each; called by the function that is the rule's body."""
     if lines:
-        # The caller of make_masks: above it stand the rule, its body and this function.
+        # The caller of make_masks: above it stand the rule, its function, their body and this function.
         warnings.warn(
             f"{rule} kept more than k says in {len(lines)} place(s), so that no layer collapses. "
             "Choose a smaller k there (k may be a tree prefix):\n" + "\n".join(lines),
             PruningWarning,
-            stacklevel=5,
+            stacklevel=6,
         )

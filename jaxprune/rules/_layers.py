@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
+from jaxprune._tree._axes import Axes, conventional
 from jaxprune._tree._paths import flatten, spread
+from jaxprune.rules._rule import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +26,38 @@ class Layer:
         path: the normalised path, ``block/dense/kernel``.
         name: the leaf's name in messages, ``params['block']['dense']['kernel']``.
         values: the scores, or the weights themselves where their magnitude is the score; any floating dtype.
+        roles: what its axes are.
         magnitude: whether `values` are weights, ranked by magnitude. Keeping the weights spares a copy of the tree
             in float32 and lets a rule measure them (a standard deviation needs their signs).
-        stack: how many leading axes count layers.
         pooled: the shape of one layer's weights where `values` are scores of groups of them (channels, blocks).
     """
 
     path: str
     name: str
     values: jax.Array
+    roles: Axes
     magnitude: bool = False
-    stack: int = 0
     pooled: tuple[int, ...] | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes that count layers."""
+        return self.roles.stack
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """How many layers there are along each of these axes."""
+        return tuple(self.values.shape[axis] for axis in self.stack)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of one layer."""
+        return tuple(axis for axis in range(len(self.values.shape)) if axis not in self.stack)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one layer's weights."""
-        return self.values.shape[self.stack :] if self.pooled is None else self.pooled
+        return tuple(self.values.shape[axis] for axis in self.axes) if self.pooled is None else self.pooled
 
     @property
     def score(self) -> jax.Array:
@@ -50,18 +67,53 @@ class Layer:
         return jnp.abs(values) if self.magnitude else values
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes of one layer."""
-        return tuple(range(self.stack, len(self.values.shape)))
-
-    @property
     def size(self) -> int:
         """The number of scores of one layer."""
-        return math.prod(self.values.shape[self.stack :])
+        return math.prod(self.values.shape[axis] for axis in self.axes)
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return math.prod(self.stack_shape)
+
+    def input_axis(self, title: str, axis: int | None = None) -> int:
+        """Return the axis of the leaf along which neighbouring inputs lie, or where a given axis of one layer lies."""
+        if axis is not None:
+            return self._own(axis, title)
+        if self.roles.inputs is None:
+            raise ValueError(
+                f"{title} groups weights along the inputs, but {self.name} {self.roles.why}. "
+                "Leave this parameter dense with prunable=..."
+            )
+        return self.roles.inputs
+
+    def output_axes(self, title: str, axis: int | None = None) -> tuple[int, ...]:
+        """Return the axes of the leaf that number the output units, or where a given axis of one layer lies."""
+        if axis is not None:
+            return (self._own(axis, title),)
+        if self.roles.outputs is None:
+            raise ValueError(
+                f"{title} looks at output units, but {self.name} {self.roles.why}. "
+                "Leave this parameter dense with prunable=..."
+            )
+        return self.roles.outputs
+
+    def spread(self, of_layers: jax.Array) -> jax.Array:
+        """Shape what is one number for all layers, or one for each, to be combined with `values`."""
+        return jnp.expand_dims(of_layers, self.axes) if jnp.ndim(of_layers) else of_layers
+
+    def _own(self, axis: int, title: str) -> int:
+        axes = self.axes
+        if not -len(axes) <= axis < len(axes):
+            raise ValueError(
+                f"{title} was given axis {axis}, but {self.name} has shape {self.shape}. "
+                "Choose another axis, or leave this parameter dense with prunable=..."
+            )
+        return axes[axis]
 
 
-# What a layer is besides its scores: path, name, stack, pooled.
-_Known = tuple[str, str, int, tuple[int, ...] | None]
+# What a layer is besides its scores: path, name, roles, pooled.
+_Known = tuple[str, str, Axes, tuple[int, ...] | None]
 
 
 def _flatten_layer(
@@ -69,13 +121,13 @@ def _flatten_layer(
 ) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], _Known]:
     # Mapped over by a rule, a layer holds its mask.
     child = layer.score if jnp.issubdtype(layer.values.dtype, jnp.floating) else layer.values
-    return ((GetAttrKey("value"), child),), (layer.path, layer.name, layer.stack, layer.pooled)
+    return ((GetAttrKey("value"), child),), (layer.path, layer.name, layer.roles, layer.pooled)
 
 
 def _unflatten_layer(aux: _Known, children: Iterable[Any]) -> Layer:
-    path, name, stack, pooled = aux
+    path, name, roles, pooled = aux
     (values,) = children
-    return Layer(path, name, values, stack=stack, pooled=pooled)
+    return Layer(path, name, values, roles, pooled=pooled)
 
 
 jax.tree_util.register_pytree_with_keys(Layer, _flatten_layer, _unflatten_layer)
@@ -83,34 +135,31 @@ jax.tree_util.register_pytree_with_keys(Layer, _flatten_layer, _unflatten_layer)
 
 def read_layers(scores: Any) -> tuple[list[Layer], Callable[[Sequence[Any]], Any]]:
     """Read a tree of scores (bare arrays or Layers) and return its layers and the way to build a tree of masks."""
-    flat = flatten(scores, "scores", is_leaf=lambda node: isinstance(node, Layer))
+    tree = flatten(scores, "scores", is_leaf=lambda node: isinstance(node, Layer))
     layers = [
-        leaf if isinstance(leaf, Layer) else Layer(path, name, jnp.asarray(leaf))
-        for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True)
+        leaf if isinstance(leaf, Layer) else Layer(path, name, jnp.asarray(leaf), conventional(path, jnp.shape(leaf)))
+        for path, name, leaf in zip(tree.paths, tree.names, tree.leaves, strict=True)
     ]
     for layer in layers:
         if not jnp.issubdtype(layer.values.dtype, jnp.floating):
             raise TypeError(f"{layer.name} has dtype {layer.values.dtype}; scores are floating-point numbers.")
-    return layers, lambda masks: jax.tree.unflatten(flat.treedef, masks)
+    return layers, tree.build
 
 
-def strengths(k: Any, layers: Sequence[Layer], rule: str, low: float = 0.0, high: float = math.inf) -> list[Any]:
+def strengths(k: Any, layers: Sequence[Layer], rule: Rule) -> list[Any]:
     """Give each layer its `k`, checked as far as its value is known, in the shape of the layer's stack.
 
     Args:
         k: a number, a scalar array (may be traced), or a tree prefix of these; an entry for stacked layers may also
             have the shape of the stack.
         layers: the layers it is for.
-        rule: the rule's name for messages.
-        low: the smallest k allowed.
-        high: the largest k allowed; infinity itself is refused.
+        rule: says which k it takes.
 
     Returns:
         One entry a layer: a Python float where k was a number, else an array of shape ``()`` or the stack's.
     """
-    paths = [layer.path for layer in layers]
-    entries = [k] * len(layers) if is_scalar(k) else spread(k, paths, "k")
-    return [_strength(entry, layer, rule, low, high) for entry, layer in zip(entries, layers, strict=True)]
+    entries = [k] * len(layers) if is_scalar(k) else spread(k, [layer.path for layer in layers], "k")
+    return [_strength(entry, layer, rule) for entry, layer in zip(entries, layers, strict=True)]
 
 
 def is_scalar(k: Any) -> bool:
@@ -124,7 +173,7 @@ def is_scalar(k: Any) -> bool:
     return isinstance(k, int | float)
 
 
-def _strength(k: Any, layer: Layer, rule: str, low: float, high: float) -> Any:
+def _strength(k: Any, layer: Layer, rule: Rule) -> Any:
     if k is None:
         raise ValueError(f"k has no entry for {layer.name}; it must be one number or a tree prefix that covers it.")
     try:
@@ -133,17 +182,17 @@ def _strength(k: Any, layer: Layer, rule: str, low: float, high: float) -> Any:
         number = False
     if not number:
         raise TypeError(f"k for {layer.name} is a number or a scalar array, not {k!r}.")
-    stack = layer.values.shape[: layer.stack]
+    stack = layer.stack_shape
     if np.shape(k) not in ((), stack):
         raise ValueError(
             f"k for {layer.name} has shape {np.shape(k)}; it must be a scalar"
             + (f" or of shape {stack}, one for each stacked layer." if stack else ".")
         )
-    if not isinstance(k, jax.core.Tracer):
-        values = np.asarray(k, np.float64)
-        if not ((low <= values) & (values <= high) & np.isfinite(values)).all():
-            allowed = f"k >= {low:g}" if math.isinf(high) else f"{low:g} <= k <= {high:g}"
-            raise ValueError(f"{rule} takes {allowed}, finite; got k = {k} for {layer.name}.")
-        if values.ndim == 0:
-            return float(values)
-    return jnp.asarray(k)
+    if isinstance(k, jax.core.Tracer):
+        return k
+    values = np.asarray(k, np.float64)
+    if not ((rule.low <= values) & (values <= rule.high) & np.isfinite(values)).all():
+        raise ValueError(f"{rule.name} takes {rule.allowed}, finite; got k = {k} for {layer.name}.")
+    if rule.whole and (values != np.floor(values)).any():
+        raise ValueError(f"{rule.name} takes a whole number, not k = {k} ({layer.name}).")
+    return float(values) if values.ndim == 0 else jnp.asarray(k)

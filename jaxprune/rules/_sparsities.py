@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,15 @@ import numpy as np
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
 from jaxprune._selection._largest import keep_largest, keep_largest_jointly
-from jaxprune._tree._axes import output_axes, resolve_axis
 from jaxprune._tree._leaves import is_known
 from jaxprune.rules import _erk, _guard
 from jaxprune.rules._layers import Layer, is_scalar, read_layers, strengths
+from jaxprune.rules._rule import Rule, says
+
+_FRACTION = "the fraction removed"
 
 
+@says(scope="layer", strength=_FRACTION, low=0.0, high=1.0)
 def layer_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Remove exactly ``round(k * n)`` weights of every layer, those of the smallest scores.
 
@@ -42,10 +45,10 @@ def layer_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     >>> jaxprune.make_masks(params, 0.5, rule=layer_sparsity)["kernel"].tolist()
     [[True, False], [False, True]]
     """
-    rule = "rules.layer_sparsity"
-    return _per_pool(scores, k, rule, max_sparsity, lambda layer: tuple(range(layer.stack)))
+    return _per_pool(scores, k, layer_sparsity, max_sparsity, lambda layer: ())
 
 
+@says(scope="unit", strength=_FRACTION + " of every output unit", low=0.0, high=1.0)
 def row_sparsity(scores: Any, k: Any, *, axis: int | None = None, max_sparsity: float = 1.0) -> Any:
     """Remove exactly ``round(k * n)`` of the n input weights of every output unit.
 
@@ -69,40 +72,32 @@ def row_sparsity(scores: Any, k: Any, *, axis: int | None = None, max_sparsity: 
     Reference: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models", 2023,
     section 3 (comparison group: per output).
     """
-    rule = "rules.row_sparsity"
-
-    def batch(layer: Layer) -> tuple[int, ...]:
-        units = output_axes(layer) if axis is None else (resolve_axis(axis, layer, rule),)
-        return (*range(layer.stack), *units)
-
-    return _per_pool(scores, k, rule, max_sparsity, batch)
+    return _per_pool(scores, k, row_sparsity, max_sparsity, lambda layer: layer.output_axes(row_sparsity.name, axis))
 
 
-def _per_pool(scores: Any, k: Any, rule: str, max_sparsity: float, batch: Any) -> Any:
+def _per_pool(scores: Any, k: Any, rule: Rule, max_sparsity: float, units: Callable[[Layer], tuple[int, ...]]) -> Any:
     layers, build = read_layers(scores)
-    _guard.check_max_sparsity(max_sparsity, rule)
+    _guard.check_max_sparsity(max_sparsity, rule.name)
     masks, lines = [], []
-    for layer, strength in zip(layers, strengths(k, layers, rule, 0.0, 1.0), strict=True):
-        axes = batch(layer)
+    for layer, strength in zip(layers, strengths(k, layers, rule), strict=True):
+        batch = tuple(sorted({*layer.stack, *units(layer)}))
         shape = layer.values.shape
-        size = math.prod(n for axis, n in enumerate(shape) if axis not in axes)
+        size = math.prod(n for axis, n in enumerate(shape) if axis not in batch)
         allowed = min(max(0, size - 1), _guard.most_removed(max_sparsity, size))
         if isinstance(strength, float) and size and round(strength * size) > allowed:
             lines.append(f"  {layer.name}: k = {strength:g} asks for {round(strength * size):,} of {size:,} to go")
         removed = _counts.minimum(_counts.rounded(strength, size), _counts.from_int(allowed))
         if removed.low.ndim:
-            # One count for each layer of a stack serves all rows of that layer.
-            pools = tuple(shape[axis] for axis in axes)
-            removed = Count(*(_spread(word, pools) for word in removed))
-        masks.append(keep_largest(layer.values, removed, batch=axes, magnitude=layer.magnitude))
-    _guard.warn(lines, rule)
+            # One count for each layer of a stack serves all units of that layer.
+            others = [i for i, axis in enumerate(batch) if axis not in layer.stack]
+            pools = tuple(shape[axis] for axis in batch)
+            removed = Count(*(jnp.broadcast_to(jnp.expand_dims(word, others), pools) for word in removed))
+        masks.append(keep_largest(layer.values, removed, batch=batch, magnitude=layer.magnitude))
+    _guard.warn(lines, rule.name)
     return build(masks)
 
 
-def _spread(word: jax.Array, pools: tuple[int, ...]) -> jax.Array:
-    return jnp.broadcast_to(jnp.reshape(word, (*word.shape, *[1] * (len(pools) - word.ndim))), pools)
-
-
+@says(scope="model", shares="threshold", strength=_FRACTION + " of all layers together", low=0.0, high=1.0)
 def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Remove exactly ``round(k * n)`` weights of all layers together, by one threshold for all.
 
@@ -128,23 +123,20 @@ def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     >>> masks["a"]["kernel"].tolist(), masks["b"]["kernel"].tolist()
     ([[False, True]], [[False, True]])
     """
-    rule = "rules.global_sparsity"
     layers, build = read_layers(scores)
-    removed = _total_removed(layers, k, rule, max_sparsity)
+    removed = _total_removed(layers, k, global_sparsity, max_sparsity)
     values = [layer.values for layer in layers]
     magnitude = all(layer.magnitude for layer in layers)
     masks = keep_largest_jointly(values, removed, magnitude=magnitude)
     allowed = [most_removed_of(layer, max_sparsity) for layer in layers]
     over = [
-        _counts.less(_counts.from_int(most), _removed(mask, layer))
+        _counts.less(_counts.from_int(most), _counts.count_true(~mask, layer.axes))
         for mask, layer, most in zip(masks, layers, allowed, strict=True)
     ]
 
     def protect() -> list[jax.Array]:
         protected = [
-            keep_largest(
-                layer.values, _counts.from_int(most), batch=tuple(range(layer.stack)), magnitude=layer.magnitude
-            )
+            keep_largest(layer.values, _counts.from_int(most), batch=layer.stack, magnitude=layer.magnitude)
             for layer, most in zip(layers, allowed, strict=True)
         ]
         return keep_largest_jointly(values, removed, magnitude=magnitude, protected=protected)
@@ -156,6 +148,7 @@ def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     return build(jax.lax.cond(acted, protect, lambda: masks))
 
 
+@says(scope="model", shares="shapes", strength=_FRACTION + " of all layers together", low=0.0, high=1.0)
 def erk_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Remove exactly ``round(k * n)`` weights of all layers together, allocated by Erdos-Renyi-Kernel.
 
@@ -184,12 +177,13 @@ def erk_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020, section 3.
     """
     layers, build = read_layers(scores)
-    removed = _total_removed(layers, k, "rules.erk_sparsity", max_sparsity)
+    removed = _total_removed(layers, k, erk_sparsity, max_sparsity)
     least = [layer.size - most_removed_of(layer, max_sparsity) for layer in layers]
-    counts = _erk.allocate(layers, removed, least)
+    sizes, dims = [layer.size for layer in layers], [sum(layer.shape) for layer in layers]
+    counts = _erk.allocate(sizes, dims, [layer.stack_shape for layer in layers], removed, least)
     return build(
         [
-            keep_largest(layer.values, count, batch=tuple(range(layer.stack)), magnitude=layer.magnitude)
+            keep_largest(layer.values, count, batch=layer.stack, magnitude=layer.magnitude)
             for layer, count in zip(layers, counts, strict=True)
         ]
     )
@@ -200,28 +194,19 @@ def most_removed_of(layer: Layer, max_sparsity: float) -> int:
     return min(max(0, layer.size - 1), _guard.most_removed(max_sparsity, layer.size))
 
 
-def _depth(layer: Layer) -> int:
-    return math.prod(layer.values.shape[: layer.stack])
-
-
-def _total_removed(layers: Sequence[Layer], k: Any, rule: str, max_sparsity: float) -> Count:
+def _total_removed(layers: Sequence[Layer], k: Any, rule: Rule, max_sparsity: float) -> Count:
     """Return round(k * n) over all layers, checked or, when traced, lowered to what the layers may lose together."""
-    _guard.check_max_sparsity(max_sparsity, rule)
+    _guard.check_max_sparsity(max_sparsity, rule.name)
     if not is_scalar(k) or np.ndim(k):
-        raise ValueError(f"{rule} takes one k for all layers, not a tree or an array; got {k!r}.")
-    strength = strengths(k, layers, rule, 0.0, 1.0)[0]
-    size = sum(layer.size * _depth(layer) for layer in layers)
-    most = sum(most_removed_of(layer, max_sparsity) * _depth(layer) for layer in layers)
+        raise ValueError(f"{rule.name} takes one k for all layers, not a tree or an array; got {k!r}.")
+    strength = strengths(k, layers, rule)[0]
+    size = sum(layer.size * layer.depth for layer in layers)
+    most = sum(most_removed_of(layer, max_sparsity) * layer.depth for layer in layers)
     if isinstance(strength, float) and round(strength * size) > most:
         asked = f"k = {strength:g} asks for {round(strength * size):,} of {size:,} weights to go"
         if max_sparsity < 1:
             raise ValueError(
-                f"{rule}: {asked}, but with max_sparsity={max_sparsity:g} only {most:,} can (k <= {most / size:.6g})."
+                f"{rule.name}: {asked}, but with max_sparsity={max_sparsity:g} only {most:,} can (k <= {most / size:.6g})."
             )
-        _guard.warn([f"  all layers: {asked}; each keeps its largest"], rule)
+        _guard.warn([f"  all layers: {asked}; each keeps its largest"], rule.name)
     return _counts.minimum(_counts.rounded(strength, size), _counts.from_int(most))
-
-
-def _removed(mask: jax.Array, layer: Layer) -> Count:
-    """Count what a mask removes of each layer of a stack."""
-    return _counts.count_true(~mask, layer.axes)

@@ -13,6 +13,7 @@ from jaxprune._selection._largest import keep_largest
 from jaxprune._tree._leaves import is_known
 from jaxprune.rules import _guard
 from jaxprune.rules._layers import Layer, read_layers, strengths
+from jaxprune.rules._rule import Rule, says
 
 # A statistic: (values, whether they are weights, the axes of one layer) -> one number a layer, axes kept.
 _Statistic = Callable[[jax.Array, bool, tuple[int, ...]], jax.Array]
@@ -45,8 +46,8 @@ def _keep(
     """Return the mask, the threshold that was asked for and the largest score, which the threshold may not exceed."""
     values = jax.lax.stop_gradient(values)
     found = statistic(values, magnitude, axes)
-    k = jnp.reshape(k, (*jnp.shape(k), *[1] * (found.ndim - jnp.ndim(k)))).astype(found.dtype)
-    asked = k * found
+    k = jnp.expand_dims(k, axes) if jnp.ndim(k) else jnp.asarray(k)
+    asked = k.astype(found.dtype) * found
     largest = _max(values, magnitude, axes)
     score = (jnp.abs(values) if magnitude else values).astype(found.dtype)
     # A layer without one finite weight has no largest one (NaN): it is left as it is.
@@ -54,13 +55,9 @@ def _keep(
     return mask, asked, largest
 
 
-def _count_false(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sum(~mask, axes, dtype=jnp.float32, keepdims=True)
-
-
-def _threshold(scores: Any, k: Any, statistic: _Statistic, rule: str, max_sparsity: float) -> Any:
+def _threshold(scores: Any, k: Any, statistic: _Statistic, rule: Rule, max_sparsity: float) -> Any:
     layers, build = read_layers(scores)
-    _guard.check_max_sparsity(max_sparsity, rule)
+    _guard.check_max_sparsity(max_sparsity, rule.name)
     masks: list[jax.Array] = []
     lines: list[str] = []
     for layer, strength in zip(layers, strengths(k, layers, rule), strict=True):
@@ -71,18 +68,16 @@ def _threshold(scores: Any, k: Any, statistic: _Statistic, rule: str, max_sparsi
             layer.values, strength, magnitude=layer.magnitude, axes=layer.axes, statistic=statistic
         )
         allowed = _guard.most_removed(max_sparsity, layer.size)
-        lost = _count_false(mask, layer.axes) if max_sparsity < 1 else None
+        lost = _counts.to_float(_counts.count_true(~mask, layer.axes)) if max_sparsity < 1 else None
         lines += _acted(layer, strength, asked, largest, lost, allowed)
         masks.append(_cap(mask, layer, allowed) if max_sparsity < 1 else mask)
-    _guard.warn(lines, rule)
+    _guard.warn(lines, rule.name)
     return build(masks)
 
 
 def _cap(mask: jax.Array, layer: Layer, allowed: int) -> jax.Array:
     """Keep at least the largest scores, so many that no more than `allowed` go."""
-    granted = keep_largest(
-        layer.values, _counts.from_int(allowed), batch=tuple(range(layer.stack)), magnitude=layer.magnitude
-    )
+    granted = keep_largest(layer.values, _counts.from_int(allowed), batch=layer.stack, magnitude=layer.magnitude)
     # Each of the two keeps a set of largest scores, so one contains the other and the union is the larger one.
     return mask | granted
 
@@ -93,17 +88,18 @@ def _acted(
     """Say in a line a layer where the guard acted; nothing where values are not known (under jit)."""
     if not all(is_known(array) for array in (k, asked, largest)):
         return
-    threshold, most = np.asarray(asked), np.asarray(largest)
+    threshold, most = (np.squeeze(np.asarray(array), layer.axes) for array in (asked, largest))
     gone = np.where(threshold > most, layer.size, 0 if lost is None else np.asarray(lost))
-    strength = np.broadcast_to(np.reshape(k, (*np.shape(k), *[1] * (threshold.ndim - np.ndim(k)))), threshold.shape)
+    strength = np.broadcast_to(k, threshold.shape)
     for index in map(tuple, np.argwhere((threshold > most) | (gone > allowed))):
-        where = layer.name + "".join(f"[{i}]" for i in index[: layer.stack])
+        where = layer.name + "".join(f"[{i}]" for i in index)
         yield (
             f"  {where}: k = {strength[index]:g} asks for |w| >= {threshold[index]:.4g}, which {gone[index]:,.0f} of "
             f"{layer.size:,} do not reach; the largest is {most[index]:.4g}"
         )
 
 
+@says(scope="layer", strength="how many times the standard deviation of its layer a weight must reach", low=0.0)
 def std_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Keep the weights whose magnitude is at least k standard deviations of their layer.
 
@@ -132,9 +128,10 @@ def std_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015,
     section 3.1 (k is their quality parameter).
     """
-    return _threshold(scores, k, _std, "rules.std_threshold", max_sparsity)
+    return _threshold(scores, k, _std, std_threshold, max_sparsity)
 
 
+@says(scope="layer", strength="how many times the mean magnitude of its layer a weight must reach", low=0.0)
 def mean_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Keep the weights whose magnitude is at least k times the mean magnitude of their layer.
 
@@ -146,9 +143,10 @@ def mean_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     >>> jaxprune.make_masks(params, 1.0, rule=mean_threshold)["kernel"].tolist()
     [[True, False], [False, True]]
     """
-    return _threshold(scores, k, _mean, "rules.mean_threshold", max_sparsity)
+    return _threshold(scores, k, _mean, mean_threshold, max_sparsity)
 
 
+@says(scope="layer", strength="how many times the largest magnitude of its layer a weight must reach", low=0.0)
 def max_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Keep the weights whose magnitude is at least k times the largest magnitude of their layer.
 
@@ -159,9 +157,10 @@ def max_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     >>> jaxprune.make_masks(params, 0.5, rule=max_threshold)["kernel"].tolist()
     [[True, False], [True, True]]
     """
-    return _threshold(scores, k, _max, "rules.max_threshold", max_sparsity)
+    return _threshold(scores, k, _max, max_threshold, max_sparsity)
 
 
+@says(scope="layer", strength="the magnitude that a weight must reach", low=0.0)
 def absolute_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Keep the weights whose magnitude is at least k.
 
@@ -172,4 +171,4 @@ def absolute_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any
     >>> jaxprune.make_masks(params, 2.5, rule=absolute_threshold)["kernel"].tolist()
     [[True, False], [False, True]]
     """
-    return _threshold(scores, k, _one, "rules.absolute_threshold", max_sparsity)
+    return _threshold(scores, k, _one, absolute_threshold, max_sparsity)

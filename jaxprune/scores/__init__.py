@@ -1,8 +1,8 @@
 """Scores: parameters, and evidence, to a tree of numbers that says how much each weight matters.
 
 Every score returns the treedef of `params` in float32 (float64 stays), larger = keep. Evidence (gradients,
-statistics) is a tree with the same paths; its containers may be of other classes. A leaf that is not
-floating-point scores zeros. A NaN weight, or one whose evidence is NaN, scores minus infinity: it goes first.
+statistics) is a tree with the same paths; its containers may be of other classes. A leaf that has no
+score, since it is not floating-point or multiplies no data, is None. A NaN weight, or one whose evidence is NaN, scores minus infinity: it goes first.
 All work under ``jit`` and ``vmap`` and on sharded arrays; the scores are sharded like the parameters.
 """
 

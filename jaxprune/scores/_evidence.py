@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._leaves import is_floating
-from jaxprune._tree._paths import Flat, align, flatten
+from jaxprune._tree._paths import Tree, flatten
 from jaxprune.scores._leaves import widen
 
 
-def align_evidence(evidence: Any, flat: Flat, what: str) -> list[Any]:
+def align_evidence(evidence: Any, flat: Tree, what: str) -> list[Any]:
     """Return for each leaf of the parameters `flat` its evidence, checked; None where it needs none.
 
     `what` is what messages call the evidence. Leaves that are not floating-point need none; what the evidence
@@ -21,7 +21,7 @@ def align_evidence(evidence: Any, flat: Flat, what: str) -> list[Any]:
     needed = [path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_floating(leaf)]
     ignored = set(flat.paths).difference(needed)
     given = _without(flatten(evidence, what), ignored)
-    found = dict(zip(needed, align(given, _without(flat, ignored), what, "params"), strict=True))
+    found = dict(zip(needed, _without(flat, ignored).aligned(given), strict=True))
     for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
         if path in found and (not is_floating(found[path]) or np.shape(found[path]) != np.shape(leaf)):
             dtype = getattr(found[path], "dtype", type(found[path]).__name__)
@@ -32,10 +32,10 @@ def align_evidence(evidence: Any, flat: Flat, what: str) -> list[Any]:
     return [found.get(path) for path in flat.paths]
 
 
-def _without(flat: Flat, ignored: set[str]) -> Flat:
+def _without(flat: Tree, ignored: set[str]) -> Tree:
     kept = [i for i, path in enumerate(flat.paths) if path not in ignored]
     paths, names, leaves = ([column[i] for i in kept] for column in (flat.paths, flat.names, flat.leaves))
-    return Flat(paths, names, leaves, flat.treedef)
+    return Tree(flat.what, paths, names, leaves, flat.treedef)
 
 
 @jax.jit

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._paths import read_arrays
 from jaxprune.scores._evidence import align_evidence
-from jaxprune.scores._leaves import floats, leaf_score, map_leaves, read_params, with_floats
+from jaxprune.scores._leaves import floats, leaf_score, map_leaves, with_floats
 
 
 @leaf_score
@@ -39,7 +40,7 @@ def gradient(params: Any, grads: Any) -> Any:
     Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020,
     section 3.
     """
-    flat = read_params(params)
+    flat = read_arrays(params, "params")
     return map_leaves(_gradient, flat, align_evidence(grads, flat, "grads"))
 
 
@@ -61,7 +62,7 @@ def saliency(params: Any, grads: Any) -> Any:
     2019, section 3; for whole channels Molchanov, Tyree, Karras, Aila, Kautz, "Pruning Convolutional Neural
     Networks for Resource Efficient Inference", 2017, section 2.2.
     """
-    flat = read_params(params)
+    flat = read_arrays(params, "params")
     return map_leaves(_saliency, flat, align_evidence(grads, flat, "grads"))
 
 
@@ -95,7 +96,7 @@ def fisher(params: Any, squared_grads: Any) -> Any:
     with the Fisher information, Theis, Korshunova, Tejani, Huszar, "Faster gaze prediction with dense
     networks and Fisher pruning", 2018.
     """
-    flat = read_params(params)
+    flat = read_arrays(params, "params")
     return map_leaves(_fisher, flat, align_evidence(squared_grads, flat, "squared_grads"))
 
 
@@ -157,8 +158,8 @@ def grasp(loss: Callable[[Any], jax.Array], params: Any) -> Any:
     Reference: Wang, Zhang, Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow",
     2020, section 4 and algorithm 2.
     """
-    flat = read_params(params)
-    gradient_of = jax.grad(lambda weights: loss(flat.treedef.unflatten(with_floats(flat, weights))))
+    flat = read_arrays(params, "params")
+    gradient_of = jax.grad(lambda weights: loss(flat.build(with_floats(flat, weights))))
     weights = floats(flat)
     _, products = jax.jvp(gradient_of, (weights,), (gradient_of(weights),))
     return map_leaves(_grasp, flat, with_floats(flat, products))
@@ -169,12 +170,12 @@ def _movement(w: jax.Array, g: jax.Array, previous: jax.Array) -> jax.Array:
     return previous - w * g
 
 
-def movement(params: Any, grads: Any, previous: Any = None) -> Any:
+def movement(params: Any, grads: Any, *, previous: Any = None) -> Any:
     """Score weights by how far training moves them away from zero: the sum over steps of ``-w g``.
 
     One call adds one step; the scores are the running sum, to be carried along while training::
 
-        moved = scores.movement(params, grads, moved)  # before the update
+        moved = scores.movement(params, grads, previous=moved)  # before the update
 
     In the paper the gradient is that of the masked weights, which goes straight through to the dense ones, so
     that pruned weights may come back: ``grads = jax.grad(loss)(apply_masks(params, masks), batch)``.
@@ -192,13 +193,13 @@ def movement(params: Any, grads: Any, previous: Any = None) -> Any:
 
     >>> import jax.numpy as jnp
     >>> moved = movement([jnp.array([2.0, -3.0])], [jnp.array([0.5, 1.0])])
-    >>> movement([jnp.array([1.0, -4.0])], [jnp.array([0.5, 1.0])], moved)[0].tolist()
+    >>> movement([jnp.array([1.0, -4.0])], [jnp.array([0.5, 1.0])], previous=moved)[0].tolist()
     [-1.5, 7.0]
 
     Reference: Sanh, Wolf, Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020, section 4 (the
     factor of the learning rate does not change the ranking and is left out).
     """
-    flat = read_params(params)
+    flat = read_arrays(params, "params")
     grads = align_evidence(grads, flat, "grads")
     if previous is None:
         so_far = [jnp.zeros_like(leaf) if is_floating(leaf) else None for leaf in flat.leaves]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._leaves import is_floating
-from jaxprune._tree._paths import Flat, flatten, require_arrays
+from jaxprune._tree._paths import Tree
 
 
 def widen(x: jax.typing.ArrayLike) -> jax.Array:
@@ -41,32 +41,25 @@ def leaf_score(score: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return scored
 
 
-def read_params(params: Any) -> Flat:
-    """Flatten parameters and require that they are arrays."""
-    flat = flatten(params, "params")
-    require_arrays(flat)
-    return flat
-
-
-def floats(flat: Flat) -> list[jax.Array]:
+def floats(flat: Tree) -> list[jax.Array]:
     """Return the floating-point leaves, which may be differentiated."""
     return [jnp.asarray(leaf) for leaf in flat.leaves if is_floating(leaf)]
 
 
-def with_floats(flat: Flat, replacements: Sequence[jax.Array]) -> list[Any]:
+def with_floats(flat: Tree, replacements: Sequence[jax.Array]) -> list[Any]:
     """Return all leaves, the floating-point ones replaced in order."""
     given = iter(replacements)
     return [next(given) if is_floating(leaf) else leaf for leaf in flat.leaves]
 
 
-def map_leaves(score: Callable[..., jax.Array], flat: Flat, *columns: Sequence[Any]) -> Any:
+def map_leaves(score: Callable[..., jax.Array], flat: Tree, *columns: Sequence[Any]) -> Any:
     """Return the tree of ``score(leaf, *entries)``, the entries being the leaf's in each column.
 
-    A leaf that is not floating-point scores zeros.
+    A leaf that is not floating-point has no score: None.
     """
-    return flat.treedef.unflatten(
+    return flat.build(
         [
-            score(jnp.asarray(leaf), *entries) if is_floating(leaf) else jnp.zeros(np.shape(leaf), jnp.float32)
+            score(jnp.asarray(leaf), *entries) if is_floating(leaf) else None
             for leaf, *entries in zip(flat.leaves, *columns, strict=True)
         ]
     )

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._leaves import is_floating
-from jaxprune.scores._leaves import nan_lowest, read_params
+from jaxprune._tree._paths import read_arrays
+from jaxprune.scores._leaves import nan_lowest
 from jaxprune.sites._calibrate import Grams
 from jaxprune.sites._factorise import check_damping, factorise, inverse_root
 from jaxprune.sites._matrices import as_matrices, sites_of
@@ -40,8 +41,8 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
     Reference: Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1993, equation 5.
     """
     check_damping(damping, "scores.obs")
-    read_params(params)
-    flat = grams.sites.check(params)
+    read_arrays(params, "params")
+    flat = grams.sites.require_params(params)
     known = {site.path for site in grams.sites} - set(grams.sites.tables)
 
     def score(path: str, leaf: Any) -> jax.Array:
@@ -50,7 +51,7 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
             found = site.put(found, _obs(as_matrices(site, leaf), grams.of(site), jnp.float32(damping)))
         return nan_lowest(found, leaf)
 
-    return flat.treedef.unflatten(
+    return flat.build(
         [
             score(path, leaf) if path in known and is_floating(leaf) else None
             for path, leaf in zip(flat.paths, flat.leaves, strict=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._leaves import is_floating, is_known
-from jaxprune._tree._paths import flatten
-from jaxprune.scores._leaves import floats, leaf_score, map_leaves, read_params, widen, with_floats
+from jaxprune._tree._paths import flatten, read_arrays
+from jaxprune.scores._leaves import floats, leaf_score, map_leaves, widen, with_floats
 
 
 @leaf_score
@@ -17,7 +17,7 @@ def _synflow(weights: jax.Array, slope: jax.Array) -> jax.Array:
     return jnp.abs(weights * slope)
 
 
-def synflow(apply: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
+def synflow(fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
     """Score weights by the synaptic flow through them, ``|w dR/d|w||``, without data.
 
     R is the sum of the outputs of the network with the magnitudes of its parameters, fed with ones. In a net
@@ -30,10 +30,10 @@ def synflow(apply: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
     is not the paper's method, which takes many rounds: see `synflow_masks`.
 
     Args:
-        apply: ``(params, x) -> outputs``, a tree of arrays; as for inference (a batch norm should use its
+        fn: ``(params, x) -> outputs``, a tree of arrays; as for inference (a batch norm should use its
             running averages).
-        params: a pytree of arrays; leaves that are not floating-point are passed on as they are and score
-            zeros.
+        params: a pytree of arrays; leaves that are not floating-point are passed on as they are and have
+            no score.
         x: one input, of which only the structure, shapes and dtypes count (``jax.ShapeDtypeStruct`` will do);
             ones take its place. A batch of one is enough.
 
@@ -53,18 +53,18 @@ def synflow(apply: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
     Reference: Tanaka, Kunin, Yamins, Ganguli, "Pruning neural networks without any data by iteratively
     conserving synaptic flow", 2020, section 6.
     """
-    flat = read_params(params)
+    flat = read_arrays(params, "params")
     inputs = flatten(x, "x")
     for name, leaf in zip(inputs.names, inputs.leaves, strict=True):
         if not is_floating(leaf):
             raise TypeError(
-                f"synflow feeds ones, but {name} holds {jnp.result_type(leaf)}; pass an apply that begins behind "
+                f"synflow feeds ones, but {name} holds {jnp.result_type(leaf)}; pass a function that begins behind "
                 "the embedding, and an x for it."
             )
     ones = inputs.treedef.unflatten([jnp.ones(np.shape(leaf), jnp.result_type(leaf)) for leaf in inputs.leaves])
 
     def total(magnitudes: list[jax.Array]) -> jax.Array:
-        outputs = jax.tree.leaves(apply(flat.treedef.unflatten(with_floats(flat, magnitudes)), ones))
+        outputs = jax.tree.leaves(fn(flat.build(with_floats(flat, magnitudes)), ones))
         return sum((jnp.sum(widen(output)) for output in outputs), jnp.zeros(()))
 
     flow, slopes = jax.value_and_grad(total)([_magnitude(leaf) for leaf in floats(flat)])

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree._leaves import is_floating
-from jaxprune.scores._leaves import nan_lowest, read_params, widen
+from jaxprune._tree._paths import read_arrays
+from jaxprune.scores._leaves import nan_lowest, widen
 from jaxprune.sites._calibrate import Norms
 from jaxprune.sites._sites import Site
 
@@ -86,8 +87,8 @@ def _score(
     of_leaf: Callable[[jax.Array], jax.Array],
 ) -> Any:
     """Score every leaf by the sum over its sites of ``of_site(weights [N, I, O], norms [N, I])``."""
-    read_params(params)
-    flat = norms.sites.check(params)
+    read_arrays(params, "params")
+    flat = norms.sites.require_params(params)
 
     def score(leaf: Any, sites: list[Site]) -> jax.Array:
         weights = widen(leaf)
@@ -100,7 +101,7 @@ def _score(
     by_path: dict[str, list[Site]] = {path: [] for path in flat.paths}
     for site in norms.sites:
         by_path[site.path].append(site)
-    return flat.treedef.unflatten(
+    return flat.build(
         [
             score(leaf, by_path[path]) if by_path[path] and is_floating(leaf) else None
             for path, leaf in zip(flat.paths, flat.leaves, strict=True)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._tree._prunable import Stacked, stack_axes
+from jaxprune._tree._params import Stacked, read_axes
+from jaxprune._tree._paths import read_arrays
 from jaxprune._tree._sharding import without_explicit_axes
-from jaxprune.scores._leaves import leaf_score, map_leaves, nan_lowest, read_params, widen
+from jaxprune.scores._leaves import leaf_score, map_leaves, nan_lowest, widen
+from jaxprune.sites._sites import Sites
 
 
 @leaf_score
@@ -27,7 +29,7 @@ def magnitude(params: Any) -> Any:
     >>> magnitude([jnp.array([2.0, -3.0, jnp.nan])])[0].tolist()
     [2.0, 3.0, -inf]
     """
-    return map_leaves(_magnitude, read_params(params))
+    return map_leaves(_magnitude, read_arrays(params, "params"))
 
 
 @jax.jit
@@ -59,7 +61,7 @@ def random(params: Any, key: jax.Array) -> Any:
     >>> scores.dtype, bool((scores >= 0).all() and (scores < 1).all()), len(set(scores.tolist()))
     (dtype('float32'), True, 1000)
     """
-    flat = read_params(params)
+    flat = read_arrays(params, "params")
     return map_leaves(lambda leaf, position: _random(leaf, key, position), flat, range(len(flat.leaves)))
 
 
@@ -78,18 +80,20 @@ def _lamp_layer(magnitudes: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="stack")
-def _lamp(w: jax.Array, *, stack: int) -> jax.Array:
+def _lamp(w: jax.Array, *, stack: tuple[int, ...]) -> jax.Array:
+    first = tuple(range(len(stack)))
+
     def score(w: jax.Array) -> jax.Array:
         wide = widen(w)
-        magnitudes = jnp.where(jnp.isfinite(wide), jnp.abs(wide), 0.0)
-        layers = magnitudes.reshape(-1, math.prod(w.shape[stack:]))
-        found = jax.vmap(_lamp_layer)(layers).reshape(w.shape)
+        magnitudes = jnp.moveaxis(jnp.where(jnp.isfinite(wide), jnp.abs(wide), 0.0), stack, first)
+        layers = magnitudes.reshape(-1, math.prod(magnitudes.shape[len(stack) :]))
+        found = jnp.moveaxis(jax.vmap(_lamp_layer)(layers).reshape(magnitudes.shape), first, stack)
         return nan_lowest(jnp.where(jnp.isinf(wide), jnp.inf, found), wide)
 
     return widen(w) if w.size == 0 else without_explicit_axes(score, w)(w)
 
 
-def lamp(params: Any, *, stacked: Stacked | None = None) -> Any:
+def lamp(params: Any, *, stacked: Stacked = None, sites: Sites | None = None) -> Any:
     """Score weights by ``w^2`` over the sum of the squares of the layer's weights that are not smaller.
 
     With `rules.global_sparsity` this is magnitude pruning whose sparsity of each layer follows from the
@@ -103,7 +107,8 @@ def lamp(params: Any, *, stacked: Stacked | None = None) -> Any:
 
     Args:
         params: a pytree of arrays, a layer of less than 2**31 weights each.
-        stacked: names the leaves that stack layers, as in `make_masks` (static).
+        stacked: which leaves stack layers, as in `make_masks` (static).
+        sites: as in `make_masks`, for the stacks (static).
 
     Returns:
         Scores of the treedef of params, float32 in [0, 1].
@@ -118,5 +123,6 @@ def lamp(params: Any, *, stacked: Stacked | None = None) -> Any:
     Reference: Lee, Park, Mo, Ahn, Shin, "Layer-adaptive Sparsity for the Magnitude-based Pruning", 2021,
     equation 3.
     """
-    flat = read_params(params)
-    return map_leaves(lambda leaf, stack: _lamp(leaf, stack=stack), flat, stack_axes(stacked, flat))
+    flat = read_arrays(params, "params")
+    stacks = [axes.stack for axes in read_axes(flat, stacked, sites)]
+    return map_leaves(lambda leaf, stack: _lamp(leaf, stack=stack), flat, stacks)

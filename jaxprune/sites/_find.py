@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
 from jaxprune._tree._leaves import is_floating
-from jaxprune._tree._paths import Flat, flatten, require_arrays
+from jaxprune._tree._paths import Tree, read_arrays
 from jaxprune.sites._contractions import Use
 from jaxprune.sites._origins import CONSTANT, DATA, Origin, Piece
 from jaxprune.sites._sites import Site, Sites, Unresolved
@@ -31,7 +31,7 @@ class Reading:
     """
 
     body: _equations.Body
-    flat: Flat
+    flat: Tree
     results: Any
     sites: Sites
     groups: dict[Place, int]
@@ -53,8 +53,7 @@ class Reading:
 
 def read(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Reading:
     """Read ``fn(params, *inputs)``; arrays may be given as ``jax.ShapeDtypeStruct``."""
-    flat = flatten(params, "params")
-    require_arrays(flat)
+    flat = read_arrays(params, "params")
     body, results = _equations.trace(fn, params, *inputs)
     log = Log()
 
@@ -77,7 +76,7 @@ def _origin(position: int, leaf: Any) -> Origin:
     return Origin(pieces=(Piece(View(position, tuple(leaf.shape))),), leaves=frozenset([position]))
 
 
-def _gather_sites(log: Log, flat: Flat) -> tuple[Sites, dict[Place, int], dict[tuple[Place, int], tuple[Site, Use]]]:
+def _gather_sites(log: Log, flat: Tree) -> tuple[Sites, dict[Place, int], dict[tuple[Place, int], tuple[Site, Use]]]:
     """Merge uses of the same view into one site each, and inputs that all the same sites use into one group."""
     merged: dict[Any, list[tuple[Use, Place]]] = {}
     consumers: dict[Place, set[Any]] = {}
@@ -109,7 +108,7 @@ def _key(use: Use) -> Any:
     return use.view.leaf, use.view.steps, use.matrix_shape, use.operation
 
 
-def _site(uses: list[tuple[Use, Place]], groups: dict[Place, int], flat: Flat) -> Site:
+def _site(uses: list[tuple[Use, Place]], groups: dict[Place, int], flat: Tree) -> Site:
     use = uses[0][0]
     leaf = use.view.leaf
     shape = tuple(jnp.shape(flat.leaves[leaf]))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune._printing import Printable
-from jaxprune._tree._paths import Flat, flatten
+from jaxprune._tree._axes import Axes as Roles
+from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.sites._views import Axes, Each, Entry, Step, apply_steps, restore_steps
 
@@ -92,6 +93,11 @@ class Site:
     def covers(self) -> bool:
         """Whether the site sees every entry of the leaf; False for a part of a fused parameter."""
         return math.prod(self.matrix_shape) == math.prod(self.shape)
+
+    @property
+    def layer_axes(self) -> Axes:
+        """The axes of the leaf that count copies alone: layers, experts; not those that groups of a convolution share."""
+        return tuple(axis for axis in self.stack_axes if axis not in (*self.in_axes, *self.out_axes))
 
     def entry(self, index: Sequence[int]) -> "Site":
         """Return the site of one layer of a stack alone: `index` has a number for each axis of the stack."""
@@ -187,35 +193,37 @@ class Sites(Printable):
         kept_out = {*self.tables, *(entry.path for entry in self.unresolved)}
         return path in {site.path for site in self.sites} - kept_out
 
-    def input_axis(self, path: str) -> int:
-        """Return the axis of the leaf along which neighbouring inputs lie, as `rules.n_m(m, axis=...)` takes it.
+    def axes(self, path: str) -> Roles | None:
+        """Return what the axes of a leaf are for: layers, inputs, outputs; None where it multiplies no data.
 
-        Raises:
-            ValueError: no site multiplies by the leaf, its inputs are not one axis, or two sites disagree.
+        What `make_masks` asks for under ``sites=``. Where the leaf is used in several ways, what they agree on.
         """
-        axes = {site.input_axis for site in self.at(path)}
-        axis = axes.pop() if len(axes) == 1 else None
-        if axis is None:
-            sites = self.at(path)
-            ways = " and ".join(f"axes {site.in_axes} of {site.shape}" for site in sites)
-            raise ValueError(
-                f"The inputs of {sites[0].name} run along {ways}, not along one axis. "
-                "Leave this parameter dense with prunable=..."
-            )
-        return axis
+        found = [site for site in self.sites if site.path == path]
+        if not found:
+            return None
+        stacks = {site.layer_axes for site in found}
+        stack = stacks.pop() if len(stacks) == 1 else ()
+        inputs, outputs = {site.input_axis for site in found}, {site.out_axes for site in found}
+        mixed = any(set(site.in_axes) & set(site.out_axes) for site in found)
+        ways = " and ".join(dict.fromkeys(f"axes {site.in_axes} of {site.shape}" for site in found))
+        return Roles(
+            stack,
+            inputs.pop() if len(inputs) == 1 else None,
+            outputs.pop() if len(outputs) == 1 and not mixed else None,
+            f"has its inputs along {ways}, not along one axis" + (", which its outputs share" if mixed else ""),
+        )
 
-    def check(self, params: Any) -> Flat:
-        """Return the flattened params; raise a ValueError where they are not those the sites were found in."""
-        flat = flatten(params, "params")
-        shapes = {path: jnp.shape(leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)}
+    def require_params(self, params: Any) -> Tree:
+        """Read parameters; raise a ValueError where they are not those that the sites were found in."""
+        tree = flatten(params, "params")
         for site in self.sites:
-            if shapes.get(site.path) != site.shape:
-                found = f"has shape {shapes[site.path]}" if site.path in shapes else "is missing"
+            if tree.shapes.get(site.path) != site.shape:
+                found = f"has shape {tree.shapes[site.path]}" if site.path in tree.shapes else "is missing"
                 raise ValueError(
                     f"The statistics are of another model: {site.name} had shape {site.shape} there, but {found} here. "
                     "Calibrate anew with these parameters."
                 )
-        return flat
+        return tree
 
     def select(self, where: Callable[[Site], bool]) -> "Sites":
         """Return only the sites for which `where` is True; the rest of the report stays."""

@@ -7,10 +7,9 @@ from jaxprune.storage._files import convert_file as convert_file
 from jaxprune.storage._files import prune_file as prune_file
 from jaxprune.storage._overview import FileOverview as FileOverview
 from jaxprune.storage._overview import TensorDifference as TensorDifference
-from jaxprune.storage._overview import TensorOverview as TensorOverview
 from jaxprune.storage._overview import diff_files as diff_files
 from jaxprune.storage._overview import summarize_file as summarize_file
 from jaxprune.storage._sizes import stored_bytes as stored_bytes
 from jaxprune.storage._trees import Saved as Saved
-from jaxprune.storage._trees import SavedTensor as SavedTensor
+from jaxprune.storage._trees import TensorRow as TensorRow
 from jaxprune.storage._trees import read_metadata as read_metadata

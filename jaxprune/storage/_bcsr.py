@@ -50,7 +50,7 @@ def to_bcsr(params: Any, masks: Any) -> Any:
             leaves.append(leaf)
         else:
             leaves.append(_rows(path, np.asarray(leaf), np.asarray(mask)))
-    return flat.treedef.unflatten(leaves)
+    return flat.build(leaves)
 
 
 def multiply_bcsr(x: jax.Array, matrix: "BCSR") -> jax.Array:

@@ -11,7 +11,7 @@ from typing import NoReturn, Self
 from jaxprune.storage import _atomic, _writer
 from jaxprune.storage._container import LONGEST_HEADER, StorageError, TensorFile
 from jaxprune.storage._tensors import OWN_METADATA, Encoded, Stored, own_metadata, tensors
-from jaxprune.storage._trees import Saved, SavedTensor, version
+from jaxprune.storage._trees import Saved, TensorRow, version
 
 INDEX_ENDING = ".safetensors.index.json"
 
@@ -129,7 +129,7 @@ class Plan:
         compress: whether the files pass through zstd.
     """
 
-    rows: tuple[SavedTensor, ...]
+    rows: tuple[TensorRow, ...]
     shards: Mapping[str, tuple[Sequence[_writer.Piece], Mapping[str, str]]]
     index: str | None
     weight_map: Mapping[str, str]
@@ -170,7 +170,7 @@ def plan(
     Returns:
         The plan; its `write` writes.
     """
-    rows: list[SavedTensor] = []
+    rows: list[TensorRow] = []
     shards: dict[str, tuple[Sequence[_writer.Piece], Mapping[str, str]]] = {}
     weight_map: dict[str, str] = {}
     for shard, file in source.files.items():
@@ -201,10 +201,12 @@ def _again(encode: Encode, tensor: Stored, done: Callable[[Stored], None]) -> Ca
     return make
 
 
-def _row(tensor: Stored, encoded: Encoded) -> SavedTensor:
-    return SavedTensor(
-        name=tensor.name,
+def _row(tensor: Stored, encoded: Encoded) -> TensorRow:
+    return TensorRow(
+        path=tensor.name,
         shape=tensor.shape,
+        dtype=str(tensor.dtype),
+        bits=encoded.bits,
         size=tensor.count,
         kept=encoded.kept,
         dense_bytes=tensor.count * tensor.dtype.itemsize,

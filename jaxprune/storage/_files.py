@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._masks import make_masks
 from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._params import matches
 from jaxprune._tree._prunable import Predicate, is_kernel
-from jaxprune.rules._rule import Rule
+from jaxprune.rules._guard import check_max_sparsity
+from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.storage import _ranking
 from jaxprune.storage._checkpoint import Checkpoint, Encode, Plan, plan
 from jaxprune.storage._tensors import BITS, Encoded, Stored, encode
@@ -30,8 +32,8 @@ def prune_file(
     target: str | os.PathLike[str],
     k: float,
     *,
-    rule: Rule = rules.std_threshold,
-    prunable: Predicate | None = None,
+    rule: AnyRule = rules.std_threshold,
+    prunable: Predicate | str | Sequence[str] | None = None,
     dense: bool = False,
     quantize: int | None = None,
     compress: bool = False,
@@ -41,16 +43,16 @@ def prune_file(
     """Prune a model on disk by the magnitude of its weights, without its class and without loading it whole.
 
     What is pruned already stays pruned. The rule is applied to each tensor by itself; `rules.global_sparsity` and
-    `rules.erk_sparsity` rank or allocate over all of them, with the same result as `make_masks` on the whole model.
-    Other rules that look at several layers at once are not for this function.
+    `rules.erk_sparsity` rank or allocate over all of them, with the same result as `make_masks` on the whole model. Of a
+    function of your own it cannot be known whether it looks at several layers: it is given one tensor at a time.
 
     Args:
         source: a safetensors file, plain or written by `save_sparse`, or a folder of shards with their index.
         target: the file or folder to write; may be the source itself. Each file appears whole or not at all.
         k: the rule's strength, one number.
         rule: ``(scores, k) -> masks``, as in `make_masks`.
-        prunable: ``(path, leaf) -> bool``; the path has slashes for the dots of a name, the leaf a shape and a dtype.
-            None prunes what `is_kernel` names.
+        prunable: ``(path, leaf) -> bool``, or glob patterns of paths or of modules above the tensor; the path has slashes
+            for the dots of a name, the leaf a shape and a dtype. None prunes what `is_kernel` names.
         dense: whether to write zeros for pruned weights, a plain file that anything reads.
         quantize: as in `save_sparse`, with `dense=False`.
         compress: as in `save_sparse`.
@@ -122,9 +124,9 @@ def convert_file(
         return planned.write(Path(target))
 
 
-def choose_tensors(checkpoint: Checkpoint, prunable: Predicate | None) -> list[str]:
+def choose_tensors(checkpoint: Checkpoint, prunable: Predicate | str | Sequence[str] | None) -> list[str]:
     """Return the names of the tensors to prune; raise a ValueError when there is none."""
-    fits = is_kernel if prunable is None else prunable
+    fits = _predicate(prunable, [path_of(name) for name in checkpoint.tensors])
     chosen = [
         name
         for name, tensor in checkpoint.tensors.items()
@@ -136,21 +138,51 @@ def choose_tensors(checkpoint: Checkpoint, prunable: Predicate | None) -> list[s
     return chosen
 
 
-def masks_by(rule: Rule, k: float, checkpoint: Checkpoint, names: list[str]) -> MaskOf:
-    """Return the function that masks one tensor of a model; rules over all tensors read them all beforehand."""
-    chosen = frozenset(names)
-    if rule in (rules.global_sparsity, rules.erk_sparsity) and not 0 <= k <= 1:
-        raise ValueError(f"rules.{rule.__name__} takes 0 <= k <= 1; got k = {k:g}.")
-    if rule is rules.global_sparsity:
-        of_one = _ranking.GlobalRanking(names, lambda name: checkpoint.tensors[name].load()[0], k).mask
-    elif rule is rules.erk_sparsity:
-        removed = _ranking.erk_removed({name: checkpoint.tensors[name].shape for name in names}, k)
+def _predicate(prunable: Predicate | str | Sequence[str] | None, paths: list[str]) -> Predicate:
+    if prunable is None:
+        return is_kernel
+    if callable(prunable):
+        return prunable
+    patterns = [path_of(pattern) for pattern in ([prunable] if isinstance(prunable, str) else prunable)]
+    for pattern in patterns:
+        if not any(matches(pattern, path) for path in paths):
+            raise ValueError(
+                f"prunable={pattern!r} matches no tensor; they are named like {paths[0] if paths else None!r}."
+            )
+    return lambda path, leaf: any(matches(pattern, path) for pattern in patterns)
 
-        def of_one(name: str, values: np.ndarray) -> np.ndarray:
-            return _mask_of_one(rules.layer_sparsity, removed[name] / values.size, name, values)
+
+def masks_by(rule: AnyRule, k: float, checkpoint: Checkpoint, names: list[str]) -> MaskOf:
+    """Return the function that masks one tensor of a model; rules over all tensors read them all beforehand."""
+    chosen, found = frozenset(names), as_rule(rule)
+    if found.scope == "model":
+        of_one = _over_all(found, k, checkpoint, names)
     else:
         of_one = functools.partial(_mask_of_one, rule, k)
     return lambda tensor, values: of_one(tensor.name, values) if tensor.name in chosen else None
+
+
+def _over_all(
+    rule: Rule, k: float, checkpoint: Checkpoint, names: list[str]
+) -> Callable[[str, np.ndarray], np.ndarray]:
+    """Rank or allocate over all tensors, as a rule does that looks at the whole model."""
+    if rule.grain != "weight":
+        raise ValueError(
+            f"{rule.name} looks at all tensors at once, which prune_file does only for single weights: take "
+            "rules.global_sparsity or rules.erk_sparsity, or a rule that looks at one layer."
+        )
+    if not rule.low <= k <= rule.high:
+        raise ValueError(f"{rule.name} takes {rule.allowed}; got k = {k:g}.")
+    check_max_sparsity(rule.max_sparsity, rule.name)
+    if rule.shares == "threshold":
+        read = lambda name: checkpoint.tensors[name].load()[0]  # noqa: E731
+        return _ranking.GlobalRanking(names, read, k, rule.max_sparsity).mask
+    removed = _ranking.erk_removed({name: checkpoint.tensors[name].shape for name in names}, k, rule.max_sparsity)
+
+    def of_one(name: str, values: np.ndarray) -> np.ndarray:
+        return _mask_of_one(rules.layer_sparsity, removed[name] / values.size, name, values)
+
+    return of_one
 
 
 def path_of(name: str) -> str:
@@ -165,7 +197,7 @@ def nonzero(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
     return values != 0
 
 
-def _mask_of_one(rule: Rule, k: float, name: str, values: np.ndarray) -> np.ndarray:
+def _mask_of_one(rule: AnyRule, k: float, name: str, values: np.ndarray) -> np.ndarray:
     path = path_of(name)
     # Rules rank no 8-bit floats, nor more than 32 bits unless JAX is told to.
     wide = values if values.dtype.itemsize in (2, 4) else values.astype(np.float32)
@@ -208,7 +240,7 @@ def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, 
     if dense:
         kept = math.prod(values.shape) if mask is None else int(np.count_nonzero(mask))
         plain: Any = values if mask is None else np.where(mask, values, np.zeros_like(values))
-        return Encoded({tensor.name: plain}, kept)
+        return Encoded({tensor.name: plain}, kept, 8 * values.dtype.itemsize)
     fits = quantize and is_floating(values) and values.dtype.itemsize > 1 and values.size
     bits = quantize if fits and (mask is not None or is_kernel(path_of(tensor.name), values)) else None
     outputs = outputs_of(tensor.name, values) if bits else ()

@@ -12,26 +12,10 @@ from jaxprune._tree._leaves import is_floating
 from jaxprune.storage._checkpoint import Checkpoint
 from jaxprune.storage._files import Done, nonzero
 from jaxprune.storage._tensors import Stored
+from jaxprune.storage._trees import TensorRow
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorOverview:
-    """One tensor on disk: `threshold` is the smallest magnitude kept (None where nothing is pruned)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    size: int
-    kept: int
-    sparsity: float
-    threshold: float | None
-    std: float | None
-    bits: int
-    dense_bytes: int
-    stored_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +29,12 @@ class FileOverview(Printable):
     kept: int
     sparsity: float
     metadata: dict[str, str]
-    tensors: tuple[TensorOverview, ...]
+    tensors: tuple[TensorRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""
-        return dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "tensors": [row.to_dict() for row in self.tensors]}
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
@@ -64,7 +49,7 @@ class FileOverview(Printable):
             figures = ("" if value is None else f"{value:.4g}" for value in (row.threshold, row.std))
             share = f"{row.sparsity:.2%}" if row.kept < row.size else ""
             shape = " x ".join(map(str, row.shape))
-            table.add_row(row.name, shape, dtype, *figures, f"{row.kept:,}", share, f"{row.stored_bytes:,}")
+            table.add_row(row.path, shape, dtype, *figures, f"{row.kept:,}", share, f"{row.stored_bytes:,}")
         table.add_section()
         table.add_row("all", "", "", "", "", f"{self.kept:,}", f"{self.sparsity:.2%}", f"{self.bytes:,}")
         return table
@@ -113,7 +98,7 @@ def summarize_file(path: str | os.PathLike[str], *, done: Done = lambda tensor: 
         )
 
 
-def _overview(tensor: Stored) -> TensorOverview:
+def _overview(tensor: Stored) -> TensorRow:
     values, mask = tensor.load()
     mask = mask if tensor.encoded else nonzero(tensor, values)
     kept = values.size if mask is None else int(np.count_nonzero(mask))
@@ -123,13 +108,12 @@ def _overview(tensor: Stored) -> TensorOverview:
         std = float(np.std(wide, dtype=np.float64))
         if mask is not None and 0 < kept < values.size:
             threshold = float(np.min(np.abs(wide[mask])))
-    return TensorOverview(
-        name=tensor.name,
+    return TensorRow(
+        path=tensor.name,
         shape=tensor.shape,
         dtype=str(tensor.dtype),
         size=values.size,
         kept=kept,
-        sparsity=1 - kept / values.size if values.size else 0.0,
         threshold=threshold,
         std=std,
         bits=tensor.bits,

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune._selection._counts import count_kept
+from jaxprune._selection import _counts
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._paths import flatten, require_arrays
+from jaxprune._tree._paths import read_arrays
 
 
 def stored_bytes(params: Any, masks: Any, *, bits: int | None = None) -> int:
@@ -29,12 +29,15 @@ def stored_bytes(params: Any, masks: Any, *, bits: int | None = None) -> int:
     >>> stored_bytes(params, masks)  # 4 floats, 2 rows of 2 bytes, 2 row offsets, the shape; 16 floats
     116
     """
-    flat = flatten(params, "params")
-    require_arrays(flat)
+    flat = read_arrays(params, "params")
     total = 0
     for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True):
         shape, itemsize = np.shape(leaf), np.dtype(getattr(leaf, "dtype", np.float32)).itemsize
-        kept = math.prod(shape) if mask is None else int(count_kept(mask))
+        kept = (
+            math.prod(shape)
+            if mask is None
+            else int(_counts.to_numpy(_counts.count_true(mask, tuple(range(mask.ndim)))))
+        )
         total += leaf_bytes(shape, itemsize, kept, bits if is_floating(leaf) else None)
     return total
 

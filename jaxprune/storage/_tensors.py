@@ -25,12 +25,14 @@ class Encoded(NamedTuple):
     Attributes:
         arrays: by their names in the file.
         kept: how many weights they hold.
+        bits: of one value as it is stored.
         largest_error: by quantising; 0.0 where nothing was.
         relative_error: the same as a root mean square over that of the weights.
     """
 
     arrays: dict[str, np.ndarray]
     kept: int
+    bits: int
     largest_error: float = 0.0
     relative_error: float = 0.0
 
@@ -60,7 +62,7 @@ def encode(
         mask = None
     kept = values.size if mask is None else int(np.count_nonzero(mask))
     if bits is None and mask is None:
-        return Encoded({name: values}, kept)
+        return Encoded({name: values}, kept, 8 * values.dtype.itemsize)
     largest_error = relative_error = 0.0
     scale = None
     if bits is not None:
@@ -79,7 +81,10 @@ def encode(
     if scale is not None:
         parts["scale"] = scale
     stem = name.removesuffix(WEIGHT)
-    return Encoded({f"{stem}.{part}": array for part, array in parts.items()}, kept, largest_error, relative_error)
+    stored = bits or 8 * values.dtype.itemsize
+    return Encoded(
+        {f"{stem}.{part}": array for part, array in parts.items()}, kept, stored, largest_error, relative_error
+    )
 
 
 def own_metadata(version: str, members: Mapping[str, Iterable[str]]) -> dict[str, str]:

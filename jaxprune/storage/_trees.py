@@ -11,29 +11,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree._axes import output_axes
+from jaxprune._rows import Row
+from jaxprune._tree._axes import conventional
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._paths import Flat, flatten, require_arrays
+from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._prunable import is_kernel
-from jaxprune.rules._layers import Layer
 from jaxprune.storage import _writer
 from jaxprune.storage._container import NAMES, TensorFile, bad_name
 from jaxprune.storage._tensors import BITS, OWN_METADATA, encode, own_metadata, tensors
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedTensor:
-    """One leaf in a file: `stored_bytes` before zstd; the errors are those of quantising (0.0 without)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorRow(Row):
+    """One tensor in a file.
 
-    name: str
-    shape: tuple[int, ...]
-    size: int
-    kept: int
-    dense_bytes: int
-    stored_bytes: int
-    largest_error: float
-    relative_error: float
+    Attributes:
+        dtype: of its values.
+        bits: of one value as it is stored.
+        largest_error: of quantising it; 0.0 without.
+        relative_error: the same, relative to its root mean square.
+    """
+
+    dtype: str
+    bits: int
+    largest_error: float = 0.0
+    relative_error: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Saved:
     path: Path
     bytes: int
     dense_bytes: int
-    tensors: tuple[SavedTensor, ...]
+    tensors: tuple[TensorRow, ...]
 
     @property
     def compression(self) -> float:
@@ -99,7 +102,7 @@ def save_sparse(
         raise ValueError(f"quantize is 8, 4 or None, not {quantize!r}.")
     strings = check_metadata(metadata)
     flat = flatten(params, "params")
-    require_arrays(flat)
+    flat.require_arrays()
     fitting = [None] * len(flat.paths) if masks is None else align_masks(masks, flat)
     if "" in flat.paths and len(flat.paths) > 1:
         raise ValueError(f"{flat.names[flat.paths.index('')]} has an empty path beside other leaves; rename it.")
@@ -112,8 +115,20 @@ def save_sparse(
         encoded = encode(path_, values, kept, bits=bits, outputs=outputs, exchange=not compress, title=name)
         members[path_] = encoded.arrays
         pieces.append(_writer.ready(encoded.arrays))
-        stored = sum(array.nbytes for array in encoded.arrays.values())
-        rows.append(SavedTensor(path_, values.shape, values.size, encoded.kept, values.nbytes, stored, *encoded[2:]))
+        rows.append(
+            TensorRow(
+                path=path_,
+                shape=values.shape,
+                dtype=str(values.dtype),
+                bits=encoded.bits,
+                size=values.size,
+                kept=encoded.kept,
+                dense_bytes=values.nbytes,
+                stored_bytes=sum(array.nbytes for array in encoded.arrays.values()),
+                largest_error=encoded.largest_error,
+                relative_error=encoded.relative_error,
+            )
+        )
     header = strings | own_metadata(version(), members)
     size = _writer.write(Path(path), pieces, header, compress=compress)
     return Saved(Path(path), size, sum(row.dense_bytes for row in rows), tuple(rows))
@@ -158,7 +173,7 @@ def load_sparse(path: str | os.PathLike[str], like: Any = None) -> tuple[Any, An
         _check_like(file.path, {name: (t.shape, t.dtype) for name, t in stored.items()}, flat)
         loaded = [_to_arrays(*stored[name].load(), leaf) for name, leaf in zip(flat.paths, flat.leaves, strict=True)]
     params, masks = zip(*loaded, strict=True) if loaded else ((), ())
-    return flat.treedef.unflatten(params), flat.treedef.unflatten(masks)
+    return flat.build(params), flat.build(masks)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -206,8 +221,9 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 def outputs_of(path: str, values: np.ndarray) -> tuple[int, ...]:
     """The axes of a tensor that number its output channels; all are one channel where it has a single axis."""
-    path = path.replace(".", "/")  # PyTorch's names
-    return output_axes(Layer(path, path, values)) if values.ndim > 1 else ()  # type: ignore[arg-type]
+    return (
+        conventional(path.replace(".", "/"), values.shape).outputs or () if values.ndim > 1 else ()
+    )  # PyTorch's names
 
 
 def _quantizable(path: str, values: np.ndarray, mask: np.ndarray | None) -> bool:
@@ -244,7 +260,7 @@ def _to_arrays(values: np.ndarray, mask: np.ndarray | None, like: Any = None) ->
     return (jax.device_put(values, sharding) if exact else values), kept
 
 
-def _check_like(path: Path, stored: Mapping[str, tuple[tuple[int, ...], Any]], flat: Flat) -> None:
+def _check_like(path: Path, stored: Mapping[str, tuple[tuple[int, ...], Any]], flat: Tree) -> None:
     for name, leaf_path, leaf in zip(flat.names, flat.paths, flat.leaves, strict=True):
         if leaf_path not in stored:
             raise ValueError(f"{path} has no tensor {leaf_path!r} for {name}; it has {_some(stored)}.")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune._tree._paths import Flat
+from jaxprune._tree._paths import Tree
 from jaxprune.structured._axes._dims import Var, kept_indices, split_kept
 from jaxprune.structured._axes._program import Node
 from jaxprune.structured._axes._residuals import without
@@ -196,7 +196,7 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
     return kept_vars
 
 
-def check_shapes(plan: Plan, flat: Flat, what: str) -> None:
+def check_shapes(plan: Plan, flat: Tree, what: str) -> None:
     """Raise a ValueError unless the tree has all leaves that the plan cuts, in the shapes before."""
     shapes = dict(zip(flat.paths, (np.shape(leaf) for leaf in flat.leaves), strict=True))
     for path in (*plan.kept, *plan.dropped):

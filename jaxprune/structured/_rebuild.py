@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree._paths import Flat, align, flatten
+from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._sharding import whole
 from jaxprune.structured._axes._dims import Cat, Var, kept_size, leaves, resolve, size
 from jaxprune.structured._axes._program import Node, Value, walk
@@ -91,7 +91,7 @@ def masked(graph: Graph) -> Callable[..., Any]:
     return jax.jit(masked_fn)
 
 
-def _read_masks(graph: Graph, flat: Flat) -> Masks:
+def _read_masks(graph: Graph, flat: Tree) -> Masks:
     """Read off what the masks keep: channels and layers of which a weight stays in each member, branches likewise."""
     masks = dict(zip(flat.paths, flat.leaves, strict=True))
     branches = [block for block in graph.blocks if not block.members]
@@ -142,7 +142,7 @@ def evaluate(
     """Evaluate the function once, on parameters of the given shapes; those that were dropped have none."""
     flat = flatten(params, "params")
     present = [path for path, shape in zip(graph.paths, shapes, strict=True) if shape is not None]
-    found = align(flat, Flat(present, present, present, flat.treedef), "params", "the traced function")
+    found = Tree("the traced function", present, present, present, flat.treedef).aligned(flat)
     by_path = dict(zip(present, found, strict=True))
     for path, shape in zip(graph.paths, shapes, strict=True):
         if shape is not None and tuple(np.shape(by_path[path])) != tuple(shape):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from jaxprune._tree._paths import Flat, align, flatten, require_arrays
+from jaxprune._tree._paths import Tree, flatten, read_arrays
 
 Shapes = dict[str, tuple[int, ...]]
 Axis = tuple[str, int]
@@ -100,12 +100,11 @@ class _Search:
             if _is_integer(leaf)
         }
         made = flatten(jax.eval_shape(lambda: init(**hyperparameters)), "the result of init")
-        given = flatten(small, "small")
-        require_arrays(given)
+        given = read_arrays(small, "small")
         search = cls(init, leaves, treedef, names, _shapes(made), _shapes(given))
         if search.after.keys() < search.before.keys():
             return cls.start(init, search.shorter(), small)
-        align(given, made, "small", "the result of init")
+        made.aligned(given)
         for path, shape in search.before.items():
             if len(shape) != len(search.after[path]):
                 raise ValueError(f"small has {path} of shape {search.after[path]}; init makes it in shape {shape}.")
@@ -282,7 +281,7 @@ def _is_integer(leaf: Any) -> bool:
     return type(leaf) is int or isinstance(leaf, np.integer)
 
 
-def _shapes(flat: Flat) -> Shapes:
+def _shapes(flat: Tree) -> Shapes:
     return {path: tuple(np.shape(leaf)) for path, leaf in zip(flat.paths, flat.leaves, strict=True)}
 
 

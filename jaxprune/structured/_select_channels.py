@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune._tree._paths import Flat, flatten
+from jaxprune._tree._paths import Tree, flatten
 from jaxprune.structured._count import count_macs
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import ChannelGroup
@@ -259,7 +259,7 @@ def _rows(graph: Graph, params: Any, scores: Any) -> dict[str, np.ndarray]:
     }
 
 
-def _check_tree(graph: Graph, flat: Flat, paths: Sequence[str]) -> None:
+def _check_tree(graph: Graph, flat: Tree, paths: Sequence[str]) -> None:
     """Raise a ValueError unless the tree and the graph have parameters of the same shapes at these paths."""
     shapes = dict(zip(flat.paths, map(np.shape, flat.leaves), strict=True))
     traced = dict(zip(graph.paths, graph.shapes, strict=True))

@@ -42,7 +42,7 @@ def channel_masks(plan: Plan, params: Any) -> Any:
         if path in plan.dropped:
             mask &= False
         masks.append(mask)
-    return jax.tree.unflatten(flat.treedef, masks)
+    return flat.build(masks)
 
 
 def shrink(plan: Plan, tree: Any) -> Any:
@@ -92,7 +92,7 @@ def shrink(plan: Plan, tree: Any) -> Any:
     named = [*plan.kept, *plan.dropped]
     if named and not cut:
         raise ValueError(f"The tree has none of the parameters that the plan cuts: {named}.")
-    return jax.tree.unflatten(flat.treedef, leaves)
+    return flat.build(leaves)
 
 
 def _known(plan: Plan, path: str) -> str | None:

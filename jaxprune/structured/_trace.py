@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxprune._jaxpr import _equations
-from jaxprune._tree._paths import flatten, require_arrays
+from jaxprune._tree._paths import flatten
 from jaxprune.structured._axes._dims import Dim, freeze
 from jaxprune.structured._axes._label import label
 from jaxprune.structured._axes._program import Value, free
@@ -49,11 +49,11 @@ def trace(
     """
     flat, given = flatten(params, "params"), flatten(inputs, "inputs")
     for what in (flat, given):
-        require_arrays(what)
+        what.require_arrays()
     # Weak types make loops look as if their carry changed.
     shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in flat.leaves]
     try:
-        body, outputs = _equations.trace(fn, jax.tree.unflatten(flat.treedef, shapes), *inputs)
+        body, outputs = _equations.trace(fn, flat.build(shapes), *inputs)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise TypeError(
             "The function cannot be traced: what it does depends on the values of its arguments "

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxprune._printing import Printable
-from jaxprune._tree._paths import align, flatten
+from jaxprune._tree._paths import flatten
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._rebuild import rebuild
@@ -94,7 +94,7 @@ def verify_module(
     small = shrink(plan, params)
     expected = flatten(rebuild(graph, plan, counts="rescaled")(small, *inputs), "the rebuilt function's outputs")
     found = flatten(fn(small, *inputs), "the module's outputs")
-    leaves = align(found, expected, "the module's outputs", "the rebuilt function's")
+    leaves = expected.aligned(found)
     pairs = [(numbers(a), numbers(b)) for a, b in zip(leaves, expected.leaves, strict=True)]
     errors = [difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs]
     return ModuleVerification(dict(zip(expected.paths, errors, strict=True)), tolerance)

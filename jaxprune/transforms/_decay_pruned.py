@@ -12,7 +12,7 @@ from jaxprune._tree._paths import flatten
 from jaxprune.transforms._enforce import require_params
 
 
-def decay_pruned(make: Callable[[Any], Any], rate: float) -> optax.GradientTransformationExtraArgs:
+def decay_pruned(make: Callable[[Any, Any], Any], k: Any, *, rate: float) -> optax.GradientTransformationExtraArgs:
     """Pull the weights that masks prune towards zero: the sparse-refined part of SR-STE.
 
     Adds ``rate * param`` to the gradient wherever the mask is False. Together with `straight_through` in the loss,
@@ -21,7 +21,8 @@ def decay_pruned(make: Callable[[Any], Any], rate: float) -> optax.GradientTrans
     Placement: first in the chain, before the optimizer, as weight decay that is part of the gradient.
 
     Args:
-        make: ``params -> masks``, the function that also makes the forward masks.
+        make: ``(params, k) -> masks``, the function that also makes the forward masks.
+        k: what it is given.
         rate: the decay, >= 0 (the paper's lambda, 2e-4 there).
 
     Returns:
@@ -31,7 +32,7 @@ def decay_pruned(make: Callable[[Any], Any], rate: float) -> optax.GradientTrans
         ValueError: rate < 0; by ``update`` without params.
 
     >>> import jax.numpy as jnp, optax
-    >>> tx = decay_pruned(lambda params: [jnp.array([True, False])], 0.5)
+    >>> tx = decay_pruned(lambda params, k: [jnp.array([True, False])], 0.5, rate=0.5)
     >>> tx.update([jnp.zeros(2)], tx.init(None), [jnp.array([3.0, 2.0])])[0][0].tolist()
     [0.0, 1.0]
 
@@ -51,15 +52,15 @@ def decay_pruned(make: Callable[[Any], Any], rate: float) -> optax.GradientTrans
         require_params(params, "decay_pruned")
         flat = flatten(updates, "updates")
         pruned = flatten(params, "params")
-        masks = dict(zip(pruned.paths, zip(pruned.leaves, align_masks(make(params), pruned), strict=True), strict=True))
+        masks = dict(
+            zip(pruned.paths, zip(pruned.leaves, align_masks(make(params, k), pruned), strict=True), strict=True)
+        )
 
         def add(update: Any, param: Any, mask: Any) -> Any:
             if mask is None or not is_floating(param):
                 return update
             return update + jnp.where(mask, jnp.zeros_like(param), rate * param).astype(update.dtype)
 
-        return flat.treedef.unflatten(
-            [add(leaf, *masks[path]) for leaf, path in zip(flat.leaves, flat.paths, strict=True)]
-        ), state
+        return flat.build([add(leaf, *masks[path]) for leaf, path in zip(flat.leaves, flat.paths, strict=True)]), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._tree._leaves import is_floating, is_nothing
+from jaxprune._tree._leaves import is_floating, is_function, is_nothing
 from jaxprune._tree._masks import align_masks, check_masks
-from jaxprune._tree._paths import Flat, align, flatten
+from jaxprune._tree._paths import Tree, flatten
 
 
 def require_params(params: Any, title: str) -> None:
@@ -30,13 +30,13 @@ def masks_for(masks: Any, params: Any) -> Any:
     flat = flatten(params, "params")
     if not flat.leaves:  # optax.tree.map_params initialises with a placeholder that has no leaves
         return params
-    masks = masks(params) if callable(masks) else masks
+    masks = masks(params) if is_function(masks) else masks
     given = flatten(masks, "masks", is_leaf=is_nothing)
     if any(isinstance(node, optax.MaskedNode) for node in _nodes(params)):
         known = set(flat.paths)
         shown = [i for i, path in enumerate(given.paths) if path in known]
         masks = {given.paths[i]: given.leaves[i] for i in shown}
-    return flat.treedef.unflatten(
+    return flat.build(
         [
             jnp.ones_like(leaf, dtype=bool) if mask is None else jnp.array(mask, copy=True)
             for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)
@@ -51,16 +51,16 @@ def _nodes(tree: Any) -> Sequence[Any]:
 def enforce(updates: Any, params: Any, masks: Any) -> Any:
     """Replace the updates of pruned weights by what takes them to zero; trees are aligned by path."""
     flat = flatten(params, "params")
-    return enforce_masks(updates, flat, check_masks(align(flatten(masks, "masks"), flat, "masks", "params"), flat))
+    return enforce_masks(updates, flat, check_masks(flat.aligned(flatten(masks, "masks")), flat))
 
 
-def enforce_masks(updates: Any, params: Flat, masks: Sequence[Any]) -> Any:
+def enforce_masks(updates: Any, params: Tree, masks: Sequence[Any]) -> Any:
     flat = flatten(updates, "updates")
     held = dict(zip(params.paths, zip(params.leaves, masks, strict=True), strict=True))
     missing = [name for path, name in zip(flat.paths, flat.names, strict=True) if path not in held]
     if missing:
         raise ValueError(f"{missing[0]} has no counterpart in params; pass gradients of the same tree as params.")
-    return flat.treedef.unflatten(
+    return flat.build(
         [_land_on_zero(update, *held[path]) for update, path in zip(flat.leaves, flat.paths, strict=True)]
     )
 

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import optax
 
-from jaxprune._tree._paths import flatten
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune.sites._sites import Sites
 from jaxprune.transforms._enforce import enforce, enforce_masks, masks_for, require_params
 
 
@@ -60,7 +60,7 @@ def keep_pruned(masks: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def keep_zeros(
-    *, prunable: Predicate | Any = None, stacked: Stacked | None = None
+    *, prunable: Prunable = None, stacked: Stacked = None, sites: Sites | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Keep at zero whatever is zero now, with no state at all.
 
@@ -72,6 +72,7 @@ def keep_zeros(
     Args:
         prunable: which leaves it holds for, as in `make_masks`.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         A transform with an empty state.
@@ -96,9 +97,8 @@ def keep_zeros(
     ) -> tuple[Any, optax.EmptyState]:
         del extra_args
         require_params(params, "keep_zeros")
-        flat = flatten(params, "params")
-        chosen = choose(prunable, params, flat, stack_axes(stacked, flat))
-        masks = [leaf != 0 if fits else None for leaf, fits in zip(flat.leaves, chosen, strict=True)]
+        flat = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
+        masks = [leaf != 0 if fits else None for leaf, fits in zip(flat.leaves, flat.prunable, strict=True)]
         return enforce_masks(updates, flat, masks), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree._axes import output_axes
+from jaxprune._selection import _counts
+from jaxprune._selection._counts import Count
+from jaxprune._tree._axes import Axes
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
+from jaxprune._tree._params import Stacked, read_axes
 from jaxprune._tree._paths import flatten
-from jaxprune._tree._prunable import Stacked, stack_axes
-from jaxprune.rules._layers import Layer
+from jaxprune.sites._sites import Sites
 
 # Called with numbers by name.
 Log = Callable[[dict[str, float]], None]
@@ -25,7 +27,8 @@ def tell(
     weights: Any,
     before: Any,
     after: Any,
-    stacked: Stacked | None = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
 ) -> None:
     """Call `log` from inside a compiled program, with `scalars` and what has become of the masks.
 
@@ -39,29 +42,33 @@ def tell(
         before: the masks that held until now.
         after: the masks that hold from now on.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
     """
     flat = flatten(params, "params")
     figures, sizes = {}, {}
-    for path, name, param, weight, old, new, stack in zip(
+    for path, param, weight, old, new, roles in zip(
         flat.paths,
-        flat.names,
         flat.leaves,
         flatten(weights, "params").leaves,
         align_masks(before, flat),
         align_masks(after, flat),
-        stack_axes(stacked, flat),
+        read_axes(flat, stacked, sites),
         strict=True,
     ):
         if old is not None and new is not None and is_floating(param):
-            figures[path] = _of_leaf(Layer(path, name, weight, True, stack), param, old, new)
+            figures[path] = _of_leaf(roles, weight, param, old, new)
             sizes[path] = param.size
 
     def on_host(scalars: dict[str, Any], figures: dict[str, dict[str, Any]]) -> None:
-        touched = {path: found for path, found in figures.items() if found["removed"] or found["changed"]}
+        touched = {
+            path: found
+            for path, found in figures.items()
+            if any(int(_counts.to_numpy(found[what])) for what in ("removed", "changed"))
+        }
         size = max(1, sum(sizes[path] for path in touched))
 
         def total(what: str) -> int:
-            return sum(int(found[what]) for found in touched.values())
+            return sum(int(_counts.to_numpy(found[what])) for found in touched.values())
 
         log(
             {
@@ -77,16 +84,17 @@ def tell(
     jax.debug.callback(on_host, scalars, figures)
 
 
-def _of_leaf(layer: Layer, param: jax.Array, old: jax.Array, new: jax.Array) -> dict[str, jax.Array]:
-    inputs = tuple(axis for axis in layer.axes if axis not in output_axes(layer)) if len(layer.axes) > 1 else ()
+def _of_leaf(roles: Axes, weight: jax.Array, param: jax.Array, old: jax.Array, new: jax.Array) -> dict[str, Any]:
+    outputs = range(new.ndim) if roles.outputs is None else roles.outputs
+    inputs = tuple(axis for axis in range(new.ndim) if axis not in (*roles.stack, *outputs))
     return {
         "removed": _count(~new),
         "changed": _count(old ^ new),
         "dead_units": _count(~jnp.any(new, inputs)),
         "escaped": _count(~old & (param != 0)),
-        "threshold": jnp.min(jnp.where(old & new, jnp.abs(layer.values), jnp.inf)),
+        "threshold": jnp.min(jnp.where(old & new, jnp.abs(weight), jnp.inf)),
     }
 
 
-def _count(condition: jax.Array) -> jax.Array:
-    return jnp.sum(condition, dtype=jnp.uint32)
+def _count(condition: jax.Array) -> Count:
+    return _counts.count_true(condition, tuple(range(condition.ndim)))

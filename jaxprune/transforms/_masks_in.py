@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxprune._tree._paths import align, flatten
+from jaxprune._tree._paths import flatten
 
 
 def masks_in(opt_state: Any) -> Any:
@@ -52,6 +52,6 @@ def _intersect(a: Any, b: Any) -> Any:
     return one.treedef.unflatten(
         [
             right if is_leaf(left) else left if is_leaf(right) else left & right
-            for left, right in zip(one.leaves, align(two, one, "masks", "masks"), strict=True)
+            for left, right in zip(one.leaves, one.aligned(two), strict=True)
         ]
     )

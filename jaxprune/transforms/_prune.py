@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxprune._tree._leaves import is_floating
@@ -13,14 +12,11 @@ from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
 from jaxprune.transforms._enforce import enforce, require_params
 from jaxprune.transforms._mask_log import Log, tell
+from jaxprune.transforms._steps import Steps
 
 Make = Callable[[Any, Any], Any]
 # (weights as they will be, masks so far, k) -> masks.
 _Remask = Callable[[Any, Any, Any], Any]
-
-# How many values of a schedule are looked at before training, at most; and how many where it never ends.
-_MOST_LOOKED_AT = 100_000
-_LOOKED_AHEAD = 10_000
 
 
 class PruneState(NamedTuple):
@@ -31,11 +27,17 @@ class PruneState(NamedTuple):
 
 
 def prune(
-    make: Make, schedule: optax.ScalarOrSchedule, *, every: int = 1, until: int | None = None, log: Log | None = None
+    make: Make,
+    schedule: optax.ScalarOrSchedule,
+    *,
+    every: int = 1,
+    begin: int = 0,
+    until: int | None = None,
+    log: Log | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prune gradually while training: new masks from the weights as they will be, at strengths from a schedule.
 
-    At the updates 0, every, 2 * every, ... and at `until`, the last one, masks become ``make(p + u, schedule(count))``;
+    At the updates begin, begin + every, ... and at `until`, the last one, masks become ``make(p + u, schedule(count))``;
     in between, and after, they stay. They are enforced at every update: a pruned weight is exactly ``+0.0`` after every
     ``optax.apply_updates``, as with `keep_pruned`. A pruned weight stays pruned: it enters `make` as zero, below any
     weight that is kept, and comes back under no schedule (`prune_and_regrow` lets it).
@@ -52,6 +54,7 @@ def prune(
             its own, scale k inside `make`). The cubic of Zhu & Gupta is
             ``optax.polynomial_schedule(0.0, final, power=3, transition_steps=n, transition_begin=start)``.
         every: updates from one change of masks to the next, >= 1.
+        begin: the number of the update that makes the first masks, >= 0; until then nothing is pruned.
         until: the number of the update that makes the last masks, with ``schedule(until)`` exactly, whether or not
             `every` divides it; None never ends.
         log: called from inside the compiled step with a dict of numbers each time masks change: ``step``, ``k``,
@@ -65,7 +68,7 @@ def prune(
         arguments but ``schedule`` are to be named in ``static_args``.
 
     Raises:
-        ValueError: every < 1, until < 0; by ``init`` where `make` refuses a k of the schedule or makes masks of another
+        ValueError: every < 1, begin < 0, until < begin; by ``init`` where `make` refuses a k of the schedule or makes masks of another
             tree; by ``update`` without params.
 
     >>> import functools, jax.numpy as jnp, optax
@@ -89,11 +92,17 @@ def prune(
         made = _like(masks, make(_pruned_lowest(weights, masks), k), weights)
         return jax.tree.map(jnp.logical_and, made, masks)
 
-    return _scheduled("prune", remask, make, schedule, every, until, log)
+    return _scheduled("prune", remask, make, schedule, Steps(every, begin, until), log)
 
 
 def prune_and_regrow(
-    make: Make, schedule: optax.ScalarOrSchedule, *, every: int = 1, until: int | None = None, log: Log | None = None
+    make: Make,
+    schedule: optax.ScalarOrSchedule,
+    *,
+    every: int = 1,
+    begin: int = 0,
+    until: int | None = None,
+    log: Log | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Prune as `prune` does, but let pruned weights come back: masks are made anew each time.
 
@@ -119,44 +128,44 @@ def prune_and_regrow(
     def remask(weights: Any, masks: Any, k: Any) -> Any:
         return _like(masks, make(weights, k), weights)
 
-    return _scheduled("prune_and_regrow", remask, make, schedule, every, until, log)
+    return _scheduled("prune_and_regrow", remask, make, schedule, Steps(every, begin, until), log)
 
 
-def ac_dc_schedule(sparsity: float, *, period: int, begin: int = 0, finish: int) -> optax.Schedule:
+def ac_dc_schedule(k: float, *, every: int, begin: int = 0, until: int) -> optax.Schedule:
     """Alternate between sparse and dense phases, ending sparse (AC/DC), for `prune_and_regrow`.
 
-    Dense before `begin`; then phases of `period` updates, sparse and dense in turn, the first one sparse; sparse from
-    `finish` on. To be used as ``prune_and_regrow(make, schedule, every=period, until=finish)``: the masks of a phase
+    Dense before `begin`; then phases of `every` updates, sparse and dense in turn, the first one sparse; sparse from
+    `until` on. To be used as ``prune_and_regrow(make, schedule, every=every, until=until)``: the masks of a phase
     are made at its first update.
 
     Args:
-        sparsity: k in the sparse phases, in [0, 1].
-        period: updates in a phase, >= 1.
-        begin: the update at which the first sparse phase begins, a multiple of `period`.
-        finish: the update at which the last sparse phase begins, > begin.
+        k: the sparsity of the sparse phases, in [0, 1].
+        every: updates in a phase, >= 1.
+        begin: the update at which the first sparse phase begins, a multiple of `every`.
+        until: the update at which the last sparse phase begins, > begin.
 
     Returns:
-        A schedule, 0 or `sparsity`.
+        A schedule, 0 or `k`.
 
     Raises:
         ValueError: an argument is outside its range.
 
-    >>> schedule = ac_dc_schedule(0.9, period=10, begin=10, finish=40)
+    >>> schedule = ac_dc_schedule(0.9, every=10, begin=10, until=40)
     >>> [round(float(schedule(count)), 1) for count in (0, 10, 20, 30, 40, 50)]
     [0.0, 0.9, 0.0, 0.9, 0.9, 0.9]
 
     Reference: Peste, Iofinova, Vladu, Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
     Networks", 2021, algorithm 1.
     """
-    if not 0 <= sparsity <= 1 or period < 1 or not 0 <= begin < finish or begin % period:
+    if not 0 <= k <= 1 or every < 1 or not 0 <= begin < until or begin % every:
         raise ValueError(
-            "ac_dc_schedule takes 0 <= sparsity <= 1, period >= 1 and 0 <= begin < finish, begin a multiple of period; "
-            f"got {sparsity=}, {period=}, {begin=}, {finish=}."
+            "ac_dc_schedule takes 0 <= k <= 1, every >= 1 and 0 <= begin < until, begin a multiple of every; "
+            f"got {k=}, {every=}, {begin=}, {until=}."
         )
 
     def schedule(count: Any) -> jax.Array:
-        sparse = (count >= begin) & ((count - begin) // period % 2 == 0) | (count >= finish)
-        return jnp.where(sparse, jnp.float32(sparsity), jnp.float32(0))
+        sparse = (count >= begin) & ((count - begin) // every % 2 == 0) | (count >= until)
+        return jnp.where(sparse, jnp.float32(k), jnp.float32(0))
 
     return schedule
 
@@ -166,15 +175,14 @@ def _scheduled(
     remask: _Remask,
     make: Make,
     schedule: optax.ScalarOrSchedule,
-    every: int,
-    until: int | None,
+    steps: Steps,
     log: Log | None,
 ) -> optax.GradientTransformationExtraArgs:
-    check_steps(title, every, until)
+    steps.check(title)
 
     def init_fn(params: Any) -> PruneState:
         if jax.tree.leaves(params):  # optax.tree.map_params initialises with a placeholder that has none
-            _try_out(make, params, range_of(title, schedule, every, until))
+            _try_out(make, params, steps.range_of(title, schedule))
         masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params)
         return PruneState(jnp.zeros([], jnp.int32), masks)
 
@@ -190,40 +198,10 @@ def _scheduled(
                 tell(log, {"step": state.count, "k": k}, params, weights, masks, changed)
             return changed
 
-        masks = jax.lax.cond(is_due(state.count, every, until), change, lambda masks: masks, state.masks)
+        masks = jax.lax.cond(steps.due(state.count), change, lambda masks: masks, state.masks)
         return enforce(updates, params, masks), PruneState(optax.safe_increment(state.count), masks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def check_steps(title: str, every: int, until: int | None) -> None:
-    """Raise a ValueError unless every >= 1 and until >= 0."""
-    if every < 1:
-        raise ValueError(f"{title} takes every >= 1, the updates from one change of masks to the next; got {every}.")
-    if until is not None and until < 0:
-        raise ValueError(f"{title} takes until >= 0, the number of the last update that changes masks; got {until}.")
-
-
-def is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:
-    """Whether masks change at this update: every so often, and at the last one."""
-    due = count % every == 0
-    return due if until is None else (due & (count < until)) | (count == until)
-
-
-def range_of(title: str, schedule: optax.ScalarOrSchedule, every: int, until: int | None) -> tuple[float, float] | None:
-    """Return the least and the largest value of a schedule where masks change; None where it is not known yet."""
-    values: Any = schedule
-    if callable(schedule):
-        last = _LOOKED_AHEAD * every if until is None else until
-        stride = every * max(1, last // every // _MOST_LOOKED_AT)
-        steps = np.unique(np.append(np.arange(0, last, stride), last)).astype(np.int32)
-        with jax.ensure_compile_time_eval():  # also where init is traced
-            values = jax.vmap(schedule)(steps)
-        if np.shape(values) != steps.shape:
-            raise ValueError(f"{title} takes a schedule of one number; it gave an array of shape {values.shape[1:]}.")
-    if isinstance(values, jax.core.Tracer):
-        return None
-    return float(np.min(np.asarray(values))), float(np.max(np.asarray(values)))
 
 
 def _try_out(make: Make, params: Any, bounds: tuple[float, float] | None) -> None:
@@ -247,9 +225,7 @@ def _pruned_lowest(weights: Any, masks: Any) -> Any:
         kept = jnp.where(leaf == 0, jnp.full_like(leaf, jnp.finfo(leaf.dtype).tiny), leaf)
         return jnp.where(mask, kept, jnp.zeros_like(leaf))
 
-    return flat.treedef.unflatten(
-        [settle(leaf, mask) for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)]
-    )
+    return flat.build([settle(leaf, mask) for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)])
 
 
 def _like(masks: Any, made: Any, params: Any) -> Any:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxprune._selection import _counts
 from jaxprune._selection._largest import keep_largest
 from jaxprune._tree._leaves import is_floating
-from jaxprune._tree._paths import align, flatten
+from jaxprune._tree._paths import flatten
 
 
 def drop_and_grow(
-    weight: jax.Array, mask: jax.Array, wanted: jax.Array, fraction: jax.Array, stack: int = 0
+    weight: jax.Array, mask: jax.Array, wanted: jax.Array, fraction: jax.Array, stack: tuple[int, ...] = ()
 ) -> jax.Array:
     """Drop the smallest weights of a layer, and keep as many as before: the rest and the most wanted others.
 
@@ -26,23 +26,23 @@ def drop_and_grow(
         mask: bool, True = keep.
         wanted: float32, >= 0, larger = grown first; NaN is not wanted.
         fraction: the share of kept weights to drop, in [0, 1]; may be traced.
-        stack: how many leading axes count layers, each of which is treated by itself.
+        stack: the axes that count layers, each of which is treated by itself.
 
     Returns:
         The new mask, True = keep.
     """
-    batch, axes = tuple(range(stack)), tuple(range(stack, weight.ndim))
-    size = _counts.from_int(math.prod(weight.shape[stack:]))
+    axes = tuple(axis for axis in range(weight.ndim) if axis not in stack)
+    size = _counts.from_int(math.prod(weight.shape[axis] for axis in axes))
     kept = _counts.count_true(mask, axes)
     removed = _counts.subtract(size, kept)
     dropped = _counts.minimum(_counts.from_float(jnp.clip(fraction, 0, 1) * _counts.to_float(kept)), kept)
     # Pruned weights rank below all others (NaN), then the smallest ones go.
     standing = jnp.where(mask, weight, jnp.full_like(weight, jnp.nan))
-    survivors = mask & keep_largest(standing, _counts.add(removed, dropped), batch=batch, magnitude=True)
+    survivors = mask & keep_largest(standing, _counts.add(removed, dropped), batch=stack, magnitude=True)
     # Survivors rank above all others, infinitely wanted ones included.
     finite = jnp.nan_to_num(wanted, posinf=jnp.finfo(jnp.float32).max)
     ranked = jnp.where(survivors, jnp.full_like(finite, jnp.inf), finite)
-    return keep_largest(ranked, removed, batch=batch, magnitude=False)
+    return keep_largest(ranked, removed, batch=stack, magnitude=False)
 
 
 def refresh(state: Any, init: Callable[[], Any], grown: Any) -> Any:
@@ -62,16 +62,14 @@ def refresh(state: Any, init: Callable[[], Any], grown: Any) -> Any:
         The state, in the same treedef, shapes and dtypes.
     """
     masks = flatten(grown, "masks")
-    by_path = dict(zip(masks.paths, masks.leaves, strict=True))
     flat = flatten(state, "state")
-    fresh = align(flatten(init(), "state"), flat, "the fresh state", "state")
+    fresh = flat.aligned(flatten(init(), "the fresh state"))
 
     def start_anew(path: str, leaf: Any, start: Any) -> Any:
-        parts = path.split("/")
-        suffixes = ("/".join(parts[i:]) for i in range(len(parts) + 1))
-        mask = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
+        owner = masks.owner_of(path)
+        mask = None if owner is None else masks.by_path[owner]
         if mask is None or jnp.shape(leaf) != mask.shape or not is_floating(leaf):
             return leaf
         return jnp.where(mask, start, leaf)
 
-    return flat.treedef.unflatten([start_anew(*entry) for entry in zip(flat.paths, flat.leaves, fresh, strict=True)])
+    return flat.build([start_anew(*entry) for entry in zip(flat.paths, flat.leaves, fresh, strict=True)])

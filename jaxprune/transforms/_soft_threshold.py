@@ -5,13 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree._paths import flatten, spread
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._tree._params import Prunable, Stacked, read_params
 from jaxprune.rules._layers import is_scalar
+from jaxprune.sites._sites import Sites
 
 
 def soft_threshold(
-    params: Any, thresholds: Any, *, prunable: Predicate | Any = None, stacked: Stacked | None = None
+    params: Any,
+    thresholds: Any,
+    *,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
 ) -> Any:
     """Shrink every prunable weight by its layer's learnt threshold: ``sign(w) * relu(|w| - sigmoid(s))`` (STR).
 
@@ -24,6 +29,7 @@ def soft_threshold(
             may have the shape of the stack.
         prunable: which leaves are shrunk, as in `make_masks`.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
 
     Returns:
         The parameters as the forward pass is to see them, of the treedef of `params`.
@@ -37,28 +43,29 @@ def soft_threshold(
 
     Reference: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", 2020, eq. 3.
     """
-    flat = flatten(params, "params")
-    stacks = stack_axes(stacked, flat)
-    chosen = choose(prunable, params, flat, stacks)
-    alone = is_scalar(thresholds)
-    given = [thresholds] * len(flat.paths) if alone else spread(thresholds, flat.paths, "thresholds")
-    return flat.treedef.unflatten(
+    tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
+    given = [thresholds] * len(tree.paths) if is_scalar(thresholds) else tree.spread(thresholds, "thresholds")
+    return tree.build(
         [
             _shrink(leaf, s, name, stack) if fits else leaf
-            for name, leaf, s, fits, stack in zip(flat.names, flat.leaves, given, chosen, stacks, strict=True)
+            for name, leaf, s, fits, stack in zip(
+                tree.names, tree.leaves, given, tree.prunable, tree.stacks, strict=True
+            )
         ]
     )
 
 
-def _shrink(weight: jax.Array, s: Any, name: str, stack: int) -> jax.Array:
+def _shrink(weight: jax.Array, s: Any, name: str, stack: tuple[int, ...]) -> jax.Array:
     if s is None:
         raise ValueError(f"thresholds has no entry for {name}; it must cover every prunable leaf.")
-    shape = jnp.shape(s)
-    if shape not in ((), weight.shape[:stack]):
+    shape, layers = jnp.shape(s), tuple(weight.shape[axis] for axis in stack)
+    if shape not in ((), layers):
         raise ValueError(
             f"the threshold for {name} has shape {list(shape)}; it must be a scalar"
-            + (f" or of shape {list(weight.shape[:stack])}, one for each stacked layer." if stack else ".")
+            + (f" or of shape {list(layers)}, one for each stacked layer." if stack else ".")
         )
-    threshold = jax.nn.sigmoid(jnp.reshape(jnp.asarray(s, weight.dtype), shape + (1,) * (weight.ndim - len(shape))))
+    threshold = jax.nn.sigmoid(jnp.asarray(s, weight.dtype))
+    if shape:
+        threshold = jnp.expand_dims(threshold, [axis for axis in range(weight.ndim) if axis not in stack])
     size = jnp.abs(weight)
     return jnp.where(size > threshold, jnp.sign(weight) * (size - threshold), jnp.zeros_like(weight))

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._paths import Flat, flatten
-from jaxprune._tree._prunable import Predicate, Stacked, choose, stack_axes
+from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._paths import flatten
 from jaxprune._tree._sharding import without_explicit_axes
+from jaxprune.sites._sites import Sites
 from jaxprune.transforms._enforce import enforce, masks_for, require_params
 from jaxprune.transforms._mask_log import Log, tell
-from jaxprune.transforms._prune import check_steps, is_due, range_of
 from jaxprune.transforms._regrowth import drop_and_grow, refresh
+from jaxprune.transforms._steps import Steps
 
 # Where new weights grow: (gradient of a leaf, number of the leaf, number of the update) -> float32, larger = first.
 _Growth = Callable[[jax.Array, int, jax.Array], jax.Array]
@@ -70,15 +71,17 @@ def rigl(
     masks: Any,
     *,
     every: int = 100,
+    begin: int = 0,
     until: int,
     drop_fraction: optax.ScalarOrSchedule | None = None,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
     log: Log | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train a sparse network from the start: drop the smallest weights, grow where the gradient is largest.
 
-    At the updates 0, every, 2 * every, ... and at `until`, the last one, each layer loses the fraction `drop_fraction`
+    At the updates begin, begin + every, ... and at `until`, the last one, each layer loses the fraction `drop_fraction`
     of its weights (rounded down), those of the smallest magnitude, and gains as many at the positions of the largest
     gradients; its number of weights never changes. Such an update changes masks only; at all others `inner` steps with
     the masked gradient. New weights start at zero with the optimizer's state fresh, but for statistics that weights share
@@ -94,18 +97,20 @@ def rigl(
         inner: the optimizer, any.
         masks: the masks to start from, as in `static_sparse` (`scores.random` under ``rules.erk_sparsity``, say).
         every: updates from one change of masks to the next, >= 1.
+        begin: the number of the update at which masks change first, >= 0.
         until: the number of the update at which masks change last.
         drop_fraction: the share of a layer's weights to replace, in [0, 1], a number or an optax schedule of the
             update's number; None falls from 0.3 to 0 at `until` along a cosine.
         prunable: which leaves take part, as in `make_masks`. A leaf kept whole stays whole.
         stacked: as in `make_masks`.
+        sites: as in `make_masks`.
         log: as in `prune`, with ``drop_fraction`` in place of ``k``.
 
     Returns:
         A transform whose state is a `SparseTrainingState`; `masks_in` finds the masks.
 
     Raises:
-        ValueError: every < 1, until < 0, drop_fraction outside [0, 1] (a schedule: by ``init``); by ``init`` for masks
+        ValueError: every < 1, begin < 0, until < begin, drop_fraction outside [0, 1] (a schedule: by ``init``); by ``init`` for masks
             of another tree or where nothing is prunable; by ``update`` without params.
 
     >>> import jax.numpy as jnp, optax
@@ -122,7 +127,8 @@ def rigl(
         del leaf, count
         return jnp.abs(gradient.astype(jnp.float32))
 
-    return _drop_and_grow("rigl", by_gradient, inner, masks, every, until, drop_fraction, prunable, stacked, log)
+    which = {"prunable": prunable, "stacked": stacked, "sites": sites}
+    return _drop_and_grow("rigl", by_gradient, inner, masks, Steps(every, begin, until), drop_fraction, which, log)
 
 
 def sparse_evolution(
@@ -131,10 +137,12 @@ def sparse_evolution(
     key: jax.Array,
     *,
     every: int = 100,
+    begin: int = 0,
     until: int,
     drop_fraction: optax.ScalarOrSchedule | None = 0.3,
-    prunable: Predicate | Any = None,
-    stacked: Stacked | None = None,
+    prunable: Prunable = None,
+    stacked: Stacked = None,
+    sites: Sites | None = None,
     log: Log | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Train a sparse network from the start: drop the smallest weights, grow at random (SET).
@@ -148,10 +156,12 @@ def sparse_evolution(
         key: a PRNG key; which weights grow depends on it and on the update's number alone, so that a resumed run grows
             the same ones.
         every: as in `rigl`.
+        begin: as in `rigl`.
         until: as in `rigl`.
         drop_fraction: as in `rigl`; the paper's is constant.
         prunable: as in `rigl`.
         stacked: as in `rigl`.
+        sites: as in `rigl`.
         log: as in `rigl`.
 
     Returns:
@@ -179,8 +189,9 @@ def sparse_evolution(
 
         return without_explicit_axes(draw, gradient)(gradient, jax.random.fold_in(jax.random.fold_in(key, count), leaf))
 
+    which = {"prunable": prunable, "stacked": stacked, "sites": sites}
     title = "sparse_evolution"
-    return _drop_and_grow(title, at_random, inner, masks, every, until, drop_fraction, prunable, stacked, log)
+    return _drop_and_grow(title, at_random, inner, masks, Steps(every, begin, until), drop_fraction, which, log)
 
 
 def _init(inner: optax.GradientTransformationExtraArgs, masks: Any) -> Callable[[Any], SparseTrainingState]:
@@ -208,7 +219,7 @@ def _inner_update(
 def _masked(updates: Any, masks: Any) -> Any:
     flat = flatten(updates, "updates")
     held = align_masks(masks, flat)
-    return flat.treedef.unflatten(
+    return flat.build(
         [
             leaf if mask is None else jnp.where(mask, leaf, jnp.zeros_like(leaf))
             for leaf, mask in zip(flat.leaves, held, strict=True)
@@ -221,25 +232,24 @@ def _drop_and_grow(
     growth: _Growth,
     inner: optax.GradientTransformation,
     masks: Any,
-    every: int,
-    until: int,
+    steps: Steps,
     drop_fraction: optax.ScalarOrSchedule | None,
-    prunable: Predicate | Any,
-    stacked: Stacked | None,
+    which: dict[str, Any],
     log: Log | None,
 ) -> optax.GradientTransformationExtraArgs:
-    check_steps(title, every, until)
+    steps.check(title)
+    until = steps.until or 0
     # Equation 1 of the paper: alpha / 2 * (1 + cos(pi * t / T_end)).
     fraction = optax.cosine_decay_schedule(0.3, max(1, until)) if drop_fraction is None else drop_fraction
     if not callable(fraction):
-        _check_fraction(title, range_of(title, fraction, every, until))
+        _check_fraction(title, steps.range_of(title, fraction))
     inner = optax.with_extra_args_support(inner)
     plain_init = _init(inner, masks)
 
     def init_fn(params: Any) -> SparseTrainingState:
-        _check_fraction(title, range_of(title, fraction, every, until))
+        _check_fraction(title, steps.range_of(title, fraction))
         if jax.tree.leaves(params):  # optax.tree.map_params initialises with a placeholder that has none
-            _layers(params, prunable, stacked)
+            read_params(params, **which)
         return plain_init(params)
 
     def update_fn(
@@ -249,12 +259,13 @@ def _drop_and_grow(
 
         def change(masks: Any) -> Any:
             share = jnp.asarray(fraction(state.count) if callable(fraction) else fraction, jnp.float32)
-            changed = _change(state, updates, params, share, growth, prunable, stacked)
+            changed = _change(state, updates, params, share, growth, which)
             if log is not None:
-                tell(log, {"step": state.count, "drop_fraction": share}, params, params, masks, changed, stacked)
+                scalars = {"step": state.count, "drop_fraction": share}
+                tell(log, scalars, params, params, masks, changed, which["stacked"], which["sites"])
             return changed
 
-        due = is_due(state.count, every, until)
+        due = steps.due(state.count)
         masks = jax.lax.cond(due, change, lambda masks: masks, state.masks)
         grown = jax.tree.map(lambda new, old: new & ~old, masks, state.masks)
         # The optimizer steps in any case and is not heard when masks change: inside a conditional, its state and the
@@ -274,31 +285,22 @@ def _check_fraction(title: str, bounds: tuple[float, float] | None) -> None:
         raise ValueError(f"{title} takes a drop_fraction in [0, 1]; got {bounds[0]:g} to {bounds[1]:g}.")
 
 
-def _layers(params: Any, prunable: Predicate | Any, stacked: Stacked | None) -> tuple[Flat, list[bool], list[int]]:
-    flat = flatten(params, "params")
-    stacks = stack_axes(stacked, flat)
-    return flat, choose(prunable, params, flat, stacks), stacks
-
-
 def _change(
     state: SparseTrainingState,
     updates: Any,
     params: Any,
     fraction: jax.Array,
     growth: _Growth,
-    prunable: Predicate | Any,
-    stacked: Stacked | None,
+    which: dict[str, Any],
 ) -> Any:
     """Return new masks, in the treedef of the old ones."""
-    flat, chosen, stacks = _layers(params, prunable, stacked)
-    gradients = flatten(updates, "updates")
-    by_path = dict(zip(gradients.paths, gradients.leaves, strict=True))
-    held = align_masks(state.masks, flat)
-    changed = dict(zip(flat.paths, held, strict=True))
+    tree, gradients = read_params(params, **which), flatten(updates, "updates").by_path
+    held = align_masks(state.masks, tree)
+    changed = dict(zip(tree.paths, held, strict=True))
     for i, (path, weight, mask, fits, stack) in enumerate(
-        zip(flat.paths, flat.leaves, held, chosen, stacks, strict=True)
+        zip(tree.paths, tree.leaves, held, tree.prunable, tree.stacks, strict=True)
     ):
-        if fits and path in by_path:
-            changed[path] = drop_and_grow(weight, mask, growth(by_path[path], i, state.count), fraction, stack)
+        if fits and path in gradients:
+            changed[path] = drop_and_grow(weight, mask, growth(gradients[path], i, state.count), fraction, stack)
     old = flatten(state.masks, "masks")
-    return old.treedef.unflatten([changed[path] for path in old.paths])
+    return old.build([changed[path] for path in old.paths])

@@ -10,7 +10,7 @@ from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
 
 
-def straight_through(params: Any, masks: Any, backward: Any = None) -> Any:
+def straight_through(params: Any, masks: Any, *, backward: Any = None) -> Any:
     """Apply masks in the forward pass, and let the gradient through to pruned weights as well.
 
     The value is `apply_masks` of the parameters; the gradient is that of the identity, or of the `backward` masks:
@@ -39,7 +39,7 @@ def straight_through(params: Any, masks: Any, backward: Any = None) -> Any:
 
     >>> from jaxprune import make_masks
     >>> def loss(p):  # std = 1.9
-    ...     return jnp.sum(5 * straight_through(p, make_masks(p, 2.0), make_masks(p, 1.0))["kernel"])
+    ...     return jnp.sum(5 * straight_through(p, make_masks(p, 2.0), backward=make_masks(p, 1.0))["kernel"])
     >>> params = {"kernel": jnp.array([[6.0, 2.0, 1.0, 1.0, 2.0, 0.0]])}
     >>> jax.grad(loss)(params)["kernel"].tolist()
     [[5.0, 5.0, 0.0, 0.0, 5.0, 0.0]]
@@ -51,7 +51,7 @@ def straight_through(params: Any, masks: Any, backward: Any = None) -> Any:
     forward = align_masks(masks, flat)
     through = [None] * len(forward) if backward is None else align_masks(backward, flat)
 
-    return flat.treedef.unflatten(
+    return flat.build(
         [
             leaf if mask is None or not is_floating(leaf) else _straight_through(leaf, mask, receives)
             for leaf, mask, receives in zip(flat.leaves, forward, through, strict=True)

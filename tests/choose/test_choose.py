@@ -215,7 +215,7 @@ def test_everything_accepted_is_told():
 
 def test_the_smallest_k_that_meets_a_budget():
     k = jaxprune.search_k(None, LINE, budget=40, rule=rules.layer_sparsity)
-    assert jaxprune.algebra.kept_weights(jaxprune.make_masks(LINE, k, rule=rules.layer_sparsity)) == 40
+    assert jaxprune.algebra.count_kept(jaxprune.make_masks(LINE, k, rule=rules.layer_sparsity)) == 40
     stored = jaxprune.search_k(
         None, LINE, budget=300, cost=lambda masks: jaxprune.storage.stored_bytes(LINE, masks), rule=rules.layer_sparsity
     )

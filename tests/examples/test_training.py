@@ -131,7 +131,7 @@ def test_random_masks_keep_as_many_of_every_layer() -> None:
 
 def test_kernels_with_broken_groups_stay_dense() -> None:
     params = {"a": {"kernel": jnp.arange(24.0).reshape(8, 3)}, "b": {"kernel": jnp.ones((6, 2))}}
-    masks = nm_sparse.keep_n_of(1, 4)(params)
+    masks = nm_sparse.keep_of(4)(params, 1)
     assert masks["a"]["kernel"].sum(0).tolist() == [2, 2, 2]
     assert masks["a"]["kernel"][3].all()
     assert masks["b"]["kernel"].all()

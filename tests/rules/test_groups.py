@@ -84,7 +84,7 @@ def test_bad_groups_are_refused_when_the_rule_is_made():
     with pytest.raises(ValueError, match="axis 3"):
         jaxprune.make_masks({"kernel": jnp.ones((8, 6))}, 2, rule=rules.n_m(4, axis=3))
     with pytest.raises(ValueError, match="axis 5"):
-        jaxprune.make_masks({"kernel": jnp.ones((8, 6))}, 0.5, rule=rules.channels(rules.layer_sparsity, 5))
+        jaxprune.make_masks({"kernel": jnp.ones((8, 6))}, 0.5, rule=rules.channels(rules.layer_sparsity, axis=5))
     with pytest.raises(ValueError, match=r"blocks of shape \(2, 2, 2\)"):
         jaxprune.make_masks({"kernel": jnp.ones((8, 6))}, 0.5, rule=rules.blocks(rules.layer_sparsity, (2, 2, 2)))
 
@@ -102,7 +102,7 @@ def test_channels_go_whole_and_by_their_norm():
     gone = np.argsort(np.square(np.asarray(weights, np.float64)).sum((0, 1, 2)))[:3]
     expected = ~np.isin(np.arange(10), gone)
     np.testing.assert_array_equal(mask, np.broadcast_to(expected, weights.shape))
-    inputs = jaxprune.make_masks({"kernel": weights}, 0.5, rule=rules.channels(rules.layer_sparsity, -2))["kernel"]
+    inputs = jaxprune.make_masks({"kernel": weights}, 0.5, rule=rules.channels(rules.layer_sparsity, axis=-2))["kernel"]
     assert inputs.all((0, 1, 3)).tolist() == inputs.any((0, 1, 3)).tolist()
     assert int(inputs.all((0, 1, 3)).sum()) == 2
 

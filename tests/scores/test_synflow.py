@@ -57,7 +57,7 @@ def test_synflow_refuses():
     for rounds in (0, 2.0, True):
         with pytest.raises(ValueError, match="rounds >= 1"):
             oneshot.synflow_masks(relu_net, random_net((2, 2)), jnp.ones((1, 2)), 0.5, rounds=rounds)
-    with pytest.raises(ValueError, match=r"sparsity in \[0, 1\]; got 1.5"):
+    with pytest.raises(ValueError, match=r"sparsity k in \[0, 1\]; got 1.5"):
         oneshot.synflow_masks(relu_net, random_net((2, 2)), jnp.ones((1, 2)), 1.5)
 
 

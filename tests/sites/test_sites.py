@@ -162,22 +162,23 @@ def test_prunable_goes_by_role() -> None:
     assert sites.elementwise == ("kernel",)
 
 
-def test_input_axis_is_the_one_of_n_m() -> None:
+def test_axes_are_those_of_the_function() -> None:
     sites = sites_of("linen_attention")
-    assert (sites.input_axis("query/kernel"), sites.input_axis("out/kernel")) == (0, 1)
-    with pytest.raises(ValueError, match=r"inputs of params\['kernel'\] run along axes \(0, 1\)"):
-        sites_of("linen_conv_depthwise").input_axis("kernel")
+    assert sites.axes("query/kernel")[:3] == ((), 0, (1, 2))
+    assert sites.axes("out/kernel")[:3] == ((), 1, (2,))
+    assert sites.axes("query/bias") is None
+    depthwise = built("linen_conv_depthwise")
+    sites = find_sites(depthwise.fn, depthwise.params, *depthwise.inputs)
+    with pytest.raises(ValueError, match=r"params\['kernel'\] has its inputs along axes \(0, 1.*, not along one axis"):
+        jaxprune.make_masks(depthwise.params, 2, rule=rules.n_m(4), sites=sites)
 
 
 def test_n_m_runs_along_the_inputs_that_the_sites_know() -> None:
     # By its name the leaf looks like a Flax kernel [in, out]; the function contracts the last axis.
     params = {"kernel": jnp.asarray([[1.0, 4.0, 3.0, 2.0], [8.0, 5.0, 6.0, 7.0]])}
     sites = find_sites(lambda p, x: jnp.einsum("oi,bi->bo", p["kernel"], x), params, jnp.zeros((3, 4)))
-    rule = rules.n_m(4, axis=sites.input_axis)
-    masks = jaxprune.make_masks(params, 2, rule=rule, prunable=sites.prunable)
+    masks = jaxprune.make_masks(params, 2, rule=rules.n_m(4), sites=sites)
     assert masks["kernel"].tolist() == [[False, True, True, False], [True, False, False, True]]
-    with pytest.raises(ValueError, match="No site multiplies data by 'other'"):
-        jaxprune.make_masks({"other": params["kernel"]}, 2, rule=rule, prunable=lambda path, leaf: True)
 
 
 # ---- what is not understood

@@ -18,10 +18,10 @@ MASKS = jaxprune.make_masks(
 )  # fmt: skip
 
 
-def test_kept_weights_of_prunable_leaves_alone():
-    assert jaxprune.algebra.kept_weights(MASKS) == 81 + 68 + 4
-    assert jaxprune.algebra.kept_weights(MASKS, prunable=lambda path, leaf: True) == 81 + 68 + 4 + 9
-    assert isinstance(jaxprune.algebra.kept_weights(MASKS), int)
+def test_count_kept_of_prunable_leaves_alone():
+    assert jaxprune.algebra.count_kept(MASKS) == 81 + 68 + 4
+    assert jaxprune.algebra.count_kept(MASKS, prunable=lambda path, leaf: True) == 81 + 68 + 4 + 9
+    assert isinstance(jaxprune.algebra.count_kept(MASKS), int)
 
 
 def test_stored_bytes_are_those_of_the_file(tmp_path):
@@ -29,14 +29,14 @@ def test_stored_bytes_are_those_of_the_file(tmp_path):
     assert jaxprune.storage.stored_bytes(PARAMS, MASKS) == sum(tensor.stored_bytes for tensor in saved.tensors)
     rows = {row.path: row for row in jaxprune.summarize(PARAMS, MASKS).rows}
     for tensor in saved.tensors:
-        assert rows[tensor.name].bytes_sparse == tensor.stored_bytes
-        assert rows[tensor.name].bytes_dense == tensor.dense_bytes
+        assert rows[tensor.path].stored_bytes == tensor.stored_bytes
+        assert rows[tensor.path].dense_bytes == tensor.dense_bytes
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_bytes_are_nearly_those_of_the_file(tmp_path, bits):
     saved = jaxprune.save_sparse(tmp_path / "model.safetensors", PARAMS, MASKS, quantize=bits)
-    by_name = {tensor.name: tensor.stored_bytes for tensor in saved.tensors}
+    by_name = {tensor.path: tensor.stored_bytes for tensor in saved.tensors}
     for name in ("conv", "dense"):
         part = jaxprune.storage.stored_bytes(PARAMS[name], MASKS[name], bits=bits)
         stored = by_name[f"{name}/kernel"] + (by_name["conv/bias"] if name == "conv" else 0)

@@ -43,7 +43,7 @@ def test_the_layout_by_hand(tmp_path):
     assert found["dense/kernel.row_offsets"].dtype == found["dense/kernel.shape"].dtype == np.int64
     assert found["dense/bias"].tolist() == [1.0] * 9
     row = saved.tensors[1]
-    assert (row.name, row.size, row.kept, row.dense_bytes) == ("dense/kernel", 18, 5, 72)
+    assert (row.path, row.size, row.kept, row.dense_bytes) == ("dense/kernel", 18, 5, 72)
     assert row.stored_bytes == 2 * 8 + 5 * 4 + 4 + 2 * 8
     assert saved.bytes == (tmp_path / "m").stat().st_size
     assert (saved.dense_bytes, saved.compression) == (72 + 36, (72 + 36) / saved.bytes)

@@ -57,17 +57,15 @@ RUNS = {
     "prune": Run(lambda: optax.chain(optax.adam(0.05), prune(quantile, CUBIC, every=4, until=9))),
     "prune_and_regrow": Run(
         lambda: optax.chain(
-            optax.adam(0.05), prune_and_regrow(quantile, ac_dc_schedule(0.5, period=3, finish=9), every=3, until=9)
+            optax.adam(0.05), prune_and_regrow(quantile, ac_dc_schedule(0.5, every=3, until=9), every=3, until=9)
         )
     ),
-    "decay_pruned": Run(
-        lambda: optax.chain(decay_pruned(lambda params: make_masks(params, 1.0), 0.1), optax.adam(0.05))
-    ),
+    "decay_pruned": Run(lambda: optax.chain(decay_pruned(make_masks, 1.0, rate=0.1), optax.adam(0.05))),
     "static_sparse": Run(lambda: static_sparse(optax.adam(0.05), MASKS)),
     "rigl": Run(lambda: rigl(optax.adam(0.05), MASKS, every=4, until=9)),
     "sparse_evolution": Run(lambda: sparse_evolution(optax.adam(0.05), MASKS, jax.random.key(3), every=4, until=9)),
     "straight_through": Run(
-        lambda: optax.chain(decay_pruned(half, 0.1), optax.adam(0.05)),
+        lambda: optax.chain(decay_pruned(lambda params, k: half(params), 0.5, rate=0.1), optax.adam(0.05)),
         lambda params: loss(straight_through(params, half(params))),
         dense_params,
     ),

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import make_masks, masks_in, prune, rules
 from jaxprune.transforms import ac_dc_schedule, prune_and_regrow
-from jaxprune.transforms._prune import is_due
+from jaxprune.transforms._steps import Steps
 from tests.support.one_layer import assert_positive_zeros, step
 
 exactly = functools.partial(make_masks, rule=rules.layer_sparsity)
@@ -67,7 +67,7 @@ def changes(masks: np.ndarray) -> list[int]:
     ],
 )
 def test_steps_at_which_masks_change(every, until, due):
-    assert [count for count in range(12) if is_due(jnp.int32(count), every, until)] == due
+    assert [count for count in range(12) if Steps(every, 0, until).due(jnp.int32(count))] == due
     told = []
     tx = prune(at_least, 0.0, every=every, until=until, log=lambda numbers: told.append(numbers["step"]))
     steps_of(tx, small_params(), noise(12))
@@ -186,7 +186,7 @@ def test_a_pruned_weight_returns_when_its_update_is_large():
 
 def test_phases_of_ac_dc():
     """Sparse and dense in turn, masks fixed within a phase, all weights trained in a dense one, sparse at the end."""
-    schedule = ac_dc_schedule(0.5, period=2, begin=2, finish=9)
+    schedule = ac_dc_schedule(0.5, every=2, begin=2, until=9)
     tx = optax.chain(optax.sgd(0.5), prune_and_regrow(exactly, schedule, every=2, until=9))
     history, masks, _ = steps_of(tx, small_params(), noise(14))
     removed = (~masks["kernel"]).sum((1, 2))
@@ -203,17 +203,17 @@ def test_phases_of_ac_dc():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"sparsity": 1.5},
-        {"sparsity": -0.5},
-        {"period": 0},
+        {"k": 1.5},
+        {"k": -0.5},
+        {"every": 0},
         {"begin": -10},
         {"begin": 5},
         {"begin": 40},
     ],
 )
 def test_ac_dc_refuses(bad):
-    arguments = {"sparsity": 0.9, "period": 10, "begin": 10, "finish": 40, **bad}
-    with pytest.raises(ValueError, match=r"ac_dc_schedule takes .*got sparsity="):
+    arguments = {"k": 0.9, "every": 10, "begin": 10, "until": 40, **bad}
+    with pytest.raises(ValueError, match=r"ac_dc_schedule takes .*got k="):
         ac_dc_schedule(**arguments)
 
 

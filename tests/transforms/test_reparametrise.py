@@ -48,7 +48,9 @@ def test_backward_masks_of_top_kast():
     """Equation 3: the gradient is that at the forward weights, for the larger set B of weights."""
     backward = KEEP | (np.arange(12).reshape(4, 3) < 6)
     masks = MASKS | {"kernel": jnp.asarray(backward)}
-    value, grads = jax.value_and_grad(lambda params: slanted(straight_through(params, MASKS, masks)))(dense_params())
+    value, grads = jax.value_and_grad(lambda params: slanted(straight_through(params, MASKS, backward=masks)))(
+        dense_params()
+    )
     assert value == slanted(apply_masks(dense_params(), MASKS))
     np.testing.assert_array_equal(grads["kernel"], np.where(backward, SLOPE, 0))
     np.testing.assert_array_equal(grads["bias"], np.ones(3))
@@ -67,7 +69,7 @@ def test_straight_through_refuses_other_masks():
     with pytest.raises(ValueError, match=r"masks has no entry for params\['bias'\]"):
         straight_through(dense_params(), {"kernel": MASKS["kernel"]})
     with pytest.raises(ValueError, match=r"params\['kernel'\] an array of bool\[3, 4\]"):
-        straight_through(dense_params(), MASKS, MASKS | {"kernel": jnp.ones((3, 4), bool)})
+        straight_through(dense_params(), MASKS, backward=MASKS | {"kernel": jnp.ones((3, 4), bool)})
 
 
 def test_masked_weights_stay_zero_through_quantisation():
@@ -108,7 +110,9 @@ def test_masked_weights_stay_zero_through_qwix():
 def test_top_kast_trains_a_superset_of_what_the_loss_sees():
     """Equation 3 with masks made anew in every step: A the largest quarter of the kernel, B the largest half."""
     exactly = functools.partial(make_masks, rule=rules.layer_sparsity, prunable={"kernel": True, "bias": False})
-    grad = jax.jit(jax.grad(lambda params: loss(straight_through(params, exactly(params, 0.75), exactly(params, 0.5)))))
+    grad = jax.jit(
+        jax.grad(lambda params: loss(straight_through(params, exactly(params, 0.75), backward=exactly(params, 0.5))))
+    )
     params, kernel, moved = dense_params(), KERNEL.astype(np.float64), np.zeros((4, 3), bool)
     for _ in range(10):
         params = jax.tree.map(lambda leaf, slope: leaf - 0.05 * slope, params, grad(params))
@@ -133,7 +137,7 @@ def keep_two_of_four(kernel: np.ndarray) -> np.ndarray:
 def test_sr_ste_against_numpy():
     """Equation 8: W <- W - gamma (g(W~) + lambda (1 - E) W), with E the 2:4 mask of W and W~ = E W."""
     rate, gamma, steps = 0.3, 0.05, 12
-    tx = optax.chain(decay_pruned(two_of_four, rate), optax.sgd(gamma))
+    tx = optax.chain(decay_pruned(lambda params, k: two_of_four(params), 2, rate=rate), optax.sgd(gamma))
     grad = jax.grad(lambda params: loss(straight_through(params, two_of_four(params))))
     advance = jax.jit(lambda params, state: step(tx, params, state, grad(params)))
     params, state = dense_params(), tx.init(dense_params())
@@ -151,14 +155,14 @@ def test_sr_ste_against_numpy():
 
 def test_decay_pruned_refuses():
     with pytest.raises(ValueError, match=r"decay_pruned takes rate >= 0; got -0.1"):
-        decay_pruned(two_of_four, -0.1)
-    tx = decay_pruned(two_of_four, 0.1)
+        decay_pruned(lambda params, k: two_of_four(params), 2, rate=-0.1)
+    tx = decay_pruned(lambda params, k: two_of_four(params), 2, rate=0.1)
     with pytest.raises(ValueError, match="decay_pruned needs the parameters"):
         tx.update(dense_params(), tx.init(dense_params()))
 
 
 def test_decay_keeps_the_dtype_of_the_updates():
-    tx = decay_pruned(lambda params: MASKS, 0.5)
+    tx = decay_pruned(lambda params, k: MASKS, 0.5, rate=0.5)
     updates, _ = tx.update(optax.tree.zeros_like(dense_params(jnp.bfloat16)), tx.init(None), dense_params())
     assert updates["kernel"].dtype == jnp.bfloat16
     expected = np.where(KEEP, 0, 0.5 * KERNEL)
