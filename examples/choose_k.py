@@ -83,9 +83,9 @@ def run(experiment: Experiment, settings: Settings) -> None:
         experiment.say(f"{name:<10} accuracy {value:.2%}, {removed:.1%} sparse")
 
     figure = Figure(figsize=(9, 5), layout="constrained", dpi=150)
-    axes = plot.sensitivity(curves, figure.subplots())
+    axes = plot.sensitivity_curves(curves, figure.subplots())
     axes.set_ylabel("accuracy on the test images")
-    axes.set_title(_finding(curves, k, sparsity, settings.max_drop), color=plot.INK, fontweight="bold")
+    axes.set_title(_finding(curves, k, sparsity, settings.max_drop), color=plot.style.INK, fontweight="bold")
     figure.savefig(settings.out / "sensitivity.png")
     jaxprune.report(settings.out / "report.html", params, masks, title="Digits CNN, pruned", sensitivity=curves)
     experiment.say(f"Written to {settings.out}: results.json, sensitivity.png, report.html, checkpoint/")

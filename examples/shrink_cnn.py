@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 
 import jaxprune
 from jaxprune import scores, structured
-from jaxprune.plot import BLUE, GREY, INK, frame
+from jaxprune.plot.style import BLUE, GREY, INK, frame
 
 PRESETS = options.Presets(
     full={"epochs": 25, "fine_tune_epochs": 10, "measures": ("l2", "l1", "taylor", "distance", "random", "scratch")},

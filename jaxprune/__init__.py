@@ -36,3 +36,5 @@ from jaxprune.transforms._prune import prune as prune
 from jaxprune.transforms._sparse_training import rigl as rigl
 
 __version__ = _version("jaxprune")
+
+__all__ = [name for name in dir() if not name.startswith("_")]  # what help() lists; nothing else is public

@@ -130,8 +130,9 @@ def _row(row: LayerRow, told: bool) -> tuple[str, list[str]]:
 
 def _layers(params: Any, masks: Any, summary: Summary) -> Iterator[str]:
     from jaxprune import plot
+    from jaxprune.plot._figures import thresholds_of
 
-    weights = plot.thresholds_of(params, summary)
+    weights = thresholds_of(params, summary)
     flat = flatten(masks, "masks")
     by_path = dict(zip(flat.paths, flat.leaves, strict=True))
     largest = sorted(weights, key=lambda path: -weights[path][0].size)[:LARGEST]
@@ -151,7 +152,9 @@ def _of_sensitivity(curves: Sensitivity) -> Iterator[str]:
     from jaxprune import plot
 
     yield "<h2>Sensitivity</h2>"
-    yield _figure("Metric against sparsity, each layer alone", lambda axes: plot.sensitivity(curves, axes), width=7.5)
+    yield _figure(
+        "Metric against sparsity, each layer alone", lambda axes: plot.sensitivity_curves(curves, axes), width=7.5
+    )
     heads = ["layer", *(f"k = {k:g}" for k in curves.ks)]
     names = [*curves.groups, "all together"]
     values = [*curves.metric, curves.together]

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 import jaxprune
 from jaxprune import plot
+from jaxprune.plot._figures import MAX_CELLS
 from tests.support.curves import CURVES
 
 
@@ -44,7 +45,7 @@ def test_bars_show_what_is_kept(axes):
 
 
 def test_sensitivity_curves(axes):
-    assert plot.sensitivity(CURVES, axes) is axes
+    assert plot.sensitivity_curves(CURVES, axes) is axes
     *groups, together, dense = axes.lines
     for line, share, metric in zip(groups, CURVES.sparsity, CURVES.metric, strict=True):
         np.testing.assert_array_equal(line.get_xydata(), np.stack([share, metric], 1))
@@ -72,12 +73,12 @@ def test_a_mask_as_an_image(axes):
 
 
 def test_a_large_mask_shows_shares_of_blocks(axes):
-    mask = np.zeros((2 * plot.MAX_CELLS, 3), bool)
+    mask = np.zeros((2 * MAX_CELLS, 3), bool)
     mask[::2, 0] = True
     plot.mask(mask, axes)
     shares = axes.images[0].get_array()
-    assert shares.shape == (plot.MAX_CELLS, 3)
-    np.testing.assert_array_equal(shares, np.tile([0.5, 0, 0], (plot.MAX_CELLS, 1)))
+    assert shares.shape == (MAX_CELLS, 3)
+    np.testing.assert_array_equal(shares, np.tile([0.5, 0, 0], (MAX_CELLS, 1)))
 
 
 def test_churn(axes):

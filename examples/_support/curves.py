@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxprune.plot import BLUE, INK, LINES, frame, sparsity_axis
+from jaxprune.plot.style import BLUE, INK, LINES, frame, sparsity_axis
 
 DENSE = "dense"  # drawn dotted, in the colour of the text
 LINE_HEIGHT = 0.15  # of a label, in inches

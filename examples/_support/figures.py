@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxprune import plot
-from jaxprune.plot import BLUE, INK, RED
+from jaxprune.plot.style import BLUE, INK, RED
 
 
 def histograms(weights: Mapping[str, np.ndarray], thresholds: Mapping[str, float]) -> Figure:
@@ -101,7 +101,7 @@ def accuracy_against_sparsity(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _accuracies(top, times_fewer, 100 * before[:, order], 100 * after[:, order], 100 * float(np.mean(dense)))
     _changes(bottom, times_fewer, change, 100 * max_drop)
-    plot.sparsity_axis(bottom, times_fewer)
+    plot.style.sparsity_axis(bottom, times_fewer)
     if ks is not None:
         _strength_axis(top, times_fewer, np.asarray(ks)[order])
     good = removed[change.mean(axis=0) >= -100 * max_drop]
@@ -146,7 +146,7 @@ def _accuracies(axes: Axes, x: np.ndarray, before: np.ndarray, after: np.ndarray
             text, (x[-1], y), xytext=(9, 0), textcoords="offset points",
             va="center", color=color, fontweight="bold",
         )  # fmt: skip
-    plot.frame(axes)
+    plot.style.frame(axes)
 
 
 def _changes(axes: Axes, x: np.ndarray, change: np.ndarray, max_drop: float) -> None:
@@ -162,7 +162,7 @@ def _changes(axes: Axes, x: np.ndarray, change: np.ndarray, max_drop: float) -> 
         f"{_points(max_drop)} lost", (1, -max_drop), xycoords=("axes fraction", "data"),
         xytext=(-4, -3), textcoords="offset points", ha="right", va="top", color=BLUE,
     )  # fmt: skip
-    plot.frame(axes)
+    plot.style.frame(axes)
 
 
 def _curve(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
@@ -171,7 +171,7 @@ def _curve(axes: Axes, x: np.ndarray, values: np.ndarray, **style: Any) -> None:
 
 
 def _strength_axis(axes: Axes, x: np.ndarray, ks: np.ndarray) -> None:
-    shown = plot.apart(x.tolist(), *axes.get_xlim(), 0.04)
+    shown = plot.style.apart(x.tolist(), *axes.get_xlim(), 0.04)
     strengths = axes.secondary_xaxis("top")
     strengths.set_xticks(x[shown], [f"{k:g}" for k in ks[shown]], fontsize="small")
     strengths.minorticks_off()

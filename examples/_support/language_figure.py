@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxprune.plot import GREY, INK
+from jaxprune.plot.style import GREY, INK
 
 # Okabe and Ito (2008), told apart without colour vision.
 COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#000000", "#F0E442")

@@ -31,7 +31,7 @@ _WIDTH = 120  # of tables in a file or a pipe, which have no width of their own
 def summarize(options: argparse.Namespace) -> bool:
     """Show what a model holds."""
     with _bar("reading", _count(options.model)) as advance:
-        found = summarize_file(options.model, done=lambda tensor: advance())
+        found = summarize_file(options.model, done=lambda name: advance())
     if options.json:
         _print_json(found.to_dict())
     else:
@@ -113,7 +113,7 @@ def _write(
             quantize=options.quantize,
             compress=options.compress,
             metadata=metadata,
-            done=lambda tensor: advance(),
+            done=lambda name: advance(),
         )
         size = None if options.dry_run else planned.write(Path(options.out)).bytes
     figures = _figures(options, planned, size, prunable)

@@ -26,9 +26,9 @@ class Roles(Protocol):
 
 
 # A predicate of path and leaf, glob patterns of paths or of modules above them, a tree (prefix) of bools, or sites.
-Prunable = Predicate | str | Sequence[str] | Roles | Any
+Prunable = Predicate | str | Sequence[str] | Any
 # A function of path and leaf to a number of leading axes, glob patterns (one axis), a tree (prefix) of numbers, or sites.
-Stacked = Callable[[str, Any], int] | str | Sequence[str] | Roles | Any
+Stacked = Callable[[str, Any], int] | str | Sequence[str] | Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

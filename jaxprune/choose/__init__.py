@@ -8,3 +8,5 @@ from jaxprune.choose._allocate_by_loss import allocate_by_loss as allocate_by_lo
 from jaxprune.choose._search_k import Strength as Strength
 from jaxprune.choose._search_k import Trial as Trial
 from jaxprune.choose._sensitivity import Sensitivity as Sensitivity
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -2,7 +2,10 @@
 
 from jaxprune.oneshot._admm import admm as admm
 from jaxprune.oneshot._reconstruct import reconstruct as reconstruct
+from jaxprune.oneshot._sequential import Method as Method
 from jaxprune.oneshot._sequential import sequential as sequential
 from jaxprune.oneshot._solve import DampingWarning as DampingWarning
 from jaxprune.oneshot._sparsegpt import sparsegpt as sparsegpt
 from jaxprune.oneshot._synflow_masks import synflow_masks as synflow_masks
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -14,3 +14,5 @@ from jaxprune.rules._thresholds import absolute_threshold as absolute_threshold
 from jaxprune.rules._thresholds import max_threshold as max_threshold
 from jaxprune.rules._thresholds import mean_threshold as mean_threshold
 from jaxprune.rules._thresholds import std_threshold as std_threshold
+
+__all__ = [name for name in dir() if not name.startswith("_")]

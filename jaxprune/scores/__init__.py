@@ -22,3 +22,5 @@ from jaxprune.scores._wanda import wanda as wanda
 from jaxprune.scores._weights import lamp as lamp
 from jaxprune.scores._weights import magnitude as magnitude
 from jaxprune.scores._weights import random as random
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -9,3 +9,5 @@ from jaxprune.sites._calibrate import Norms as Norms
 from jaxprune.sites._sites import Site as Site
 from jaxprune.sites._sites import Sites as Sites
 from jaxprune.sites._sites import Unresolved as Unresolved
+
+__all__ = [name for name in dir() if not name.startswith("_")]

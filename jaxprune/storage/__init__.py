@@ -13,3 +13,5 @@ from jaxprune.storage._sizes import stored_bytes as stored_bytes
 from jaxprune.storage._trees import Saved as Saved
 from jaxprune.storage._trees import TensorRow as TensorRow
 from jaxprune.storage._trees import read_metadata as read_metadata
+
+__all__ = [name for name in dir() if not name.startswith("_")]

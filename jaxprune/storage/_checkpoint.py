@@ -156,7 +156,7 @@ def plan(
     *,
     metadata: Mapping[str, str],
     compress: bool = False,
-    done: Callable[[Stored], None] = lambda tensor: None,
+    done: Callable[[str], None] = lambda tensor: None,
 ) -> Plan:
     """Plan to write a model anew, tensor by tensor, in as many shards as it has; `source` stays open for the writing.
 
@@ -165,7 +165,7 @@ def plan(
         encode: what becomes of each tensor; called now to learn the sizes, and again when it is written.
         metadata: strings for every header.
         compress: whether the files pass through zstd.
-        done: called with each tensor, both times it has been encoded.
+        done: called with the name of each tensor, both times it has been encoded.
 
     Returns:
         The plan; its `write` writes.
@@ -186,16 +186,16 @@ def plan(
             pieces.append(_writer.Piece(specs, _again(encode, tensor, done)))
             members[name] = specs
             weight_map |= dict.fromkeys(specs, shard)
-            done(tensor)
+            done(tensor.name)
         shards[shard] = pieces, {**metadata, **own_metadata(version(), members)}
     index = source.index or "model" + INDEX_ENDING
     return Plan(tuple(rows), shards, index if source.path.is_dir() else None, weight_map, compress)
 
 
-def _again(encode: Encode, tensor: Stored, done: Callable[[Stored], None]) -> Callable[[], _writer.Arrays]:
+def _again(encode: Encode, tensor: Stored, done: Callable[[str], None]) -> Callable[[], _writer.Arrays]:
     def make() -> _writer.Arrays:
         arrays = encode(tensor).arrays
-        done(tensor)
+        done(tensor.name)
         return arrays
 
     return make

@@ -24,7 +24,7 @@ from jaxprune.storage._trees import Saved, check_metadata, outputs_of
 
 # (tensor, its values) -> its mask, or None to keep it whole.
 MaskOf = Callable[[Stored, np.ndarray], np.ndarray | None]
-Done = Callable[[Stored], None]
+Done = Callable[[str], None]
 
 
 def prune_file(
@@ -38,7 +38,7 @@ def prune_file(
     quantize: int | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
-    done: Done = lambda tensor: None,
+    done: Done = lambda name: None,
 ) -> Saved:
     """Prune a model on disk by the magnitude of its weights, without its class and without loading it whole.
 
@@ -57,7 +57,7 @@ def prune_file(
         quantize: as in `save_sparse`, with `dense=False`.
         compress: as in `save_sparse`.
         metadata: strings for the header, beside those of the source.
-        done: called with each tensor after each of the two times it has been encoded.
+        done: called with the name of each tensor after each of the two times it has been encoded.
 
     Returns:
         A `Saved`, as from `save_sparse`.
@@ -88,7 +88,7 @@ def convert_file(
     quantize: int | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
-    done: Done = lambda tensor: None,
+    done: Done = lambda name: None,
 ) -> Saved:
     """Write a model on disk anew: sparse from plain, plain from sparse, quantised, compressed; one tensor at a time.
 
@@ -222,7 +222,7 @@ def plan_file(
     quantize: int | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
-    done: Done = lambda tensor: None,
+    done: Done = lambda name: None,
 ) -> Plan:
     """Plan what `prune_file` and `convert_file` write; arguments as there."""
     if quantize is not None and (dense or quantize not in BITS):

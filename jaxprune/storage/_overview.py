@@ -65,14 +65,14 @@ class TensorDifference:
     largest: float
 
 
-def summarize_file(path: str | os.PathLike[str], *, done: Done = lambda tensor: None) -> FileOverview:
+def summarize_file(path: str | os.PathLike[str], *, done: Done = lambda name: None) -> FileOverview:
     """Summarise a model on disk: what each tensor keeps, its smallest kept magnitude, its bytes.
 
     Masks are those stored. In a plain tensor that is a kernel (see `is_kernel`) zeros count as pruned.
 
     Args:
         path: a safetensors file, plain or written by `save_sparse`, or a folder of shards with their index.
-        done: called with each tensor once it has been read.
+        done: called with the name of each tensor once it has been read.
 
     Returns:
         A `FileOverview`: a row for each tensor, and totals.
@@ -84,7 +84,7 @@ def summarize_file(path: str | os.PathLike[str], *, done: Done = lambda tensor: 
         rows = []
         for tensor in checkpoint.tensors.values():
             rows.append(_overview(tensor))
-            done(tensor)
+            done(tensor.name)
         size, kept = sum(row.size for row in rows), sum(row.kept for row in rows)
         return FileOverview(
             path=str(path),

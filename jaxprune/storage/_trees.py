@@ -134,7 +134,7 @@ def save_sparse(
     return Saved(Path(path), size, sum(row.dense_bytes for row in rows), tuple(rows))
 
 
-def load_sparse(path: str | os.PathLike[str], like: Any = None) -> tuple[Any, Any]:
+def load_sparse(path: str | os.PathLike[str], *, like: Any = None) -> tuple[Any, Any]:
     """Load what `save_sparse` saved, or any file in that layout, or any plain safetensors file.
 
     Nothing in the file is executed, and no more memory is taken than its size warrants: 64 times its bytes at most (a

@@ -30,3 +30,5 @@ from jaxprune.structured._verify import Verification as Verification
 from jaxprune.structured._verify import verify as verify
 from jaxprune.structured._verify_module import ModuleVerification as ModuleVerification
 from jaxprune.structured._verify_module import verify_module as verify_module
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -15,3 +15,5 @@ from jaxprune.transforms._sparse_training import SparseTrainingState as SparseTr
 from jaxprune.transforms._sparse_training import sparse_evolution as sparse_evolution
 from jaxprune.transforms._sparse_training import static_sparse as static_sparse
 from jaxprune.transforms._straight_through import straight_through as straight_through
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -1,13 +1,4 @@
-"""Pictures of pruning: matplotlib axes in, the same axes out.
-
-    import matplotlib.pyplot as plt
-    from jaxprune import plot
-
-    plot.weights(params["dense"]["kernel"], threshold, plt.gca())
-
-Every function takes the axes to draw into and returns them; none touches matplotlib's global state, and none imports it.
-The colours are those of Okabe and Ito (2008), told apart without colour vision.
-"""
+"""Pictures of pruning."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,16 +10,18 @@ import numpy as np
 from jaxprune._summary import Summary
 from jaxprune._tree._paths import flatten
 from jaxprune.choose._sensitivity import Sensitivity
+from jaxprune.plot._style import (
+    BLUE,
+    GREY,
+    INK,
+    LINES,
+    RED,
+    frame,
+    sparsity_axis,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, RED = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#D55E00",
-)  # fmt: skip
-GREY, INK = "#BBBBBB", "#333333"
-LINES = (BLUE, RED, GREEN, PURPLE, SKY, ORANGE, "#999933", "#666666")
-SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 # The most entries of a mask along an axis that are drawn one by one.
 MAX_CELLS = 512
@@ -110,7 +103,7 @@ def sparsity_by_layer(summary: Summary, axes: "Axes") -> "Axes":
     return frame(axes)
 
 
-def sensitivity(curves: Sensitivity, axes: "Axes") -> "Axes":
+def sensitivity_curves(curves: Sensitivity, axes: "Axes") -> "Axes":
     """Draw the metric against the sparsity of each layer pruned alone, and of all together.
 
     Args:
@@ -234,35 +227,6 @@ def thresholds_of(params: Any, summary: Summary) -> dict[str, tuple[np.ndarray, 
         for row in summary.rows
         if row.prunable and row.threshold is not None and row.path in by_path
     }
-
-
-def sparsity_axis(axes: "Axes", fewer: np.ndarray) -> None:
-    """Make the horizontal axis logarithmic in how many times fewer weights there are, in rising order."""
-    left = max(0.97, 0.85 * fewer[0])
-    right = fewer[-1] * max(1.35, (fewer[-1] / left) ** 0.22)  # room for the labels at the curves' ends
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
-    places = [1 / (1 - tick) for tick in SPARSITIES if left <= 1 / (1 - tick) <= right]
-    shown = [places[index] for index in apart(places, left, right, 0.065)]
-    axes.set_xticks(shown, [f"{100 * (1 - 1 / place):.3g} %\n{place:,.3g}x" for place in shown])
-    axes.minorticks_off()
-    axes.set_xlabel("sparsity: weights removed (times fewer weights)", color=INK)
-
-
-def apart(places: Sequence[float], left: float, right: float, gap: float) -> list[int]:
-    """Choose, from the left, the places whose labels do not touch: `gap` is a share of the log axis."""
-    chosen: list[int] = []
-    for index, place in enumerate(places):
-        if not chosen or math.log(place / places[chosen[-1]]) >= gap * math.log(right / left):
-            chosen.append(index)
-    return chosen
-
-
-def frame(axes: "Axes") -> "Axes":
-    """Draw the lower and the left edge only."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-    return axes
 
 
 def _name_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:
