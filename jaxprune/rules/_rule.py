@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import importlib
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -57,6 +59,13 @@ class Rule:
         """Make masks; settings given here go before those of the rule."""
         return self.function(scores, k, **{**dict(self.settings), **settings})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let pickle find a function whose name stands for its rule: by that rule, and the settings."""
+        module, name = self.function.__module__, self.function.__name__
+        if isinstance(getattr(sys.modules.get(module), name, None), Rule):
+            return _restored, (module, name, self.settings)
+        return Rule, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     @property
     def m(self) -> int:
         """The size of a group of an N:M rule; 1 of any other."""
@@ -110,6 +119,11 @@ def as_rule(rule: AnyRule) -> Rule:
     if not callable(rule):
         raise TypeError(f"a rule is a function (scores, k) -> masks, such as rules.layer_sparsity, not {rule!r}.")
     return Rule(rule, getattr(rule, "__name__", repr(rule)))
+
+
+def _restored(module: str, name: str, settings: tuple[tuple[str, Any], ...]) -> Rule:
+    rule: Rule = getattr(importlib.import_module(module), name)
+    return dataclasses.replace(rule, settings=settings)
 
 
 def says(**fields: Any) -> Callable[[Callable[..., Any]], Rule]:

@@ -1,5 +1,6 @@
 """Models on disk: whole or not at all, pruned and converted one tensor at a time, compared; compressed rows."""
 
+import functools
 import json
 import os
 import stat
@@ -119,6 +120,45 @@ def test_a_model_on_disk_is_pruned_as_the_whole_tree_would_be(tmp_path, rule, k)
         np.testing.assert_array_equal(masks[name], want, err_msg=name)
         np.testing.assert_array_equal(params[name], np.where(want, value, 0), err_msg=name)
     assert [row.kept for row in saved.tensors] == [int(np.sum(masks[name])) for name in sorted(flat)]
+
+
+@pytest.mark.parametrize("rule", [rules.global_sparsity, rules.erk_sparsity], ids=["global", "erk"])
+@pytest.mark.parametrize(("k", "most"), [(0.9, 0.95), (0.7, 0.75), (0.5, 0.9)])
+def test_a_rule_with_other_settings_ranks_over_all_tensors_as_on_the_whole_model(rule, k, most, tmp_path):
+    """Layers of very different scales: by itself one threshold would empty the first."""
+    random = np.random.default_rng(3)
+    flat = {f"l{i}.weight": scale * random.normal(size=(24, 16)) for i, scale in enumerate((0.01, 1.0, 3.0))}
+    flat = {name: np.round(32 * value).astype(np.float32) for name, value in flat.items()}  # ties, and many zeros
+    safetensors.numpy.save_file(flat, tmp_path / "source")
+    capped = functools.partial(rule, max_sparsity=most)
+    storage.prune_file(tmp_path / "source", tmp_path / "target", k, rule=capped)
+    _, masks = load_sparse(tmp_path / "target")
+    expected = jaxprune.make_masks({name.replace(".", "/"): value for name, value in flat.items()}, k, rule=capped)
+    for name in flat:
+        np.testing.assert_array_equal(masks[name], expected[name.replace(".", "/")], err_msg=name)
+    gone = [int(np.sum(~masks[name])) for name in flat]
+    assert sum(gone) == round(k * 3 * 24 * 16)
+    assert max(gone) <= int(most * 24 * 16)
+
+
+def test_what_no_tensor_by_itself_can_decide_is_refused(tmp_path):
+    safetensors.numpy.save_file(torch_like(), tmp_path / "source")
+    for rule in (rules.channels(rules.global_sparsity), rules.blocks(rules.erk_sparsity, (2, 2))):
+        with pytest.raises(ValueError, match=r"rules\.(channels|blocks)\(.*\) looks at all tensors at once"):
+            storage.prune_file(tmp_path / "source", tmp_path / "target", 0.5, rule=rule)
+    with pytest.raises(ValueError, match=r"only .* can \(k <= 0\."):
+        storage.prune_file(
+            tmp_path / "source", tmp_path / "t", 0.9, rule=functools.partial(rules.global_sparsity, max_sparsity=0.5)
+        )
+    assert not (tmp_path / "target").exists()
+
+
+def test_patterns_say_which_tensors_are_pruned(tmp_path):
+    safetensors.numpy.save_file({"a.weight": W, "b.weight": W}, tmp_path / "source")
+    saved = storage.prune_file(tmp_path / "source", tmp_path / "t", 0.5, rule=rules.layer_sparsity, prunable="b.*")
+    assert [row.kept < row.size for row in saved.tensors] == [False, True]
+    with pytest.raises(ValueError, match=r"prunable='c/\*' matches no tensor; they are named like 'a/weight'"):
+        storage.prune_file(tmp_path / "source", tmp_path / "t", 0.5, prunable=["c.*"])
 
 
 def test_pruning_again_keeps_what_is_pruned(tmp_path):
