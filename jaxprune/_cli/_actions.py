@@ -83,7 +83,7 @@ def diff(options: argparse.Namespace) -> bool:
 
 def report(options: argparse.Namespace) -> bool:
     """Write a page about a model; unlike the others, this holds the whole model in memory."""
-    import jaxprune
+    from jaxprune._report import report as write_page
 
     _refuse_existing(Path(options.out), options.force)
     params, masks = {}, {}
@@ -93,7 +93,7 @@ def report(options: argparse.Namespace) -> bool:
             mask = mask if tensor.encoded else _files.nonzero(tensor, values)
             path = _files.path_of(name)
             params[path], masks[path] = values, np.ones(values.shape, bool) if mask is None else mask
-    jaxprune.report(options.out, params, masks, title=Path(options.model).name)
+    write_page(options.out, params, masks, title=Path(options.model).name)
     return True
 
 
