@@ -8,10 +8,12 @@ import numpy as np
 
 from jaxprune import rules
 from jaxprune._selection import _counts
+from jaxprune._tree._axes import Stacked
 from jaxprune._tree._leaves import is_floating, is_known
 from jaxprune._tree._masks import align_masks, all_true, check_mask
-from jaxprune._tree._params import Params, Prunable, Stacked, read_params
+from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._paths import flatten, read_arrays
+from jaxprune._tree._prunable import Prunable
 from jaxprune.rules._layers import Layer, is_scalar
 from jaxprune.rules._rule import AnyRule, as_rule
 from jaxprune.sites._sites import Sites

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxprune._summary import LayerRow, Summary, amount, summarize
-from jaxprune._tree._params import Prunable, Stacked
+from jaxprune._tree._axes import Stacked
 from jaxprune._tree._paths import flatten
+from jaxprune._tree._prunable import Prunable
 from jaxprune.choose._sensitivity import Sensitivity
 from jaxprune.sites._sites import Sites
 from jaxprune.storage import _atomic

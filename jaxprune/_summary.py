@@ -13,9 +13,10 @@ import numpy as np
 from jaxprune._printing import Printable, as_json
 from jaxprune._rows import Row
 from jaxprune._selection import _counts, _moments
-from jaxprune._tree._axes import Axes
+from jaxprune._tree._axes import Axes, Stacked
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._params import read_params
+from jaxprune._tree._prunable import Prunable
 from jaxprune.sites._sites import Sites
 from jaxprune.storage._sizes import leaf_bytes
 

@@ -1,15 +1,20 @@
 """Which leaves are pruned, by name and shape."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxprune._tree._paths import KeyPath
+from jaxprune._tree._axes import Roles
+from jaxprune._tree._leaves import is_function
+from jaxprune._tree._paths import KeyPath, Tree
+from jaxprune._tree._patterns import as_patterns, fitting
 
 Predicate = Callable[[str, Any], bool]
+# A predicate of path and leaf, glob patterns of paths or of modules above them, a tree (prefix) of bools, or sites.
+Prunable = Predicate | str | Sequence[str] | Any
 
 # A leaf of one of these names multiplies inputs in Flax and Haiku, whatever the module around it is called.
 _KERNEL = re.compile(r"kernel|w|w_?\d+|w_[a-z]+")
@@ -77,7 +82,35 @@ def _owner(params: Any, path: KeyPath) -> str:
     return type(owner).__name__
 
 
-def in_tables_or_norms(params: Any) -> list[bool]:
+def _in_tables_or_norms(params: Any) -> list[bool]:
     """Say for each leaf whether the class that holds it is an embedding or a norm."""
     owners = [_owner(params, path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     return [bool(_EMBEDDING.intersection(_words(owner))) or "Norm" in owner for owner in owners]
+
+
+def kernels(params: Any, tree: Tree, layers: Sequence[Any]) -> list[bool]:
+    """Say for each leaf whether it is a kernel, by `is_kernel` and by the class that holds it."""
+    excluded = _in_tables_or_norms(params)
+    return [not out and is_kernel(path, layer) for out, path, layer in zip(excluded, tree.paths, layers, strict=True)]
+
+
+def verdicts(prunable: Any, tree: Tree, layers: Sequence[Any]) -> list[Any]:
+    """Say for each leaf, of which `layers` has one layer, whether it is pruned.
+
+    Ask a predicate, patterns or sites, or read a tree of bools; what that does not cover is not pruned.
+    """
+    if isinstance(prunable, Roles):
+        prunable = prunable.prunable
+    patterns = as_patterns(prunable)
+    if patterns is not None:
+        return list(fitting(patterns, tree, "prunable"))
+    if is_function(prunable):
+        return [prunable(path, layer) for path, layer in zip(tree.paths, layers, strict=True)]
+    verdicts = tree.spread(prunable, "prunable")
+    for verdict, name in zip(verdicts, tree.names, strict=True):
+        if not (verdict is None or isinstance(verdict, bool | np.bool_)):
+            raise TypeError(
+                f"prunable is a function (path, leaf) -> bool, a glob pattern, sites or a tree of bools; for {name} it "
+                f"says {verdict!r}."
+            )
+    return verdicts

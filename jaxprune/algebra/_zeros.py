@@ -7,10 +7,12 @@ import jax.numpy as jnp
 
 from jaxprune._masks import make_masks
 from jaxprune._selection import _counts
+from jaxprune._tree._axes import Stacked
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import read_arrays
+from jaxprune._tree._prunable import Prunable
 from jaxprune.sites._sites import Sites
 
 

@@ -8,9 +8,11 @@ import numpy as np
 
 from jaxprune import rules
 from jaxprune._masks import make_masks
+from jaxprune._tree._axes import Stacked
 from jaxprune._tree._leaves import is_known
-from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import as_prefix, flatten
+from jaxprune._tree._prunable import Prunable
 from jaxprune.sites._sites import Sites
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._masks import apply_masks, make_masks, sparsity
 from jaxprune._printing import Printable
-from jaxprune._tree._params import Prunable, Stacked
+from jaxprune._tree._axes import Stacked
+from jaxprune._tree._prunable import Prunable
 from jaxprune.algebra import count_kept
 from jaxprune.choose._sensitivity import Evaluate, as_metric
 from jaxprune.rules._rule import AnyRule, Rule, as_rule

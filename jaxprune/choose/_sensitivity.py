@@ -14,7 +14,10 @@ from jaxprune import rules
 from jaxprune._masks import make_masks
 from jaxprune._masks import sparsity as mask_sparsity
 from jaxprune._printing import Printable, as_json
-from jaxprune._tree._params import Params, Prunable, Stacked, matches, read_params
+from jaxprune._tree._axes import Stacked
+from jaxprune._tree._params import Params, read_params
+from jaxprune._tree._patterns import matches
+from jaxprune._tree._prunable import Prunable
 from jaxprune.rules._rule import AnyRule
 from jaxprune.sites._sites import Sites
 

@@ -10,7 +10,7 @@ from jax import lax
 from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._selection._largest import keep_largest
-from jaxprune._tree._params import Prunable
+from jaxprune._tree._prunable import Prunable
 from jaxprune.oneshot._pattern import Pattern, read_pattern
 from jaxprune.oneshot._reconstruct import reconstruct_matrix
 from jaxprune.oneshot._solve import Solution, prune_sites, solve_each

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxprune._jaxpr import _equations
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import all_true
-from jaxprune._tree._params import Prunable, read_params
-from jaxprune._tree._prunable import Predicate
+from jaxprune._tree._params import read_params
+from jaxprune._tree._prunable import Predicate, Prunable
 from jaxprune.sites._accumulate import cross_products, grams
 from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
 from jaxprune.sites._contractions import Contraction

@@ -11,8 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune._tree._leaves import is_known
 from jaxprune._tree._masks import all_true
-from jaxprune._tree._params import Prunable, read_params
+from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import read_arrays
+from jaxprune._tree._prunable import Prunable
 from jaxprune.oneshot._pattern import Pattern
 from jaxprune.rules._layers import is_scalar
 from jaxprune.sites._calibrate import Grams

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune import rules
-from jaxprune._tree._params import Prunable
+from jaxprune._tree._prunable import Prunable
 from jaxprune.oneshot._pattern import Pattern, read_pattern
 from jaxprune.oneshot._solve import Solution, prune_sites, solve_each
 from jaxprune.rules._rule import AnyRule

@@ -9,8 +9,9 @@ from jax import lax
 
 from jaxprune import rules
 from jaxprune._masks import apply_masks, make_masks
+from jaxprune._tree._axes import Stacked
 from jaxprune._tree._masks import all_true
-from jaxprune._tree._params import Prunable, Stacked
+from jaxprune._tree._prunable import Prunable
 from jaxprune.scores._synflow import synflow
 from jaxprune.sites._sites import Sites
 

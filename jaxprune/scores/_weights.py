@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._tree._params import Stacked, read_axes
+from jaxprune._tree._axes import Stacked, read_axes
 from jaxprune._tree._paths import read_arrays
 from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.scores._leaves import leaf_score, map_leaves, nan_lowest, widen

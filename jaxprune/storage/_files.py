@@ -13,7 +13,7 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._masks import make_masks
 from jaxprune._tree._leaves import is_floating
-from jaxprune._tree._params import matches
+from jaxprune._tree._patterns import matches
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.rules._guard import check_max_sparsity
 from jaxprune.rules._rule import AnyRule, Rule, as_rule

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import optax
 
-from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._axes import Stacked
+from jaxprune._tree._params import read_params
+from jaxprune._tree._prunable import Prunable
 from jaxprune.sites._sites import Sites
 from jaxprune.transforms._enforce import enforce, enforce_masks, masks_for, require_params
 

@@ -9,10 +9,9 @@ import numpy as np
 
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
-from jaxprune._tree._axes import Axes
+from jaxprune._tree._axes import Axes, Stacked, read_axes
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._params import Stacked, read_axes
 from jaxprune._tree._paths import flatten
 from jaxprune.sites._sites import Sites
 

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._axes import Stacked
+from jaxprune._tree._params import read_params
+from jaxprune._tree._prunable import Prunable
 from jaxprune.rules._layers import is_scalar
 from jaxprune.sites._sites import Sites
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._tree._axes import Stacked
 from jaxprune._tree._masks import align_masks
-from jaxprune._tree._params import Prunable, Stacked, read_params
+from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import flatten
+from jaxprune._tree._prunable import Prunable
 from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.sites._sites import Sites
 from jaxprune.transforms._enforce import enforce, masks_for, require_params
