@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
-from jaxprune._jaxpr._equations import Body
+from jaxprune._jaxpr._equations import Body, Equation
+from jaxprune._jaxpr._primitives import LAYOUT
 from jaxprune.sites._contractions import Contraction, Use, recognise
-from jaxprune.sites._origins import CONSTANT, DATA, LAYOUT, Frame, Origin, Piece, Uses, propagate
+from jaxprune.sites._origins import CONSTANT, DATA, Frame, Origin, Piece, Uses, propagate
 
 # Where an equation stands: its number, and those of the equations around it.
 Place = tuple[int, ...]
@@ -81,39 +82,32 @@ class Walk:
         return results, {place: found for place, (found, _) in scope.measured.items()}
 
     def _body(self, body: Body, arguments: Sequence[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
-        jaxpr = body.jaxpr
-        values = dict(zip(jaxpr.constvars, (Tracked(const, CONSTANT) for const in body.consts), strict=True))
-        values.update(zip(jaxpr.invars, arguments, strict=True))
+        def step(number: int, equation: Equation, operands: list[Tracked]) -> list[Tracked]:
+            return self._equation(equation, operands, scope, (*place, number))
 
-        def read(atom: Any) -> Tracked:
-            return Tracked(atom.val, CONSTANT) if _equations.is_literal(atom) else values[atom]
+        return _equations.interpret(body, arguments, lambda array: Tracked(array, CONSTANT), step)
 
-        for number, eqn in enumerate(jaxpr.eqns):
-            results = self._equation(jaxpr, eqn, [read(atom) for atom in eqn.invars], scope, (*place, number))
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _equation(self, jaxpr: Any, eqn: Any, operands: list[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
-        if (inner := _equations.call(eqn)) is not None:
+    def _equation(self, equation: Equation, operands: list[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
+        if (inner := _equations.call(equation)) is not None:
             return self._body(inner, operands, scope, place)
-        if (scan := _equations.scan(eqn)) is not None and scan.length > 0:
+        if (scan := _equations.scan(equation)) is not None and scan.length > 0:
             return self._scan(scan, operands, scope, place)
-        if (loop := _equations.while_loop(eqn)) is not None:
+        if (loop := _equations.while_loop(equation)) is not None:
             return self._while(loop, operands, scope, place)
-        if (branches := _equations.branches(eqn)) is not None:
+        if (branches := _equations.branches(equation)) is not None:
             return self._cond(branches, operands, scope, place)
-        key = _layout_key(eqn, operands)
+        key = _layout_key(equation, operands)
         if key is not None and key in scope.layouts:
             return scope.layouts[key]
         origins = [operand.origin for operand in operands]
-        uses = recognise(eqn, origins)
+        uses = recognise(equation, origins)
         for number, use in enumerate(uses):
             self._site(use, [operands[i] for i in use.operands], scope, place, number)
-        results = _equations.evaluate(jaxpr, eqn, [operand.value for operand in operands])
+        results = _equations.evaluate(equation, [operand.value for operand in operands])
         if uses:
-            known = _contracted(eqn, origins, uses)
+            known = _contracted(len(results), origins, uses)
         else:
-            known = propagate(eqn, origins, [operand.value for operand in operands], self._log.uses)
+            known = propagate(equation, origins, [operand.value for operand in operands], self._log.uses)
         found = [Tracked(result, origin) for result, origin in zip(results, known, strict=True)]
         if key is not None:
             scope.layouts[key] = found
@@ -232,17 +226,16 @@ class Walk:
         return [Tracked(value, origin) for value, origin in zip(results, known, strict=True)]
 
 
-def _contracted(eqn: Any, origins: Sequence[Origin], uses: Sequence[Use]) -> list[Origin]:
+def _contracted(count: int, origins: Sequence[Origin], uses: Sequence[Use]) -> list[Origin]:
     """The origins of the results of a site: data; of a table, rows of it."""
     rows = origins[0].leaves if uses[0].operation == "gather" else frozenset[int]()
-    return [dataclasses.replace(DATA, rows=rows)] * len(eqn.outvars)
+    return [dataclasses.replace(DATA, rows=rows)] * count
 
 
-def _layout_key(eqn: Any, operands: Sequence[Tracked]) -> Any:
-    name = eqn.primitive.name
-    if name not in LAYOUT or not any(operand.origin.data for operand in operands):
+def _layout_key(equation: Equation, operands: Sequence[Tracked]) -> Any:
+    if equation.name not in LAYOUT or not any(operand.origin.data for operand in operands):
         return None
-    return name, str(sorted(eqn.params.items(), key=lambda entry: entry[0])), tuple(map(id, operands))
+    return equation.name, equation.settings, tuple(map(id, operands))
 
 
 def _split(operands: Sequence[Tracked], first: int, second: int) -> tuple[list[Tracked], list[Tracked], list[Tracked]]:
