@@ -1,5 +1,6 @@
 """What the parameters of an equation say, by kind of primitive: ``Dot.of(equation)``."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import jax
@@ -37,7 +38,7 @@ def axes(equation: Equation) -> _Axes:
     found = next((params[name] for name in _AXES if name in params), None)
     if found is None:  # top_k, before it had an axis
         return (len(equation.in_shapes[0]) - 1,)
-    return (found,) if isinstance(found, int) else tuple(found)
+    return tuple(map(int, found if isinstance(found, Sequence) else (found,)))
 
 
 def resized(equation: Equation, *sizes: Any) -> Equation:

@@ -51,13 +51,13 @@ def _sizes(graph: Graph, plan: Plan | None) -> dict[Var, int]:
 def _macs(program: Program, sizes: dict[Var, int]) -> int:
     total = 0
     for node in program.nodes:
-        if "macs" in node.notes:
-            total += math.prod(kept_size(dim, sizes) for dim in node.notes["macs"])
+        if node.notes.macs is not None:
+            total += math.prod(kept_size(dim, sizes) for dim in node.notes.macs)
         bodies = [_macs(body, sizes) for body in node.bodies]
         if node.name == "cond":
             total += max(bodies)
-        elif node.name == "scan":
-            total += kept_size(node.notes["steps"], sizes) * bodies[0]
+        elif node.notes.steps is not None:
+            total += kept_size(node.notes.steps, sizes) * bodies[0]
         else:
             total += sum(bodies)
     return total
