@@ -136,7 +136,7 @@ def measure(name: str, network: Network, round_to: int, repeats: int, console: C
     graph = structured.trace(network.fn, network.params, network.x)
     plan = structured.select_channels(graph, network.params, network.sparsity, round_to=round_to)
     small = structured.shrink(plan, network.params)
-    error = max(output.masked for output in structured.verify(graph, plan, network.params, network.x).outputs)
+    error = max(output.difference for output in structured.verify(graph, plan, network.params, network.x).outputs)
     dense_fn, small_fn, native_fn = jax.jit(network.fn), structured.rebuild(graph, plan), jax.jit(network.fn)
     native = jax.tree.map(jnp.array, small)
     variants = {

@@ -13,6 +13,7 @@ of the same small widths is trained from scratch, for as long in all, to compare
 """
 
 import dataclasses
+import functools
 import importlib.util
 import statistics
 import sys
@@ -36,10 +37,11 @@ from jaxprune import scores, structured
 from jaxprune.plot.style import BLUE, GREY, INK, frame
 
 PRESETS = options.Presets(
-    full={"epochs": 25, "fine_tune_epochs": 10, "measures": ("l2", "l1", "taylor", "distance", "random", "scratch")},
+    full={"epochs": 25, "fine_tune_epochs": 10, "measures": ("l2", "l1", "taylor", "fpgm", "random", "scratch")},
     small={"epochs": 2, "fine_tune_epochs": 1, "measures": ("l2", "scratch")},
 )
 SCRATCH = "scratch"
+IMPORTANCE = {"l2": scores.channel_norm, "l1": functools.partial(scores.channel_norm, ord=1), "fpgm": scores.fpgm}
 GRADIENT_IMAGES, CALIBRATION_IMAGES = 256, 1024
 TIMED_IMAGES, ROUNDS = 64, 31
 
@@ -72,7 +74,7 @@ def evidence(measure: str, state: TrainState, images: jax.Array, labels: jax.Arr
         return {"scores": scores.saliency(state.params, grads)}
     if measure == "random":
         return {"scores": scores.random(state.params, jax.random.key(0))}
-    return {"importance": getattr(structured, measure)}
+    return {"importance": IMPORTANCE[measure]}
 
 
 def smaller(state: TrainState, params: Any, small_fn: Callable[..., Any]) -> TrainState:
@@ -101,7 +103,8 @@ def run(experiment: Experiment, settings: Settings) -> None:
 
     graph = structured.trace(apply, dense.params, images)
     try:
-        sparsity = structured.sparsity_within(graph, settings.macs, round_to=settings.round_to)
+        budget = settings.macs * structured.count_macs(graph)
+        sparsity = structured.sparsity_within(graph, budget, round_to=settings.round_to)
     except ValueError as error:
         raise options.UsageError(f"--macs {settings.macs:g} with --round-to {settings.round_to}: {error}") from error
     dense = experiment.fit("dense", dense, cnn.train_steps, cnn.evaluate)

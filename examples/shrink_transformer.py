@@ -107,7 +107,7 @@ def run(experiment: Experiment, settings: Settings) -> None:
     )
     heads = {path: list(axes[1]) for path, axes in plan.kept.items() if path.endswith("query/kernel") and 1 in axes}
     found = {"macs": macs, "parameters": sizes, "milliseconds": milliseconds, "heads": heads}
-    experiment.record("cost", value={**found, "error": max(output.masked for output in result.outputs)})
+    experiment.record("cost", value={**found, "error": max(output.difference for output in result.outputs)})
     (settings.out / "plan.json").write_text(plan.to_json() + "\n")
     experiment.say(
         f"\n{macs[0] / macs[1]:.2f} x fewer multiply-accumulates, {sizes[0] / sizes[1]:.2f} x fewer parameters; "

@@ -18,7 +18,7 @@ from jaxprune import rules
 from jaxprune._printing import as_json
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.storage import _files
-from jaxprune.storage._checkpoint import Checkpoint, Plan
+from jaxprune.storage._checkpoint import Checkpoint, Writing
 from jaxprune.storage._overview import diff_files, summarize_file
 
 # What each rule's k is; one that is made by its m takes --m as well.
@@ -124,7 +124,7 @@ def _write(
     return True
 
 
-def _figures(options: argparse.Namespace, planned: Plan, size: int | None, prunable: set[str]) -> dict[str, Any]:
+def _figures(options: argparse.Namespace, planned: Writing, size: int | None, prunable: set[str]) -> dict[str, Any]:
     """Gather what was written, or would be; the bytes of a dry run are those of the tensors, before zstd."""
     rows = planned.rows
     counted = [row for row in rows if row.path in prunable and row.kept <= row.size]

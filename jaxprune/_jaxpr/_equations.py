@@ -1,16 +1,15 @@
-"""All that differs between versions of jax in how a jaxpr is read; nothing else looks at the insides of an equation."""
+"""All that differs between versions of jax in how a jaxpr is read; with `_records`, what looks inside equations."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.extend import core
 
-# Primitives that only wrap a jaxpr: their body may stand in their place. Names changed over the versions.
-_CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2", "checkpoint"}
-    | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-)
+from jaxprune._jaxpr._primitives import CALLS
+
+Held = TypeVar("Held")
 
 
 class Body(NamedTuple):
@@ -18,6 +17,57 @@ class Body(NamedTuple):
 
     jaxpr: Any
     consts: Sequence[Any]
+
+    @property
+    def arguments(self) -> list[jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of its arguments."""
+        return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in self.jaxpr.invars]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """An equation, and the jaxpr that it stands in."""
+
+    eqn: Any
+    jaxpr: Any
+
+    @property
+    def name(self) -> str:
+        """The name of its primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def in_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of its operands."""
+        return [tuple(atom.aval.shape) for atom in self.eqn.invars]
+
+    @property
+    def out_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of its results."""
+        return [tuple(var.aval.shape) for var in self.eqn.outvars]
+
+    @property
+    def out_dtypes(self) -> list[Any]:
+        """The dtypes of its results."""
+        return [var.aval.dtype for var in self.eqn.outvars]
+
+    @property
+    def used(self) -> list[bool]:
+        """Of each result whether it is used."""
+        return [not _is_dropped(var) for var in self.eqn.outvars]
+
+    @property
+    def settings(self) -> str:
+        """Its parameters as text, the same for equations that do the same."""
+        return str(sorted(self.eqn.params.items(), key=lambda entry: entry[0]))
+
+    def with_params(self, **params: Any) -> "Equation":
+        """The equation with some parameters changed."""
+        return dataclasses.replace(self, eqn=self.eqn.replace(params={**self.eqn.params, **params}))
+
+    def with_operands_of(self, body: Body) -> "Equation":
+        """The equation with a body's arguments for operands: as many, all variables, and no two the same one."""
+        return dataclasses.replace(self, eqn=self.eqn.replace(invars=body.jaxpr.invars))
 
 
 class Scan(NamedTuple):
@@ -51,57 +101,100 @@ def _body(jaxpr: Any) -> Body:
     return Body(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()))
 
 
-def call(eqn: Any) -> Body | None:
+def call(equation: Equation) -> Body | None:
     """Return the body of an equation that only wraps one, else None."""
-    if eqn.primitive.name not in _CALLS:
+    if equation.name not in CALLS:
         return None
-    return _body(next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params))
+    params = equation.eqn.params
+    return _body(next(params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params))
 
 
-def scan(eqn: Any) -> Scan | None:
+def scan(equation: Equation) -> Scan | None:
     """Return the parts of a scan, None of any other equation."""
-    if eqn.primitive.name != "scan":
+    if equation.name != "scan":
         return None
-    params = eqn.params
+    params = equation.eqn.params
     if "ft_in" in params:  # since jax 0.11
-        consts, carry, _ = map(list, params["ft_in"].update(list(range(len(eqn.invars)))).unpack())
+        consts, carry, _ = map(list, params["ft_in"].update(list(range(len(equation.eqn.invars)))).unpack())
         counts = len(consts), len(carry)
     else:
         counts = params["num_consts"], params["num_carry"]
     return Scan(*counts, _body(params["jaxpr"]), params["length"], params["reverse"], params["unroll"])
 
 
-def while_loop(eqn: Any) -> While | None:
+def while_loop(equation: Equation) -> While | None:
     """Return the parts of a while loop, None of any other equation."""
-    if eqn.primitive.name != "while":
+    if equation.name != "while":
         return None
-    params = eqn.params
+    params = equation.eqn.params
     counts = params["cond_nconsts"], params["body_nconsts"]
     return While(*counts, _body(params["cond_jaxpr"]), _body(params["body_jaxpr"]))
 
 
-def branches(eqn: Any) -> list[Body] | None:
+def branches(equation: Equation) -> list[Body] | None:
     """Return the branches of a cond (a switch), None of any other equation."""
-    return [_body(branch) for branch in eqn.params["branches"]] if eqn.primitive.name == "cond" else None
+    return [_body(branch) for branch in equation.eqn.params["branches"]] if equation.name == "cond" else None
 
 
-def is_literal(atom: Any) -> bool:
-    """Whether an operand is a constant written into the equation."""
-    return isinstance(atom, core.Literal)
-
-
-def is_dropped(var: Any) -> bool:
-    """Whether a result is not used."""
+def _is_dropped(var: Any) -> bool:
     return type(var).__name__ == "DropVar"
 
 
-def evaluate(jaxpr: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation of `jaxpr`; results that are not used are None."""
-    given = {id(atom): (atom, value) for atom, value in zip(eqn.invars, values, strict=True) if not is_literal(atom)}
-    wanted = [var for var in eqn.outvars if not is_dropped(var)]
-    single = jaxpr.replace(constvars=[], invars=[var for var, _ in given.values()], eqns=[eqn], outvars=wanted)
+def interpret(
+    body: Body,
+    arguments: Sequence[Held],
+    constant: Callable[[Any], Held],
+    step: Callable[[int, Equation, list[Held]], Sequence[Held]],
+) -> list[Held]:
+    """Go through a jaxpr with values of any kind, each forgotten as soon as nothing needs it any more.
+
+    Args:
+        body: the jaxpr.
+        arguments: the values of its arguments.
+        constant: makes a value of a constant array.
+        step: takes the number of an equation, the equation and its operands; returns its results.
+
+    Returns:
+        The jaxpr's results.
+    """
+    jaxpr = body.jaxpr
+    values = dict(zip(jaxpr.constvars, map(constant, body.consts), strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+    last = _last_uses(jaxpr)
+
+    def read(atom: Any) -> Held:
+        return constant(atom.val) if isinstance(atom, core.Literal) else values[atom]
+
+    for number, eqn in enumerate(jaxpr.eqns):
+        results = step(number, Equation(eqn, jaxpr), [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, results, strict=True))
+        for var in last.get(number, ()):
+            del values[var]
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+    """Say for each equation, by number, which variables are not needed behind it."""
+    needed = {id(atom) for atom in jaxpr.outvars}
+    last: dict[int, list[Any]] = {}
+    for number, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        for atom in (*eqn.outvars, *eqn.invars):
+            if not isinstance(atom, core.Literal) and id(atom) not in needed:
+                needed.add(id(atom))
+                last.setdefault(number, []).append(atom)
+    return last
+
+
+def evaluate(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation; results that are not used are None."""
+    eqn = equation.eqn
+    variables = [pair for pair in zip(eqn.invars, values, strict=True) if not isinstance(pair[0], core.Literal)]
+    given = {id(atom): (atom, value) for atom, value in variables}
+    wanted = [var for var in eqn.outvars if not _is_dropped(var)]
+    invars = [var for var, _ in given.values()]
+    single = equation.jaxpr.replace(constvars=[], invars=invars, eqns=[eqn], outvars=wanted)
     results = iter(jax.core.eval_jaxpr(single, [], *(value for _, value in given.values())))
-    return [None if is_dropped(var) else next(results) for var in eqn.outvars]
+    return [None if _is_dropped(var) else next(results) for var in eqn.outvars]
 
 
 def evaluate_body(body: Body, values: Sequence[Any]) -> list[Any]:
@@ -109,33 +202,21 @@ def evaluate_body(body: Body, values: Sequence[Any]) -> list[Any]:
     return list(jax.core.eval_jaxpr(body.jaxpr, body.consts, *values))
 
 
-def last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """Say for each equation, by number, which variables are not needed behind it."""
-    needed = {id(atom) for atom in jaxpr.outvars}
-    last: dict[int, list[Any]] = {}
-    for number, eqn in reversed(list(enumerate(jaxpr.eqns))):
-        for atom in (*eqn.outvars, *eqn.invars):
-            if not is_literal(atom) and id(atom) not in needed:
-                needed.add(id(atom))
-                last.setdefault(number, []).append(atom)
-    return last
-
-
 def enclosing(body: Body, place: Sequence[int]) -> list[str]:
     """Name the loops and conditionals around an equation, from the outside."""
     names, rest = [], list(place)
     while len(rest) > 1:
-        eqn = body.jaxpr.eqns[rest.pop(0)]
-        choices = branches(eqn)
-        inner = call(eqn)
+        equation = Equation(body.jaxpr.eqns[rest.pop(0)], body.jaxpr)
+        choices = branches(equation)
+        inner = call(equation)
         if inner is not None:
             body = inner
             continue
-        names.append(eqn.primitive.name)
+        names.append(equation.name)
         if choices is not None:
             body = choices[rest.pop(0)]
         else:
-            loop = scan(eqn) or while_loop(eqn)
+            loop = scan(equation) or while_loop(equation)
             assert loop is not None
             body = loop.body
     return names

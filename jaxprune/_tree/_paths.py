@@ -83,23 +83,6 @@ class Tree:
                     "eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)."
                 )
 
-    def require_shapes(self, shapes: Mapping[str, tuple[int, ...]], source: str, remedy: str) -> None:
-        """Raise a ValueError where a leaf of these paths is missing here, or has another shape.
-
-        Args:
-            shapes: what is expected, by path.
-            source: where the shapes come from, for the message: ``the plan``.
-            remedy: what to do, a sentence.
-        """
-        for path, shape in shapes.items():
-            if path not in self.shapes:
-                known = ", ".join(self.paths[:4]) + (", ..." if len(self.paths) > 4 else "")
-                raise ValueError(f"{source} has {path}, which {self.what} lacks; it has {known or 'nothing'}. {remedy}")
-            if self.shapes[path] != tuple(shape):
-                raise ValueError(
-                    f"{path} has shape {self.shapes[path]} in {self.what}, but {tuple(shape)} in {source}. {remedy}"
-                )
-
 
 def owner(path: str, known: Mapping[str, Any]) -> str | None:
     """Return the longest of the known paths with which a path ends."""

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-
+from jaxprune._jaxpr._equations import Equation
+from jaxprune._jaxpr._records import Convolution, Dot, Gather, RaggedDot
 from jaxprune.sites._origins import Origin, Piece
 from jaxprune.sites._sites import Operation
 from jaxprune.sites._views import Axes, View
@@ -73,7 +73,7 @@ class Use:
     operands: tuple[int, ...]
 
 
-def recognise(eqn: Any, origins: Sequence[Origin]) -> list[Use]:
+def recognise(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
     """Return the uses of parameters in an equation that contracts them with data; none where it is not understood."""
     readers = {
         "dot_general": _dot,
@@ -81,16 +81,16 @@ def recognise(eqn: Any, origins: Sequence[Origin]) -> list[Use]:
         "gather": _gather,
         "ragged_dot_general": _ragged,
     }
-    reader = readers.get(eqn.primitive.name)
-    return [] if reader is None else reader(eqn, origins)
+    reader = readers.get(equation.name)
+    return [] if reader is None else reader(equation, origins)
 
 
-def _dot(eqn: Any, origins: Sequence[Origin]) -> list[Use]:
-    (contracted, batched) = eqn.params["dimension_numbers"]
+def _dot(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
+    contracted, batched = Dot.of(equation)
     for w, x in ((0, 1), (1, 0)):
         if origins[x].data and not origins[w].data and origins[w].pieces:
             axes = (contracted[w], contracted[x]), (batched[w], batched[x])
-            return [_product(piece, eqn.invars[w].aval.ndim, *axes, x) for piece in origins[w].pieces]
+            return [_product(piece, len(equation.in_shapes[w]), *axes, x) for piece in origins[w].pieces]
     return []
 
 
@@ -123,29 +123,20 @@ def _as_matrices(
     return Use(piece, operation, view, (b, i, o), neighbours, contraction, operands)
 
 
-def _conv(eqn: Any, origins: Sequence[Origin]) -> list[Use]:
-    params = eqn.params
-    groups, numbers = params["feature_group_count"], params["dimension_numbers"]
-    out_axis, in_axis, *space = numbers.rhs_spec
-    if not origins[0].data or origins[1].data or params["batch_group_count"] != 1:
+def _conv(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
+    conv = Convolution.of(equation)
+    groups, (out_axis, in_axis, *space) = conv.groups, conv.kernel
+    if not origins[0].data or origins[1].data or conv.image_groups != 1:
         return []
     pieces = origins[1].pieces
     if any(piece.axis not in (None, out_axis) or (piece.axis is not None and groups > 1) for piece in pieces):
         return []
-    kernel = eqn.invars[1].aval.shape
-    window = Window(
-        tuple(kernel[axis] for axis in space),
-        tuple(params["window_strides"]),
-        tuple(map(tuple, params["padding"])),
-        tuple(params["lhs_dilation"]),
-        tuple(params["rhs_dilation"]),
-        tuple(numbers.lhs_spec),
-        groups,
-    )
+    size = tuple(equation.in_shapes[1][axis] for axis in space)
+    window = Window(size, conv.strides, conv.padding, conv.image_dilation, conv.kernel_dilation, conv.image, groups)
     uses = []
     for piece in pieces:
         view = piece.view.transpose([out_axis, in_axis, *space])
-        out, channels, *size = view.shape
+        out, channels, *_ = view.shape
         # The filters of one group are neighbours: [groups, filters, channels, window].
         view = view.reshape([groups, out // groups, channels * math.prod(size)]).transpose([0, 2, 1])
         b, i, o = view.shape
@@ -153,38 +144,31 @@ def _conv(eqn: Any, origins: Sequence[Origin]) -> list[Use]:
     return uses
 
 
-def _gather(eqn: Any, origins: Sequence[Origin]) -> list[Use]:
-    numbers = eqn.params["dimension_numbers"]
+def _gather(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
+    gather = Gather.of(equation)
     table, indices = origins[:2]
-    if table.data or not indices.data or numbers.operand_batching_dims:
+    if table.data or not indices.data or gather.batch[0]:
         return []
-    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    shape = equation.in_shapes[0]
     # An index into an axis that is taken whole is 0, as vmap of a dynamic slice writes it.
-    chosen = [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
-    axis = chosen[0] if chosen else numbers.start_index_map[0]
-    if len(chosen) > 1 or sizes[axis] != 1 or any(piece.axis is not None for piece in table.pieces):
+    chosen = [axis for axis in gather.chosen if gather.window[axis] != shape[axis]]
+    axis = chosen[0] if chosen else gather.chosen[0]
+    if len(chosen) > 1 or gather.window[axis] != 1 or any(piece.axis is not None for piece in table.pieces):
         return []
     contraction = Contraction(
         "gather",
         rows=shape[axis],
-        column=numbers.start_index_map.index(axis),
-        clip=eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP,
+        column=gather.chosen.index(axis),
+        clip=gather.clip,
     )
     free = [i for i in range(len(shape)) if i != axis]
     return [_as_matrices(piece, "gather", contraction, [], [axis], free, (1,)) for piece in table.pieces]
 
 
-def _ragged(eqn: Any, origins: Sequence[Origin]) -> list[Use]:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    contracted, batched = numbers.dot_dimension_numbers
-    plain = (
-        tuple(map(tuple, contracted)) == ((1,), (1,))
-        and tuple(map(tuple, batched)) == ((), ())
-        and tuple(numbers.lhs_ragged_dimensions) == (0,)
-        and tuple(numbers.rhs_group_dimensions) == (0,)
-    )
+def _ragged(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
+    plain = RaggedDot.of(equation) == RaggedDot(((1,), (1,)), ((), ()), rows=(0,), groups=(0,))
     rows, table = origins[:2]
     if not plain or not rows.data or table.data or any(piece.axis is not None for piece in table.pieces):
         return []
-    contraction = Contraction("ragged", rows=eqn.invars[1].aval.shape[0], contract=(1,))
+    contraction = Contraction("ragged", rows=equation.in_shapes[1][0], contract=(1,))
     return [_as_matrices(piece, "dot", contraction, [0], [1], [2], (0, 2)) for piece in table.pieces]

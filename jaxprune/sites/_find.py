@@ -14,7 +14,7 @@ from jaxprune.sites._contractions import Use
 from jaxprune.sites._origins import CONSTANT, DATA, Origin, Piece
 from jaxprune.sites._sites import Site, Sites, Unresolved
 from jaxprune.sites._views import Each, View, source_axes
-from jaxprune.sites._walk import Log, Measure, Place, Value, Walk
+from jaxprune.sites._walk import Log, Measure, Place, Tracked, Walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,9 @@ def read(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Reading:
     return Reading(body, flat, results, *_gather_sites(log, flat))
 
 
-def _arguments(leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Value]:
-    params = [Value(leaf, _origin(i, leaf)) for i, leaf in enumerate(leaves)]
-    return params + [Value(leaf, DATA) for leaf in inputs]
+def _arguments(leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Tracked]:
+    params = [Tracked(leaf, _origin(i, leaf)) for i, leaf in enumerate(leaves)]
+    return params + [Tracked(leaf, DATA) for leaf in inputs]
 
 
 def _origin(position: int, leaf: Any) -> Origin:

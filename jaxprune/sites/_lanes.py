@@ -4,6 +4,7 @@ Values of parameters and constants alone are made when they are needed, so that 
 is seen as it is now. Equations are evaluated one by one; compiled pieces (a jitted softmax, a scan) stay compiled.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
-from jaxprune._jaxpr._equations import Body
+from jaxprune._jaxpr._equations import Body, Equation
 from jaxprune.sites._walk import Place
 
 
@@ -69,6 +70,10 @@ Lanes = tuple[Lane, ...]
 Visit = Callable[[Place, int, tuple[int, ...], Lanes], bool]
 
 
+class _Stopped(Exception):
+    """A visit was the last one."""
+
+
 class Lockstep:
     """An evaluation that stops at planned uses of parameters, with the data of all batches at hand.
 
@@ -85,60 +90,48 @@ class Lockstep:
         self._planned = planned
         self._around = {place[:n] for place, _ in planned for n in range(len(place) + 1)}
         self._visit = visit
-        self._going = True
 
     def run(self, body: Body, inputs: Sequence[list[Any]]) -> None:
         """Evaluate a jaxpr of all leaves, then the inputs, of which each is a list with an array for each batch."""
         leaves = [
             Made(frozenset([i]), functools.partial(self._weights.leaf, i)) for i in range(len(self._weights.dense))
         ]
-        self._body(body, [*leaves, *(Lane(arrays, arrays) for arrays in inputs)], (), ())
+        with contextlib.suppress(_Stopped):
+            self._body(body, [*leaves, *(Lane(arrays, arrays) for arrays in inputs)], (), ())
 
     def _body(self, body: Body, arguments: Sequence[Any], place: Place, layers: tuple[int, ...]) -> list[Any]:
-        jaxpr = body.jaxpr
-        values = dict(zip(jaxpr.constvars, map(_constant, body.consts), strict=True))
-        values.update(zip(jaxpr.invars, arguments, strict=True))
-        last = _equations.last_uses(jaxpr)
-        for number, eqn in enumerate(jaxpr.eqns):
-            operands = [_constant(a.val) if _equations.is_literal(a) else values[a] for a in eqn.invars]
-            results = self._equation(jaxpr, eqn, operands, (*place, number), layers)
-            if not self._going:
-                return []
-            values.update(zip(eqn.outvars, results, strict=True))
-            for var in last.get(number, ()):
-                del values[var]
-        return [_constant(a.val) if _equations.is_literal(a) else values[a] for a in jaxpr.outvars]
+        def step(number: int, equation: Equation, operands: list[Any]) -> list[Any]:
+            return self._equation(equation, operands, (*place, number), layers)
 
-    def _equation(self, jaxpr: Any, eqn: Any, operands: list[Any], place: Place, layers: tuple[int, ...]) -> list[Any]:
+        return _equations.interpret(body, arguments, _constant, step)
+
+    def _equation(self, equation: Equation, operands: list[Any], place: Place, layers: tuple[int, ...]) -> list[Any]:
         if place in self._around:
-            if (inner := _equations.call(eqn)) is not None:
+            if (inner := _equations.call(equation)) is not None:
                 return self._body(inner, operands, place, layers)
-            if (scan := _equations.scan(eqn)) is not None:
+            if (scan := _equations.scan(equation)) is not None:
                 return self._scan(scan, operands, place, layers)
-            self._stop(eqn, operands, place, layers)
-            if not self._going:
-                return []
+            self._stop(operands, place, layers)
         if not any(isinstance(operand, Lane) for operand in operands):
-            return self._later(jaxpr, eqn, operands)
-        current = self._evaluate(jaxpr, eqn, operands, dense=False)
+            return self._later(equation, operands)
+        current = self._evaluate(equation, operands, dense=False)
         moved = self._dense and any(
             operand.current is not operand.dense
             if isinstance(operand, Lane)
             else any(self._weights.version(operand.leaves))
             for operand in operands
         )
-        dense = self._evaluate(jaxpr, eqn, operands, dense=True) if moved else current
+        dense = self._evaluate(equation, operands, dense=True) if moved else current
         return [Lane(*arrays) for arrays in zip(current, dense, strict=True)]
 
-    def _stop(self, eqn: Any, operands: list[Any], place: Place, layers: tuple[int, ...]) -> None:
+    def _stop(self, operands: list[Any], place: Place, layers: tuple[int, ...]) -> None:
         """Visit the planned uses of one equation."""
         data = [i for i, operand in enumerate(operands) if isinstance(operand, Lane)]
         for at in sorted(at for at in self._planned if at[0] == place):
-            self._going = self._visit(*at, layers, tuple(operands[i] for i in data))
-            if not self._going:
-                return
+            if not self._visit(*at, layers, tuple(operands[i] for i in data)):
+                raise _Stopped
 
-    def _evaluate(self, jaxpr: Any, eqn: Any, operands: list[Any], *, dense: bool) -> list[list[Any]]:
+    def _evaluate(self, equation: Equation, operands: list[Any], *, dense: bool) -> list[list[Any]]:
         count = next(len(operand.current) for operand in operands if isinstance(operand, Lane))
         fixed = [None if isinstance(o, Lane) else o.value(self._weights, dense) for o in operands]
         results = []
@@ -147,7 +140,7 @@ class Lockstep:
                 (o.dense if dense else o.current)[batch] if isinstance(o, Lane) else value
                 for o, value in zip(operands, fixed, strict=True)
             ]
-            results.append(_equations.evaluate(jaxpr, eqn, values))
+            results.append(_equations.evaluate(equation, values))
         return list(map(list, zip(*results, strict=True)))
 
     def _scan(self, scan: _equations.Scan, operands: list[Any], place: Place, layers: tuple[int, ...]) -> list[Any]:
@@ -158,23 +151,21 @@ class Lockstep:
         for i in reversed(steps) if scan.reverse else steps:
             slices = [self._entry(operand, i) for operand in stacked]
             results = self._body(scan.body, [*consts, *carry, *slices], place, (*layers, i))
-            if not self._going:
-                return []
             carry = results[: scan.carry]
             outputs.append(results[scan.carry :])
         if scan.reverse:
             outputs.reverse()
         return carry + [self._stack(parts) for parts in zip(*outputs, strict=True)]
 
-    def _later(self, jaxpr: Any, eqn: Any, operands: list[Made]) -> list[Made]:
+    def _later(self, equation: Equation, operands: list[Made]) -> list[Made]:
         """The results of an equation without data, made all at once when one of them is needed."""
         leaves = frozenset[int]().union(*(operand.leaves for operand in operands))
         weights = self._weights
         made = Made(
             leaves,
-            lambda dense: _equations.evaluate(jaxpr, eqn, [operand.value(weights, dense) for operand in operands]),
+            lambda dense: _equations.evaluate(equation, [operand.value(weights, dense) for operand in operands]),
         )
-        return [self._entry(made, i) for i in range(len(eqn.outvars))]
+        return [self._entry(made, i) for i in range(len(equation.out_shapes))]
 
     def _entry(self, operand: Any, i: int) -> Any:
         if isinstance(operand, Made):

@@ -5,55 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxprune._jaxpr import _records
+from jaxprune._jaxpr._equations import Equation
+from jaxprune._jaxpr._primitives import CONTRACTIONS, COPIES, ELEMENTWISE, JOINS, LAYOUT
+from jaxprune._jaxpr._records import Gather, Slice
 from jaxprune.sites._views import Axes, View
-
-# Operations that change no value of a single operand; the first of each pair is not a no-op for its layout.
-_COPIES = frozenset(
-    {"convert_element_type", "stop_gradient", "copy", "copy_p", "optimization_barrier", "reduce_precision"}
-    | {"sharding_constraint", "reshard", "mesh_cast", "layout_constraint", "name"}
-)
-_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
-LAYOUT = _COPIES | _RESHAPES | {"transpose", "slice", "split", "rev"}
-# Results of the operands' shape, each entry from the operands' entries at the same place.
-_ELEMENTWISE = frozenset(
-    {"add", "sub", "mul", "div", "rem", "pow", "integer_pow", "square", "max", "min", "neg", "abs", "sign", "exp"}
-    | {"exp2", "log", "log1p", "expm1", "tanh", "tan", "sin", "cos", "asin", "acos", "atan", "atan2", "sinh"}
-    | {
-        "cosh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "logistic",
-        "sqrt",
-        "rsqrt",
-        "cbrt",
-        "erf",
-        "erfc",
-        "erf_inv",
-        "floor",
-        "ceil",
-    }
-    | {
-        "round",
-        "clamp",
-        "select_n",
-        "nextafter",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "and",
-        "or",
-        "xor",
-        "not",
-        "is_finite",
-        "add_any",
-    }
-)
-# Data and a parameter side by side in one array.
-_JOINS = frozenset({"concatenate", "pad", "dynamic_update_slice", "scatter", "scatter_add", "scatter-add"})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,72 +77,65 @@ class Uses:
         self.unresolved.update(dict.fromkeys((leaf, reason) for leaf in sorted(leaves)))
 
 
-def propagate(eqn: Any, origins: Sequence[Origin], values: Sequence[Any], uses: Uses) -> list[Origin]:
+def propagate(equation: Equation, origins: Sequence[Origin], values: Sequence[Any], uses: Uses) -> list[Origin]:
     """Return the origins of the results of an equation that is neither a site nor has a body.
 
     Args:
-        eqn: the equation.
+        equation: the equation.
         origins: of its operands.
         values: its operands at run time; only indices are kept.
         uses: takes note of parameters that end here.
     """
-    name = eqn.primitive.name
+    name = equation.name
     leaves = frozenset[int]().union(*(origin.leaves for origin in origins))
     if name in LAYOUT:
-        return _layout(eqn, origins)
+        return _layout(equation, origins)
     if name == "dynamic_slice" and not origins[0].data and origins[0].leaves:
-        return [_indexed(eqn, origins[0], values[1:])]
+        return [_indexed(equation, origins[0], values[1:])]
     if name == "gather" and not origins[0].data and origins[0].leaves:
-        picked = _one_layer(eqn, origins[0], values[1])
+        picked = _one_layer(equation, origins[0], values[1])
         return [picked] if picked is not None else [_rows(origins, uses)]
     if any(origin.data for origin in origins):
-        return [_meet(eqn, origins, leaves, uses)] * len(eqn.outvars)
+        return [_meet(equation, origins, leaves, uses)] * len(equation.out_shapes)
     if not leaves:
-        return [CONSTANT] * len(eqn.outvars)
+        return [CONSTANT] * len(equation.out_shapes)
     if name == "concatenate":
-        return [_joined(eqn, origins, leaves)]
-    if name in _ELEMENTWISE:
-        return [_modified(eqn, origins, leaves, uses)]
+        return [_joined(equation, origins, leaves)]
+    if name in ELEMENTWISE:
+        return [_modified(equation, origins, leaves, uses)] * len(equation.out_shapes)
     made = Origin(leaves=leaves, lost=next((o.lost for o in origins if o.lost), "") or name)
-    return [made] * len(eqn.outvars)
+    return [made] * len(equation.out_shapes)
 
 
-def _layout(eqn: Any, origins: Sequence[Origin]) -> list[Origin]:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "optimization_barrier":
+def _layout(equation: Equation, origins: Sequence[Origin]) -> list[Origin]:
+    name = equation.name
+    if name in COPIES:
         return list(origins)
-    origin, shape = origins[0], eqn.invars[0].aval.shape
+    origin, shape, result = origins[0], equation.in_shapes[0], equation.out_shapes[0]
     if origin.data:
-        return [origin] * len(eqn.outvars)
-    if name == "split":
-        bounds = [sum(params["sizes"][:i]) for i in range(len(params["sizes"]) + 1)]
-        axis = params["axis"]
+        return [origin] * len(equation.out_shapes)
+    if name in ("split", "unstack"):
+        (axis,) = _records.axes(equation)
+        sizes = _records.split_sizes(equation) if name == "split" else (1,) * shape[axis]
 
-        def part(low: int, high: int) -> Origin:
+        def part(low: int, size: int, result: Axes) -> Origin:
             start = [low if i == axis else 0 for i in range(len(shape))]
-            limit = [high if i == axis else n for i, n in enumerate(shape)]
-            return _mapped(origin, name, lambda view: view.slice(start, limit))
+            limit = [low + size if i == axis else n for i, n in enumerate(shape)]
+            return _mapped(origin, name, lambda view: view.slice(start, limit).reshape(result))
 
-        return [part(low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
-    if name in _COPIES:
-        return [origin]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return list(map(part, starts, sizes, equation.out_shapes))
     if name == "transpose":
-        order = params["permutation"]
-        moved = _mapped(origin, name, lambda view: view.transpose(order), order)
-    elif name == "slice":
-        moved = _mapped(
-            origin, name, lambda v: v.slice(params["start_indices"], params["limit_indices"], params["strides"])
-        )
-    elif name == "rev":
-        moved = _mapped(origin, name, lambda view: view.reverse(params["dimensions"]))
-    else:
-        result = eqn.outvars[0].aval.shape
-        if math.prod(result) == math.prod(shape):
-            moved = _mapped(origin, name, lambda view: view.reshape(result))
-        else:
-            rank = origin.rank if origin.rank is not None else sum(n > 1 for n in shape)
-            moved = dataclasses.replace(origin.without_view("broadcast"), rank=rank)
-    return [moved]
+        order = _records.axes(equation)
+        return [_mapped(origin, name, lambda view: view.transpose(order), order)]
+    if name == "slice":
+        return [_mapped(origin, name, lambda view: view.slice(*Slice.of(equation)))]
+    if name == "rev":
+        return [_mapped(origin, name, lambda view: view.reverse(_records.axes(equation)))]
+    if math.prod(result) == math.prod(shape):
+        return [_mapped(origin, name, lambda view: view.reshape(result))]
+    rank = origin.rank if origin.rank is not None else sum(n > 1 for n in shape)
+    return [dataclasses.replace(origin.without_view("broadcast"), rank=rank)]
 
 
 def _mapped(origin: Origin, name: str, change: Callable[[View], View], order: Axes | None = None) -> Origin:
@@ -202,30 +151,25 @@ def _mapped(origin: Origin, name: str, change: Callable[[View], View], order: Ax
     return dataclasses.replace(origin, pieces=tuple(pieces))
 
 
-def _indexed(eqn: Any, origin: Origin, indices: Sequence[Any]) -> Origin:
+def _indexed(equation: Equation, origin: Origin, indices: Sequence[Any]) -> Origin:
     """One entry of one axis, at an index known only at run time: a layer of a stack."""
-    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    shape, sizes = equation.in_shapes[0], _records.window_sizes(equation)
     partial = [axis for axis, (size, n) in enumerate(zip(sizes, shape, strict=True)) if size != n]
     if len(partial) == 1 and sizes[partial[0]] == 1:
-        return _entry(origin, partial[0], shape, indices[partial[0]], eqn.outvars[0].aval.shape, "dynamic_slice")
+        return _entry(origin, partial[0], shape, indices[partial[0]], equation.out_shapes[0], "dynamic_slice")
     # Of axes of one entry only, there is nothing to choose.
     return origin if not partial else origin.without_view("dynamic_slice")
 
 
-def _one_layer(eqn: Any, origin: Origin, index: Any) -> Origin | None:
+def _one_layer(equation: Equation, origin: Origin, index: Any) -> Origin | None:
     """A gather with a single scalar index into one axis, which is `dynamic_slice` by another name; else None."""
-    numbers, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
-    if eqn.invars[1].aval.shape != (1,) or len(numbers.start_index_map) != 1:
+    gather, (shape, indices, *_) = Gather.of(equation), equation.in_shapes
+    if indices != (1,) or len(gather.chosen) != 1 or gather.batch[0]:
         return None
-    axis = numbers.start_index_map[0]
-    if not _takes_one(eqn, axis) or numbers.operand_batching_dims:
+    (axis,) = gather.chosen
+    if any(size != (1 if i == axis else n) for i, (size, n) in enumerate(zip(gather.window, shape, strict=True))):
         return None
-    return _entry(origin, axis, shape, index[0], eqn.outvars[0].aval.shape, "gather")
-
-
-def _takes_one(eqn: Any, axis: int) -> bool:
-    sizes = zip(eqn.params["slice_sizes"], eqn.invars[0].aval.shape, strict=True)
-    return all(size == (1 if i == axis else n) for i, (size, n) in enumerate(sizes))
+    return _entry(origin, axis, shape, index[0], equation.out_shapes[0], "gather")
 
 
 def _entry(origin: Origin, axis: int, shape: Axes, index: Any, result: Axes, name: str) -> Origin:
@@ -248,21 +192,21 @@ def _rows(origins: Sequence[Origin], uses: Uses) -> Origin:
     return dataclasses.replace(DATA, rows=table.leaves)
 
 
-def _meet(eqn: Any, origins: Sequence[Origin], leaves: frozenset[int], uses: Uses) -> Origin:
+def _meet(equation: Equation, origins: Sequence[Origin], leaves: frozenset[int], uses: Uses) -> Origin:
     """The origin of what is made of data, and perhaps of parameters; notes what this means for the parameters."""
-    name = eqn.primitive.name
-    if name in _ELEMENTWISE or name in _JOINS:
+    name = equation.name
+    if name in ELEMENTWISE or name in JOINS:
         uses.modifies(leaves)
         wide = [
             origin.leaves
-            for origin, atom in zip(origins, eqn.invars, strict=True)
-            if not origin.data and (sum(n > 1 for n in atom.aval.shape) if origin.rank is None else origin.rank) > 1
+            for origin, shape in zip(origins, equation.in_shapes, strict=True)
+            if not origin.data and (sum(n > 1 for n in shape) if origin.rank is None else origin.rank) > 1
         ]
         return dataclasses.replace(DATA, products=frozenset().union(*wide)) if name == "mul" else DATA
     products = frozenset[int]().union(*(origin.products for origin in origins))
     if name == "reduce_sum":
         uses.unknown(products, "it is multiplied with data elementwise and then summed; write that as a dot product")
-    elif name in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+    elif name in CONTRACTIONS:
         rows = frozenset[int]().union(*(origin.rows for origin in origins))
         if not leaves and all(origin.data for origin in origins):
             uses.unknown(rows, f"entries that data chose multiply data ({name})")
@@ -275,24 +219,24 @@ def _meet(eqn: Any, origins: Sequence[Origin], leaves: frozenset[int], uses: Use
     return DATA
 
 
-def _joined(eqn: Any, origins: Sequence[Origin], leaves: frozenset[int]) -> Origin:
+def _joined(equation: Equation, origins: Sequence[Origin], leaves: frozenset[int]) -> Origin:
     """Parameters concatenated with parameters: each is a part of the result."""
-    axis, start, pieces = eqn.params["dimension"], 0, []
-    for origin, atom in zip(origins, eqn.invars, strict=True):
+    (axis,), start, pieces = _records.axes(equation), 0, []
+    for origin, shape in zip(origins, equation.in_shapes, strict=True):
         if any(piece.axis is not None for piece in origin.pieces) or (origin.leaves and not origin.pieces):
             return Origin(leaves=leaves, lost="concatenate")
         pieces += [dataclasses.replace(piece, axis=axis, start=start) for piece in origin.pieces]
-        start += atom.aval.shape[axis]
+        start += shape[axis]
     return Origin(pieces=tuple(pieces), leaves=leaves)
 
 
-def _modified(eqn: Any, origins: Sequence[Origin], leaves: frozenset[int], uses: Uses) -> Origin:
+def _modified(equation: Equation, origins: Sequence[Origin], leaves: frozenset[int], uses: Uses) -> Origin:
     """Parameters changed elementwise by parameters and constants: still theirs, with other values."""
-    name = eqn.primitive.name
-    shape = eqn.outvars[0].aval.shape
+    name = equation.name
+    shape = equation.out_shapes[0]
     pieces = []
-    for origin, atom in zip(origins, eqn.invars, strict=True):
-        if origin.pieces and atom.aval.shape == shape:
+    for origin, operand in zip(origins, equation.in_shapes, strict=True):
+        if origin.pieces and operand == shape:
             pieces += [dataclasses.replace(piece, view=piece.view.inexact()) for piece in origin.pieces]
     if not pieces:
         lost = next((origin.lost for origin in origins if origin.lost), "") or name

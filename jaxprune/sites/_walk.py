@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
-from jaxprune._jaxpr._equations import Body
+from jaxprune._jaxpr._equations import Body, Equation
+from jaxprune._jaxpr._primitives import LAYOUT
 from jaxprune.sites._contractions import Contraction, Use, recognise
-from jaxprune.sites._origins import CONSTANT, DATA, LAYOUT, Frame, Origin, Piece, Uses, propagate
+from jaxprune.sites._origins import CONSTANT, DATA, Frame, Origin, Piece, Uses, propagate
 
 # Where an equation stands: its number, and those of the equations around it.
 Place = tuple[int, ...]
@@ -20,7 +21,7 @@ Measure = Callable[[Contraction, Sequence[Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Value:
+class Tracked:
     """A value at run time, and where it comes from."""
 
     value: Any
@@ -52,7 +53,7 @@ class _Scope:
     """
 
     inputs: dict[Any, Place] = dataclasses.field(default_factory=dict)
-    layouts: dict[Any, list[Value]] = dataclasses.field(default_factory=dict)
+    layouts: dict[Any, list[Tracked]] = dataclasses.field(default_factory=dict)
     measured: dict[Place, tuple[Any, tuple[Frame, ...]]] = dataclasses.field(default_factory=dict)
     held: list[Any] = dataclasses.field(default_factory=list)
 
@@ -71,7 +72,7 @@ class Walk:
         self._wanted = wanted
         self._log = log
 
-    def run(self, body: Body, arguments: Sequence[Value]) -> tuple[list[Value], dict[Place, Any]]:
+    def run(self, body: Body, arguments: Sequence[Tracked]) -> tuple[list[Tracked], dict[Place, Any]]:
         """Evaluate a jaxpr; return its results, and the measurements by place.
 
         A measurement has one leading axis for each `Each` of the parameter's view, then what `measure` returned.
@@ -80,47 +81,40 @@ class Walk:
         results = self._body(body, arguments, scope, ())
         return results, {place: found for place, (found, _) in scope.measured.items()}
 
-    def _body(self, body: Body, arguments: Sequence[Value], scope: _Scope, place: Place) -> list[Value]:
-        jaxpr = body.jaxpr
-        values = dict(zip(jaxpr.constvars, (Value(const, CONSTANT) for const in body.consts), strict=True))
-        values.update(zip(jaxpr.invars, arguments, strict=True))
+    def _body(self, body: Body, arguments: Sequence[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
+        def step(number: int, equation: Equation, operands: list[Tracked]) -> list[Tracked]:
+            return self._equation(equation, operands, scope, (*place, number))
 
-        def read(atom: Any) -> Value:
-            return Value(atom.val, CONSTANT) if _equations.is_literal(atom) else values[atom]
+        return _equations.interpret(body, arguments, lambda array: Tracked(array, CONSTANT), step)
 
-        for number, eqn in enumerate(jaxpr.eqns):
-            results = self._equation(jaxpr, eqn, [read(atom) for atom in eqn.invars], scope, (*place, number))
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _equation(self, jaxpr: Any, eqn: Any, operands: list[Value], scope: _Scope, place: Place) -> list[Value]:
-        if (inner := _equations.call(eqn)) is not None:
+    def _equation(self, equation: Equation, operands: list[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
+        if (inner := _equations.call(equation)) is not None:
             return self._body(inner, operands, scope, place)
-        if (scan := _equations.scan(eqn)) is not None and scan.length > 0:
+        if (scan := _equations.scan(equation)) is not None and scan.length > 0:
             return self._scan(scan, operands, scope, place)
-        if (loop := _equations.while_loop(eqn)) is not None:
+        if (loop := _equations.while_loop(equation)) is not None:
             return self._while(loop, operands, scope, place)
-        if (branches := _equations.branches(eqn)) is not None:
+        if (branches := _equations.branches(equation)) is not None:
             return self._cond(branches, operands, scope, place)
-        key = _layout_key(eqn, operands)
+        key = _layout_key(equation, operands)
         if key is not None and key in scope.layouts:
             return scope.layouts[key]
         origins = [operand.origin for operand in operands]
-        uses = recognise(eqn, origins)
+        uses = recognise(equation, origins)
         for number, use in enumerate(uses):
             self._site(use, [operands[i] for i in use.operands], scope, place, number)
-        results = _equations.evaluate(jaxpr, eqn, [operand.value for operand in operands])
+        results = _equations.evaluate(equation, [operand.value for operand in operands])
         if uses:
-            known = _contracted(eqn, origins, uses)
+            known = _contracted(len(results), origins, uses)
         else:
-            known = propagate(eqn, origins, [operand.value for operand in operands], self._log.uses)
-        found = [Value(result, origin) for result, origin in zip(results, known, strict=True)]
+            known = propagate(equation, origins, [operand.value for operand in operands], self._log.uses)
+        found = [Tracked(result, origin) for result, origin in zip(results, known, strict=True)]
         if key is not None:
             scope.layouts[key] = found
             scope.held += operands
         return found
 
-    def _site(self, use: Use, data: list[Value], scope: _Scope, place: Place, number: int) -> None:
+    def _site(self, use: Use, data: list[Tracked], scope: _Scope, place: Place, number: int) -> None:
         key = (tuple(map(id, data)), use.contraction, use.piece.frames)
         scope.held += data
         # The first place of an input is told apart where one equation has several.
@@ -131,7 +125,7 @@ class Walk:
         measured = self._measure(use.contraction, [value.value for value in data])
         _add(scope, first, measured, use.piece.frames)
 
-    def _scan(self, scan: _equations.Scan, operands: list[Value], scope: _Scope, place: Place) -> list[Value]:
+    def _scan(self, scan: _equations.Scan, operands: list[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
         consts, init, stacked = _split(operands, scan.consts, scan.carry)
         frame = Frame(scan.length)
         frames: dict[Place, tuple[Frame, ...]] = {}
@@ -140,8 +134,8 @@ class Walk:
             inner = _Scope()
             arguments = [
                 *consts,
-                *(Value(value, origin) for value, origin in zip(carry, known, strict=True)),
-                *(Value(value, _sliced(whole.origin, frame)) for value, whole in zip(slices, stacked, strict=True)),
+                *(Tracked(value, origin) for value, origin in zip(carry, known, strict=True)),
+                *(Tracked(value, _sliced(whole.origin, frame)) for value, whole in zip(slices, stacked, strict=True)),
             ]
             results = self._body(scan.body, arguments, inner, place)
             frames.update({at: left for at, (_, left) in inner.measured.items()})
@@ -168,9 +162,9 @@ class Walk:
         for at, measured in per_step.items():
             _add(scope, at, measured, frames[at][:-1])
         origins = [*known, *(_stacked(origin) for origin in dry[scan.carry :])]
-        return [Value(value, origin) for value, origin in zip([*carry, *ys], origins, strict=True)]
+        return [Tracked(value, origin) for value, origin in zip([*carry, *ys], origins, strict=True)]
 
-    def _while(self, loop: _equations.While, operands: list[Value], scope: _Scope, place: Place) -> list[Value]:
+    def _while(self, loop: _equations.While, operands: list[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
         cond_consts, body_consts, init = _split(operands, loop.cond_consts, loop.body_consts)
         for operand in cond_consts:
             self._log.uses.unknown(operand.origin.leaves, "it enters the condition of a while loop")
@@ -178,7 +172,7 @@ class Walk:
 
         def step(carry: Sequence[Any], _: Sequence[Any], known: Sequence[Origin]) -> tuple[Any, Any, Any, Any]:
             inner = _Scope()
-            moving = [Value(value, origin) for value, origin in zip(carry, known, strict=True)]
+            moving = [Tracked(value, origin) for value, origin in zip(carry, known, strict=True)]
             results = self._body(loop.body, [*body_consts, *moving], inner, place)
             frames.update({at: left for at, (_, left) in inner.measured.items()})
             return results, moving, {at: m for at, (m, _) in inner.measured.items()}, {}
@@ -198,16 +192,16 @@ class Walk:
         carry, total = jax.lax.while_loop(condition, body, start)
         for at, measured in total.items():
             _add(scope, at, measured, frames[at])
-        return [Value(value, origin) for value, origin in zip(carry, known, strict=True)]
+        return [Tracked(value, origin) for value, origin in zip(carry, known, strict=True)]
 
-    def _cond(self, branches: list[Body], operands: list[Value], scope: _Scope, place: Place) -> list[Value]:
+    def _cond(self, branches: list[Body], operands: list[Tracked], scope: _Scope, place: Place) -> list[Tracked]:
         index, *rest = operands
         frames: dict[Place, tuple[Frame, ...]] = {}
         origins: list[list[Origin]] = []
 
         def run(number: int, body: Body, values: Sequence[Any]) -> tuple[list[Any], dict[Place, Any]]:
             inner = _Scope()
-            arguments = [Value(value, operand.origin) for value, operand in zip(values, rest, strict=True)]
+            arguments = [Tracked(value, operand.origin) for value, operand in zip(values, rest, strict=True)]
             results = self._body(body, arguments, inner, (*place, number))
             frames.update({at: left for at, (_, left) in inner.measured.items()})
             origins.append([result.origin for result in results])
@@ -229,29 +223,28 @@ class Walk:
         results, total = jax.lax.switch(index.value, [branch(*entry) for entry in enumerate(branches)], *values)
         for at, measured in total.items():
             _add(scope, at, measured, frames[at])
-        return [Value(value, origin) for value, origin in zip(results, known, strict=True)]
+        return [Tracked(value, origin) for value, origin in zip(results, known, strict=True)]
 
 
-def _contracted(eqn: Any, origins: Sequence[Origin], uses: Sequence[Use]) -> list[Origin]:
+def _contracted(count: int, origins: Sequence[Origin], uses: Sequence[Use]) -> list[Origin]:
     """The origins of the results of a site: data; of a table, rows of it."""
     rows = origins[0].leaves if uses[0].operation == "gather" else frozenset[int]()
-    return [dataclasses.replace(DATA, rows=rows)] * len(eqn.outvars)
+    return [dataclasses.replace(DATA, rows=rows)] * count
 
 
-def _layout_key(eqn: Any, operands: Sequence[Value]) -> Any:
-    name = eqn.primitive.name
-    if name not in LAYOUT or not any(operand.origin.data for operand in operands):
+def _layout_key(equation: Equation, operands: Sequence[Tracked]) -> Any:
+    if equation.name not in LAYOUT or not any(operand.origin.data for operand in operands):
         return None
-    return name, str(sorted(eqn.params.items(), key=lambda entry: entry[0])), tuple(map(id, operands))
+    return equation.name, equation.settings, tuple(map(id, operands))
 
 
-def _split(operands: Sequence[Value], first: int, second: int) -> tuple[list[Value], list[Value], list[Value]]:
+def _split(operands: Sequence[Tracked], first: int, second: int) -> tuple[list[Tracked], list[Tracked], list[Tracked]]:
     cut = first + second
     return list(operands[:first]), list(operands[first:cut]), list(operands[cut:])
 
 
 def _settle(
-    step: Callable[..., Any], init: Sequence[Value], slices: Sequence[Any], count: int
+    step: Callable[..., Any], init: Sequence[Tracked], slices: Sequence[Any], count: int
 ) -> tuple[list[Origin], list[Origin], dict[Place, Any]]:
     """Find the origins of a loop's carry, which may depend on what the loop does; and the shapes of its sums.
 
@@ -266,7 +259,7 @@ def _settle(
 
 
 def _dry(
-    step: Callable[..., Any], init: Sequence[Value], slices: Sequence[Any], known: list[Origin], count: int
+    step: Callable[..., Any], init: Sequence[Tracked], slices: Sequence[Any], known: list[Origin], count: int
 ) -> tuple[list[Origin], list[Origin], dict[Place, Any]]:
     """Trace one step of a loop: the origins of its results, those of its carry afterwards, and its sums' shapes."""
     found: list[Origin] = []

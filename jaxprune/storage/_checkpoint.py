@@ -118,19 +118,19 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Writing:
     """What a model is to become: known in full, but for the bytes after zstd, before anything is written.
 
     Attributes:
         rows: what each tensor becomes.
-        shards: the pieces and the metadata of each file to write.
+        shards: the chunks and the metadata of each file to write.
         index: the name of the folder's index; None for a single file.
         weight_map: the shard of every tensor in the files.
         compress: whether the files pass through zstd.
     """
 
     rows: tuple[TensorRow, ...]
-    shards: Mapping[str, tuple[Sequence[_writer.Piece], Mapping[str, str]]]
+    shards: Mapping[str, tuple[Sequence[_writer.Chunk], Mapping[str, str]]]
     index: str | None
     weight_map: Mapping[str, str]
     compress: bool
@@ -140,9 +140,9 @@ class Plan:
         size = 0
         if self.index is not None:
             target.mkdir(parents=True, exist_ok=True)
-        for shard, (pieces, metadata) in self.shards.items():
+        for shard, (chunks, metadata) in self.shards.items():
             path = target if self.index is None else target / shard
-            size += _writer.write(path, pieces, metadata, compress=self.compress)
+            size += _writer.write(path, chunks, metadata, compress=self.compress)
         if self.index is not None:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self.weight_map.items()))}
             with _atomic.replacing(target / self.index) as out:
@@ -157,7 +157,7 @@ def plan(
     metadata: Mapping[str, str],
     compress: bool = False,
     done: Callable[[str], None] = lambda tensor: None,
-) -> Plan:
+) -> Writing:
     """Plan to write a model anew, tensor by tensor, in as many shards as it has; `source` stays open for the writing.
 
     Args:
@@ -168,13 +168,13 @@ def plan(
         done: called with the name of each tensor, both times it has been encoded.
 
     Returns:
-        The plan; its `write` writes.
+        What is to be written; its `write` writes.
     """
     rows: list[TensorRow] = []
-    shards: dict[str, tuple[Sequence[_writer.Piece], Mapping[str, str]]] = {}
+    shards: dict[str, tuple[Sequence[_writer.Chunk], Mapping[str, str]]] = {}
     weight_map: dict[str, str] = {}
     for shard, file in source.files.items():
-        pieces: list[_writer.Piece] = []
+        chunks: list[_writer.Chunk] = []
         members: dict[str, Iterable[str]] = {}
         for name, tensor in source.tensors.items():
             if tensor.file is not file:
@@ -183,13 +183,13 @@ def plan(
             rows.append(_row(tensor, encoded))
             specs = {part: _writer.Spec(array.dtype, array.shape) for part, array in encoded.arrays.items()}
             del encoded  # nothing of a tensor outlives its turn
-            pieces.append(_writer.Piece(specs, _again(encode, tensor, done)))
+            chunks.append(_writer.Chunk(specs, _again(encode, tensor, done)))
             members[name] = specs
             weight_map |= dict.fromkeys(specs, shard)
             done(tensor.name)
-        shards[shard] = pieces, {**metadata, **own_metadata(version(), members)}
+        shards[shard] = chunks, {**metadata, **own_metadata(version(), members)}
     index = source.index or "model" + INDEX_ENDING
-    return Plan(tuple(rows), shards, index if source.path.is_dir() else None, weight_map, compress)
+    return Writing(tuple(rows), shards, index if source.path.is_dir() else None, weight_map, compress)
 
 
 def _again(encode: Encode, tensor: Stored, done: Callable[[str], None]) -> Callable[[], _writer.Arrays]:

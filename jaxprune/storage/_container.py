@@ -47,7 +47,7 @@ class StorageError(ValueError):
     """A file is damaged, or not what it should be; the message names the file and the tensor."""
 
 
-class Entry(NamedTuple):
+class Span(NamedTuple):
     """Where a tensor lies: its bytes begin at an offset from the start of the file."""
 
     dtype: np.dtype[Any]
@@ -129,7 +129,7 @@ class TensorFile:
         file.close()
         return expanded
 
-    def _read_header(self) -> tuple[dict[str, str], dict[str, Entry]]:
+    def _read_header(self) -> tuple[dict[str, str], dict[str, Span]]:
         total = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         length = int.from_bytes(self._file.read(8), "little")
@@ -158,7 +158,7 @@ class TensorFile:
             self.fail(f"has {total:,} bytes, but its header describes {end:,}")
         return metadata, dict(ordered)
 
-    def _entry(self, name: str, record: Any, start: int) -> Entry:
+    def _entry(self, name: str, record: Any, start: int) -> Span:
         self.check_name(name)
         if not isinstance(record, dict) or record.keys() != {"dtype", "shape", "data_offsets"}:
             self.fail("has an entry that is not exactly dtype, shape and data_offsets", name)
@@ -172,7 +172,7 @@ class TensorFile:
         size = math.prod(shape) * DTYPES[dtype].itemsize
         if offsets[1] - offsets[0] != size:
             self.fail(f"has {offsets[1] - offsets[0]:,} bytes where {dtype} of shape {shape} takes {size:,}", name)
-        return Entry(DTYPES[dtype], tuple(shape), start + offsets[0], size)
+        return Span(DTYPES[dtype], tuple(shape), start + offsets[0], size)
 
     def check_name(self, name: str) -> None:
         """Raise a StorageError for a name that could not stand for a path of keys."""

@@ -18,7 +18,7 @@ from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.rules._guard import check_max_sparsity
 from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.storage import _ranking
-from jaxprune.storage._checkpoint import Checkpoint, Encode, Plan, plan
+from jaxprune.storage._checkpoint import Checkpoint, Encode, Writing, plan
 from jaxprune.storage._tensors import BITS, Encoded, Stored, encode
 from jaxprune.storage._trees import Saved, check_metadata, outputs_of
 
@@ -223,7 +223,7 @@ def plan_file(
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
     done: Done = lambda name: None,
-) -> Plan:
+) -> Writing:
     """Plan what `prune_file` and `convert_file` write; arguments as there."""
     if quantize is not None and (dense or quantize not in BITS):
         raise ValueError(f"quantize is 8, 4 or None, and None with dense=True; got {quantize!r} with dense={dense}.")

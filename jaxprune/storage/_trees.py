@@ -106,7 +106,7 @@ def save_sparse(
     fitting = [None] * len(flat.paths) if masks is None else align_masks(masks, flat)
     if "" in flat.paths and len(flat.paths) > 1:
         raise ValueError(f"{flat.names[flat.paths.index('')]} has an empty path beside other leaves; rename it.")
-    pieces, rows = [], []
+    chunks, rows = [], []
     members: dict[str, Iterable[str]] = {}
     for path_, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, fitting, strict=True):
         values, kept = _as_numpy(name, path_, leaf, mask)
@@ -114,7 +114,7 @@ def save_sparse(
         outputs = outputs_of(path_, values) if bits else ()
         encoded = encode(path_, values, kept, bits=bits, outputs=outputs, exchange=not compress, title=name)
         members[path_] = encoded.arrays
-        pieces.append(_writer.ready(encoded.arrays))
+        chunks.append(_writer.ready(encoded.arrays))
         rows.append(
             TensorRow(
                 path=path_,
@@ -130,7 +130,7 @@ def save_sparse(
             )
         )
     header = strings | own_metadata(version(), members)
-    size = _writer.write(Path(path), pieces, header, compress=compress)
+    size = _writer.write(Path(path), chunks, header, compress=compress)
     return Saved(Path(path), size, sum(row.dense_bytes for row in rows), tuple(rows))
 
 

@@ -1,4 +1,4 @@
-"""Write safetensors files piece by piece: the header first, then each tensor as it is made."""
+"""Write safetensors files chunk by chunk: the header first, then each tensor as it is made."""
 
 import json
 import math
@@ -26,44 +26,44 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Tensors that are made together: what they will be, and the function that makes them."""
 
     specs: Mapping[str, Spec]
     make: Callable[[], Arrays]
 
 
-def ready(arrays: Arrays) -> Piece:
-    """Return a piece of arrays that are there already."""
-    return Piece({name: Spec(array.dtype, array.shape) for name, array in arrays.items()}, lambda: arrays)
+def ready(arrays: Arrays) -> Chunk:
+    """Return a chunk of arrays that are there already."""
+    return Chunk({name: Spec(array.dtype, array.shape) for name, array in arrays.items()}, lambda: arrays)
 
 
-def write(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], *, compress: bool) -> int:
+def write(path: Path, chunks: Sequence[Chunk], metadata: Mapping[str, str], *, compress: bool) -> int:
     """Write a file that appears whole or not at all; return its bytes.
 
     Args:
         path: the file; an older one is replaced.
-        pieces: what to write. Each is made when its turn comes, and then forgotten.
+        chunks: what to write. Each is made when its turn comes, and then forgotten.
         metadata: strings for the header.
         compress: whether to pass everything through zstd.
 
     Raises:
-        ValueError: two tensors have the same name, or a piece is not what it was said to be.
+        ValueError: two tensors have the same name, or a chunk is not what it was said to be.
     """
-    offsets = _place(pieces, aligned=not compress)
-    header = _header(pieces, offsets, metadata)
+    offsets = _place(chunks, aligned=not compress)
+    header = _header(chunks, offsets, metadata)
     with _atomic.replacing(path) as file:
         if compress:
-            total = sum(spec.size for piece in pieces for spec in piece.specs.values())
+            total = sum(spec.size for chunk in chunks for spec in chunk.specs.values())
             frame = _zstd.Compressor(file, len(header) + total)
             frame.write(header)
-            for arrays in map(_make, pieces):
+            for arrays in map(_make, chunks):
                 for array in arrays.values():
                     frame.write(as_bytes(array))
             frame.finish()
         else:
             file.write(header)
-            for arrays in map(_make, pieces):
+            for arrays in map(_make, chunks):
                 for name, array in arrays.items():
                     _write_at(file, len(header) + offsets[name], array)
         file.seek(0, 2)
@@ -81,17 +81,17 @@ def _write_at(file: BinaryIO, position: int, array: np.ndarray) -> None:
         file.write(as_bytes(array).data)
 
 
-def _make(piece: Piece) -> Arrays:
-    arrays = piece.make()
-    for name, spec in piece.specs.items():
+def _make(chunk: Chunk) -> Arrays:
+    arrays = chunk.make()
+    for name, spec in chunk.specs.items():
         if Spec(arrays[name].dtype, arrays[name].shape) != spec:
             raise StorageError(f"tensor {name!r} changed while it was being written; write it again.")
-    return {name: arrays[name] for name in piece.specs}
+    return {name: arrays[name] for name in chunk.specs}
 
 
-def _place(pieces: Sequence[Piece], *, aligned: bool) -> dict[str, int]:
+def _place(chunks: Sequence[Chunk], *, aligned: bool) -> dict[str, int]:
     """Give each tensor its offset. Readers that map a file want each number at a multiple of its own size."""
-    named = [(name, spec) for piece in pieces for name, spec in piece.specs.items()]
+    named = [(name, spec) for chunk in chunks for name, spec in chunk.specs.items()]
     if aligned:
         named.sort(key=lambda item: -item[1].dtype.itemsize)
     offsets, end = {}, 0
@@ -102,8 +102,8 @@ def _place(pieces: Sequence[Piece], *, aligned: bool) -> dict[str, int]:
     return offsets
 
 
-def _header(pieces: Sequence[Piece], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
-    specs = {name: spec for piece in pieces for name, spec in piece.specs.items()}
+def _header(chunks: Sequence[Chunk], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    specs = {name: spec for chunk in chunks for name, spec in chunk.specs.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, offset in sorted(offsets.items(), key=lambda item: item[1]):
         dtype, shape = NAMES[specs[name].dtype], list(specs[name].shape)

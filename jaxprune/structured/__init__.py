@@ -7,10 +7,6 @@ from jaxprune.structured._graph import Graph as Graph
 from jaxprune.structured._groups import ChannelGroup as ChannelGroup
 from jaxprune.structured._groups import FrozenAxis as FrozenAxis
 from jaxprune.structured._groups import Member as Member
-from jaxprune.structured._importance import distance as distance
-from jaxprune.structured._importance import l1 as l1
-from jaxprune.structured._importance import l2 as l2
-from jaxprune.structured._importance import total as total
 from jaxprune.structured._lasso import group_lasso as group_lasso
 from jaxprune.structured._plan import Plan as Plan
 from jaxprune.structured._plan import combine as combine
@@ -28,7 +24,6 @@ from jaxprune.structured._trace import trace as trace
 from jaxprune.structured._verify import OutputError as OutputError
 from jaxprune.structured._verify import Verification as Verification
 from jaxprune.structured._verify import verify as verify
-from jaxprune.structured._verify_module import ModuleVerification as ModuleVerification
 from jaxprune.structured._verify_module import verify_module as verify_module
 
 __all__ = [name for name in dir() if not name.startswith("_")]

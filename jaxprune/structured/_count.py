@@ -12,7 +12,7 @@ def count_parameters(graph: Graph, plan: Plan | None = None) -> int:
     """Count the parameters that stay; without a plan, all of them.
 
     >>> import jax.numpy as jnp
-    >>> from jaxprune.structured._trace import trace
+    >>> from jaxprune.structured import trace
     >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
     >>> graph = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((5, 3)))
     >>> plan = Plan({"up": {1: (0, 1)}, "down": {0: (0, 1)}}, {"up": (3, 8), "down": (8, 2)})
@@ -35,7 +35,7 @@ def count_macs(graph: Graph, plan: Plan | None = None) -> int:
     products of data with data count too. What has no rule (a fused kernel) counts nothing.
 
     >>> import jax.numpy as jnp
-    >>> from jaxprune.structured._trace import trace
+    >>> from jaxprune.structured import trace
     >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
     >>> graph = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((5, 3)))
     >>> count_macs(graph)  # 5 (3 x 8 + 8 x 2)
@@ -51,13 +51,13 @@ def _sizes(graph: Graph, plan: Plan | None) -> dict[Var, int]:
 def _macs(program: Program, sizes: dict[Var, int]) -> int:
     total = 0
     for node in program.nodes:
-        if "macs" in node.notes:
-            total += math.prod(kept_size(dim, sizes) for dim in node.notes["macs"])
+        if node.notes.macs is not None:
+            total += math.prod(kept_size(dim, sizes) for dim in node.notes.macs)
         bodies = [_macs(body, sizes) for body in node.bodies]
         if node.name == "cond":
             total += max(bodies)
-        elif node.name == "scan":
-            total += kept_size(node.notes["steps"], sizes) * bodies[0]
+        elif node.notes.steps is not None:
+            total += kept_size(node.notes.steps, sizes) * bodies[0]
         else:
             total += sum(bodies)
     return total

@@ -7,6 +7,7 @@ from jaxprune._printing import Printable
 from jaxprune.structured._axes._program import Program, Value
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._groups import ChannelGroup, FrozenAxis
+from jaxprune.structured._show import dot, tables
 
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
@@ -41,6 +42,11 @@ class Graph(Printable):
         """The parameters among the program's arguments."""
         return self.program.ins[: len(self.paths)]
 
+    @property
+    def by_path(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters by path."""
+        return dict(zip(self.paths, self.shapes, strict=True))
+
     def group(self, name: str) -> ChannelGroup:
         """Return the group of a name."""
         for group in self.groups:
@@ -50,12 +56,8 @@ class Graph(Printable):
 
     def __rich__(self) -> "RichGroup":
         """Return the tables for rich to print."""
-        from jaxprune.structured._show import tables
-
-        return tables(self)
+        return tables(self.groups, self.blocks, self.frozen)
 
     def to_dot(self) -> str:
         """Return the groups and the parameters they tie together in the language of Graphviz."""
-        from jaxprune.structured._show import dot
-
-        return dot(self)
+        return dot(self.groups)

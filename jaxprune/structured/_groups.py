@@ -127,7 +127,7 @@ def find_frozen(paths: Sequence[str], program: Program) -> tuple[FrozenAxis, ...
 def _layers(program: Program) -> Iterator[tuple[tuple[int, ...], Sequence[Dim], Sequence[Dim]]]:
     """Yield for each use of parameters in a layer their numbers, the axes of its units, and those it sums over."""
     for node in walk(program):
-        for value, (units, summed) in zip(node.ins, node.notes.get("units", ()), strict=False):
+        for value, (units, summed) in zip(node.ins, node.notes.units, strict=False):
             if value.sources:
                 yield value.sources, units, summed
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._paths import flatten
+from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import whole
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import Member
@@ -39,7 +40,7 @@ def group_lasso(graph: Graph, params: Any) -> jax.Array:
     Yuan & Lin, Model Selection and Estimation in Regression with Grouped Variables, 2006; Wen et al., Learning
     Structured Sparsity in Deep Neural Networks, 2016; for coupled layers, Fang et al., DepGraph, 2023.
 
-    >>> from jaxprune.structured._trace import trace
+    >>> from jaxprune.structured import trace
     >>> params = {"up": jnp.array([[3.0, 0.0, 1.0]]), "down": jnp.array([[4.0], [0.0], [0.0]])}
     >>> graph = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((5, 1)))
     >>> float(group_lasso(graph, params) / jnp.sqrt(2))  # channels of norm 5, 0 and 1, of two weights each
@@ -50,10 +51,7 @@ def group_lasso(graph: Graph, params: Any) -> jax.Array:
         raise ValueError("The function has no channels that can be cut; print the graph to see what keeps them.")
     flat = flatten(params, "params")
     leaves = dict(zip(flat.paths, flat.leaves, strict=True))
-    for path, shape in zip(graph.paths, graph.shapes, strict=True):
-        if path not in leaves or tuple(np.shape(leaves[path])) != shape:
-            found = f"of shape {np.shape(leaves[path])}" if path in leaves else "missing"
-            raise ValueError(f"{path} is {found} in params; the function was traced with shape {shape}.")
+    require_shapes("The function", graph.by_path, "params", flat.shapes, "Trace it with these parameters.")
     penalty = jnp.float32(0)
     for group in outermost:
         squares = sum(_squares(leaves[member.path], member, group.size) for member in group.members)

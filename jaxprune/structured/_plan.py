@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune._tree._paths import Tree
+from jaxprune._tree._shapes import require_shapes
 from jaxprune.structured._axes._dims import Var, kept_indices, split_kept
 from jaxprune.structured._axes._program import Node
 from jaxprune.structured._axes._residuals import without
@@ -129,9 +129,8 @@ def plan_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Blo
             indices = kept_indices(dim, kept)
             if path not in dropped and len(indices) < value.shape[axis]:
                 found.setdefault(path, {})[axis] = tuple(indices.tolist())
-    shapes = dict(zip(graph.paths, graph.shapes, strict=True))
     gone = tuple(path for path in graph.paths if path in dropped)
-    return Plan(found, shapes, gone)
+    return Plan(found, graph.by_path, gone)
 
 
 def dropped_branches(graph: Graph, plan: Plan) -> list[Block]:
@@ -161,17 +160,9 @@ def shallower(graph: Graph, plan: Plan) -> Graph:
 
 def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
     """Return what a plan keeps of a graph's axes, and raise a ValueError where it does not fit the graph."""
-    shapes = dict(zip(graph.paths, graph.shapes, strict=True))
+    require_shapes("The plan", cut_shapes(plan), "the function", graph.by_path, "Make it from this function's graph.")
     found: dict[Var, np.ndarray] = {}
     values = dict(zip(graph.paths, graph.params, strict=True))
-    for path in (*plan.kept, *plan.dropped):
-        if path not in shapes:
-            raise ValueError(f"The plan cuts {path}, which the function does not have; it has {list(shapes)}.")
-        if tuple(plan.shapes[path]) != shapes[path]:
-            raise ValueError(
-                f"The plan is for {path} of shape {plan.shapes[path]}, but it has shape {shapes[path]}. "
-                "Select channels anew from this function's graph."
-            )
     for path, axes in plan.kept.items():
         for axis, kept in axes.items():
             if not split_kept(values[path].dims[axis], np.asarray(kept), found):
@@ -196,11 +187,6 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
     return kept_vars
 
 
-def check_shapes(plan: Plan, flat: Tree, what: str) -> None:
-    """Raise a ValueError unless the tree has all leaves that the plan cuts, in the shapes before."""
-    shapes = dict(zip(flat.paths, (np.shape(leaf) for leaf in flat.leaves), strict=True))
-    for path in (*plan.kept, *plan.dropped):
-        if path not in shapes:
-            raise ValueError(f"The plan cuts {path}, which {what} does not have; it has {list(shapes)}.")
-        if shapes[path] != tuple(plan.shapes[path]):
-            raise ValueError(f"The plan is for {path} of shape {plan.shapes[path]}; in {what} it is {shapes[path]}.")
+def cut_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the shapes, before, of the parameters that a plan cuts or drops."""
+    return {path: tuple(plan.shapes[path]) for path in (*plan.kept, *plan.dropped)}

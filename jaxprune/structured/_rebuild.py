@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._paths import Tree, flatten
+from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import whole
 from jaxprune.structured._axes._dims import Cat, Var, kept_size, leaves, resolve, size
 from jaxprune.structured._axes._program import Node, Value, walk
@@ -21,7 +22,7 @@ from jaxprune.structured._plan import Plan, shallower, solve
 Counts = Literal["kept", "rescaled"]
 
 
-def rebuild(graph: Graph, plan: Plan, counts: Counts = "kept") -> Callable[..., Any]:
+def rebuild(graph: Graph, plan: Plan, *, counts: Counts = "kept") -> Callable[..., Any]:
     """Return the function for parameters that a plan has cut: ``small_fn(shrink(plan, params), *inputs)``.
 
     It is jitted, and can be differentiated, vmapped and exported; derivatives that the function defines itself
@@ -45,8 +46,7 @@ def rebuild(graph: Graph, plan: Plan, counts: Counts = "kept") -> Callable[..., 
     Raises:
         ValueError: the plan does not fit the graph; later, parameters or inputs of other shapes or structure.
 
-    >>> from jaxprune.structured._trace import trace
-    >>> from jaxprune.structured._shrink import shrink
+    >>> from jaxprune.structured import shrink, trace
     >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}
     >>> graph = trace(lambda p, x: (x @ p["up"]) @ p["down"], params, jnp.ones((2, 1)))
     >>> plan = Plan({"up": {1: (0, 2)}, "down": {0: (0, 2)}}, {"up": (1, 3), "down": (3, 1)})
@@ -118,10 +118,9 @@ def _read_masks(graph: Graph, flat: Tree) -> Masks:
 
 
 def _mask(graph: Graph, masks: dict[str, Any], path: str) -> jax.Array:
-    shape = graph.shapes[graph.paths.index(path)]
-    if path not in masks or np.shape(masks[path]) != shape:
-        found = f"{path} of shape {np.shape(masks[path])}, not {shape}" if path in masks else f"no entry for {path}"
-        raise ValueError(f"masks has {found}. Make masks by channel_masks(plan, params).")
+    shapes = {path: np.shape(mask) for path, mask in masks.items()}
+    remedy = "Make masks by channel_masks(plan, params)."
+    require_shapes("The function", {path: graph.by_path[path]}, "masks", shapes, remedy)
     return jnp.asarray(masks[path])
 
 
@@ -144,10 +143,10 @@ def evaluate(
     present = [path for path, shape in zip(graph.paths, shapes, strict=True) if shape is not None]
     found = Tree("the traced function", present, present, present, flat.treedef).aligned(flat)
     by_path = dict(zip(present, found, strict=True))
-    for path, shape in zip(graph.paths, shapes, strict=True):
-        if shape is not None and tuple(np.shape(by_path[path])) != tuple(shape):
-            actual = np.shape(by_path[path])
-            raise ValueError(f"params has {path} of shape {actual}; the function takes shape {tuple(shape)}.")
+    wanted = {path: shape for path, shape in zip(graph.paths, shapes, strict=True) if shape is not None}
+    actual = {path: tuple(np.shape(leaf)) for path, leaf in by_path.items()}
+    remedy = "A rebuilt function takes what shrink cut by its plan, a masked one what was traced."
+    require_shapes("The function", wanted, "params", actual, remedy)
     given = _bind_inputs(graph, replay, inputs)
     results = replay.run(graph.program, [*map(by_path.get, graph.paths), *given], masks)
     return jax.tree.unflatten(jax.tree.structure(graph.outputs), results)

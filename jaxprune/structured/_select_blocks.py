@@ -38,7 +38,7 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
     Raises:
         ValueError: nothing can be dropped, or not so much; the loss is no scalar, or is finite for none.
 
-    >>> from jaxprune.structured._trace import trace
+    >>> from jaxprune.structured import trace
     >>> params = {"f": jnp.array([[2.0]]), "g": jnp.array([[0.5]])}
     >>> def fn(params, x):
     ...     x = x + jnp.tanh(x @ params["f"])

@@ -1,51 +1,53 @@
 """A graph to look at: tables, and a drawing in the language of Graphviz."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from jaxprune.structured._blocks import Block
+from jaxprune.structured._groups import ChannelGroup, FrozenAxis
 
 if TYPE_CHECKING:
     from rich.console import Group as RichGroup
 
-    from jaxprune.structured._graph import Graph
 
-
-def tables(graph: "Graph") -> "RichGroup":
+def tables(groups: Sequence[ChannelGroup], blocks: Sequence[Block], frozen: Sequence[FrozenAxis]) -> "RichGroup":
     """Return a table of the coupled groups, one of what can be dropped, and one of the axes that stay."""
     from rich.console import Group as RichGroup
     from rich.markup import escape
     from rich.table import Table
 
-    groups = Table(title="Channels that are cut together", title_justify="left", show_lines=True)
-    groups.add_column("group", overflow="fold")
-    groups.add_column("channels", justify="right")
-    groups.add_column(escape("members: parameter[axis]"), overflow="fold")
-    groups.add_column("part of", overflow="fold")
-    for group in graph.groups:
+    coupled = Table(title="Channels that are cut together", title_justify="left", show_lines=True)
+    coupled.add_column("group", overflow="fold")
+    coupled.add_column("channels", justify="right")
+    coupled.add_column(escape("members: parameter[axis]"), overflow="fold")
+    coupled.add_column("part of", overflow="fold")
+    for group in groups:
         members = "\n".join(
             f"{member.path}[{member.axis}]" + (f" of {len(member.channels)}" * (len(member.channels) != group.size))
             for member in group.members
         )
-        groups.add_row(group.name, str(group.size), members, "\n".join(group.outer))
-    blocks = Table(title="What can be dropped as a whole", title_justify="left", show_lines=True)
-    blocks.add_column("block", overflow="fold")
-    blocks.add_column("layers", justify="right")
-    blocks.add_column("parameters", overflow="fold")
-    for block in graph.blocks:
-        blocks.add_row(block.name, str(block.size) if block.members else "a branch", "\n".join(block.paths))
-    frozen = Table(title="Axes that stay", title_justify="left")
-    frozen.add_column(escape("parameter[axis]"), overflow="fold")
-    frozen.add_column("size", justify="right")
-    frozen.add_column("because", overflow="fold")
-    for axis in graph.frozen:
-        frozen.add_row(f"{axis.path}[{axis.axis}]", axis.parts, "; ".join(axis.reasons))
-    return RichGroup(groups, *([blocks] if graph.blocks else []), frozen)
+        coupled.add_row(group.name, str(group.size), members, "\n".join(group.outer))
+    dropped = Table(title="What can be dropped as a whole", title_justify="left", show_lines=True)
+    dropped.add_column("block", overflow="fold")
+    dropped.add_column("layers", justify="right")
+    dropped.add_column("parameters", overflow="fold")
+    for block in blocks:
+        dropped.add_row(block.name, str(block.size) if block.members else "a branch", "\n".join(block.paths))
+    stays = Table(title="Axes that stay", title_justify="left")
+    stays.add_column(escape("parameter[axis]"), overflow="fold")
+    stays.add_column("size", justify="right")
+    stays.add_column("because", overflow="fold")
+    for axis in frozen:
+        stays.add_row(f"{axis.path}[{axis.axis}]", axis.parts, "; ".join(axis.reasons))
+    return RichGroup(coupled, *([dropped] if blocks else []), stays)
 
 
-def dot(graph: "Graph") -> str:
+def dot(groups: Sequence[ChannelGroup]) -> str:
     """Return an undirected graph: groups in boxes, tied to the parameters they are cut from."""
     lines = ["graph channels {", "  rankdir=LR;", "  node [fontname=sans];"]
-    paths = dict.fromkeys(member.path for group in graph.groups for member in group.members)
+    paths = dict.fromkeys(member.path for group in groups for member in group.members)
     lines += [f"  {_quoted('param ' + path)} [label={_quoted(path)}, shape=plain];" for path in paths]
-    for group in graph.groups:
+    for group in groups:
         name = _quoted("group " + group.name)
         lines.append(f"  {name} [label={_quoted(f'{group.name}: {group.size}')}, shape=box];")
         for member in group.members:

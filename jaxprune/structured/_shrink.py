@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._paths import flatten
+from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import without_explicit_axes
-from jaxprune.structured._plan import Plan, check_shapes
+from jaxprune.structured._plan import Plan, cut_shapes
 
 
 def channel_masks(plan: Plan, params: Any) -> Any:
@@ -32,7 +33,8 @@ def channel_masks(plan: Plan, params: Any) -> Any:
     ([[False, True, False, True]], [True, True])
     """
     flat = flatten(params, "params")
-    check_shapes(plan, flat, "params")
+    remedy = "Take the parameters before they are cut."
+    require_shapes("The plan", cut_shapes(plan), "params", flat.shapes, remedy)
     masks = []
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         mask = all_true(leaf)

@@ -59,7 +59,7 @@ def trace(
             "The function cannot be traced: what it does depends on the values of its arguments "
             f"({str(error).splitlines()[0]}). Bind such arguments with functools.partial."
         ) from error
-    arguments = [Value(tuple(v.aval.shape), v.aval.dtype, tuple(free(v.aval.shape))) for v in body.jaxpr.invars]
+    arguments = [Value(given.shape, given.dtype, tuple(free(given.shape))) for given in body.arguments]
     for number, value in enumerate(arguments):
         if number < len(flat.paths):
             value.sources = (number,)

@@ -23,31 +23,40 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OutputError:
-    """How far one output of the smaller function is from two references.
+    """How far one output is from what it should be.
 
     Attributes:
         path: of the output.
-        masked: largest difference from the function with masked channels, relative to its largest magnitude.
-        zeroed: the same from the original function with masked parameters. It is no error: a normalisation layer or a
-            later bias may fill a zeroed channel again.
+        difference: the largest, relative to the largest magnitude; infinite where only one of the two is finite.
+        zeroed: of `verify`, the same from the original function with masked parameters. It is no error: a normalisation
+            layer or a later bias may fill a zeroed channel again.
     """
 
     path: str
-    masked: float
-    zeroed: float
+    difference: float
+    zeroed: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification(Printable):
-    """What `verify` found; prints as a table, and is true if it passed."""
+    """What `verify` or `verify_module` found; prints as a table, and is true if it passed.
 
+    Attributes:
+        found: what was compared.
+        expected: what it was compared with.
+        outputs: how far they are from each other, by output.
+        tolerance: the largest difference that passes.
+    """
+
+    found: str
+    expected: str
     outputs: tuple[OutputError, ...]
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        """Whether all outputs equal those of the function with masked channels."""
-        return all(output.masked <= self.tolerance for output in self.outputs)
+        """Whether all outputs equal those that were expected."""
+        return all(output.difference <= self.tolerance for output in self.outputs)
 
     def __bool__(self) -> bool:
         """Whether it passed."""
@@ -58,13 +67,15 @@ class Verification(Printable):
         from rich.table import Table
 
         verdict = "equals" if self.passed else "does NOT equal"
-        table = Table(title=f"The smaller function {verdict} the masked one (to {self.tolerance:g})")
+        table = Table(title=f"{self.found} {verdict} {self.expected} (to {self.tolerance:g})")
+        both = any(output.zeroed is not None for output in self.outputs)
         table.add_column("output")
-        table.add_column("from masked channels", justify="right")
-        table.add_column("from masked parameters", justify="right")
+        for column in ("from masked channels", "from masked parameters") if both else ("difference",):
+            table.add_column(column, justify="right")
         for output in self.outputs:
-            style = None if output.masked <= self.tolerance else "bold"
-            table.add_row(output.path or "(the output)", f"{output.masked:.1e}", f"{output.zeroed:.1e}", style=style)
+            style = None if output.difference <= self.tolerance else "bold"
+            errors = [f"{error:.1e}" for error in (output.difference, output.zeroed) if error is not None]
+            table.add_row(output.path or "(the output)", *errors, style=style)
         return table
 
 
@@ -84,12 +95,12 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
         The differences by output.
 
     >>> import jax.numpy as jnp
-    >>> from jaxprune.structured._trace import trace
+    >>> from jaxprune.structured import trace
     >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}
     >>> graph = trace(lambda p, x: (x @ p["up"]) @ p["down"], params, jnp.ones((2, 1)))
     >>> plan = Plan({"up": {1: (0, 2)}, "down": {0: (0, 2)}}, {"up": (1, 3), "down": (3, 1)})
     >>> result = verify(graph, plan, params, jnp.ones((2, 1)))
-    >>> result.passed, result.outputs[0].masked < 1e-6
+    >>> result.passed, result.outputs[0].difference < 1e-6
     (True, True)
     """
     kept = solve(graph, plan)
@@ -113,7 +124,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
                     expected = np.take(expected, kept_indices(dim, kept), axis)
             errors.append(difference(numbers(leaf), expected))
         found.append(OutputError(path, *errors))
-    return Verification(tuple(found), tolerance)
+    return Verification("The smaller function", "the masked one", tuple(found), tolerance)
 
 
 def numbers(leaf: Any) -> np.ndarray:

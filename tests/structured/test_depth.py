@@ -351,7 +351,7 @@ def test_what_cannot_be_selected():
         select_blocks(graph, STACK, 1, lambda fn, params: fn(params, x))
     with pytest.raises(ValueError, match=r"With 0 of 2 blocks dropped, loss is finite for no choice"):
         select_blocks(graph, STACK, 2, lambda fn, params: jnp.log(-jnp.abs(fn(params, x)).sum()))
-    with pytest.raises(ValueError, match=r"params has layers of shape \(3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"function has layers .*; in params it has shape \(3, 4, 4\)"):
         select_blocks(graph, {**STACK, "layers": normal(3, 4, 4)}, 1, lambda fn, params: fn(params, x).sum())
 
 
@@ -373,7 +373,7 @@ def test_plans_that_do_not_fit():
     shapes = dict(zip(graph.paths, graph.shapes, strict=True))
     with pytest.raises(ValueError, match=r"drops f/up, but no residual branch of which it drops all"):
         rebuild(graph, Plan({}, shapes, ("f/up",)))
-    with pytest.raises(ValueError, match=r"cuts other, which the function does not have"):
+    with pytest.raises(ValueError, match=r"has other of shape \(3,\), which the function does not have"):
         rebuild(graph, Plan({}, {"other": (3,)}, ("other",)))
     with pytest.raises(ValueError, match=r"The plan drops up, and says what it keeps of it"):
         Plan({"up": {0: (1,)}}, {"up": (3,)}, ("up",))
@@ -388,7 +388,7 @@ def test_plans_that_do_not_fit():
         shrink(plan, {"f": {"up": jnp.ones((2, 2))}})
     with pytest.raises(ValueError, match=r"none of the parameters that the plan cuts"):
         shrink(plan, {"other": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"The plan cuts f/bias, which params does not have"):
+    with pytest.raises(ValueError, match=r"The plan has f/bias of shape .*, which params does not have"):
         channel_masks(plan, {"in": params["in"]})
     first, second = (Plan({"up": {0: kept}}, {"up": (3,)}) for kept in [(0, 1), (1, 2)])
     with pytest.raises(ValueError, match=r"The plans keep \(0, 1\) and \(1, 2\) along axis 0 of up"):

@@ -1,5 +1,7 @@
 """Which channels stay: by hand, within budgets, rounded, and what is refused."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,24 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune
+from jaxprune.scores import channel_norm, fpgm
 from jaxprune.structured import (
     ChannelGroup,
     Graph,
     Plan,
     count_macs,
     count_parameters,
-    distance,
-    l1,
-    l2,
     select_channels,
     select_channels_globally,
     sparsity_within,
-    total,
     trace,
 )
 from jaxprune.structured._select_channels import kept_count
 from tests.support.structured_cases import CASES
 from tests.support.structured_zoo import normal
+
+l1 = functools.partial(channel_norm, ord=1)
 
 
 def two_layers(width: int = 4, inner: int = 6) -> tuple[Graph, dict]:
@@ -42,18 +43,18 @@ def test_importance_is_of_all_coupled_weights():
     graph, params = two_layers(width=3)
     params = {**params, "a": jnp.eye(3), "b": jnp.array([0.0, 0.0, 3.0]), "c": jnp.zeros((3, 6)).at[0, 0].set(-4)}
     # Rows of weights: (1, 0, -4), (1, 0, 0), (1, 3, 0), zeros aside.
-    for importance, expected in [(l2, (0, 2)), (l1, (0, 2)), (total, (1, 2))]:
+    for importance, expected in [(channel_norm, (0, 2)), (l1, (0, 2)), (jnp.sum, (1, 2))]:
         plan = select_channels(graph, params, {"a": 1 / 3}, importance=importance)
         assert plan.kept == {"a": {1: expected}, "b": {0: expected}, "c": {0: expected}}
 
 
 def test_importances_by_hand():
-    weights = np.array([[3.0, 4.0], [0.0, 1.0], [3.0, 1.0]])
-    np.testing.assert_allclose(l1(weights), [7, 1, 4])
-    np.testing.assert_allclose(l2(weights), [5, 1, np.sqrt(10)])
-    np.testing.assert_allclose(total(-weights), [-7, -1, -4])
+    weights = np.array([[3.0, 4.0], [0.0, 1.0], [3.0, 1.0]], np.float32)
+    np.testing.assert_allclose(l1(weights, 1), [7, 1, 4])
+    np.testing.assert_allclose(channel_norm(weights, 1), [5, 1, np.sqrt(10)])
+    np.testing.assert_allclose(jnp.sum(-weights, 1), [-7, -1, -4])
     a, b, c = np.sqrt(18), 3.0, 3.0  # between the first and second, first and third, second and third
-    np.testing.assert_allclose(distance(weights), [a + b, a + c, b + c])
+    np.testing.assert_allclose(fpgm(weights, 1), [a + b, a + c, b + c])
 
 
 def test_scores_take_the_place_of_parameters():
@@ -130,14 +131,14 @@ def test_rounding_is_of_the_layers_width():
 @pytest.mark.parametrize("name", ["cnn_linen", "transformer", "densenet"])
 def test_budgets_are_met_by_the_fewest(name: str, cost):
     graph, params = graph_of(name)
-    plan = select_channels_globally(graph, params, 0.5, cost=cost)
+    plan = select_channels_globally(graph, params, 0.5 * cost(graph), cost=functools.partial(cost, graph))
     assert 0.35 * cost(graph) < cost(graph, plan) <= 0.5 * cost(graph)
     assert all(len(kept) >= 1 for axes in plan.kept.values() for kept in axes.values())
 
 
 def test_uniform_sparsity_within_a_budget():
     graph, params = two_layers(width=64, inner=64)
-    sparsity = sparsity_within(graph, 0.5)
+    sparsity = sparsity_within(graph, 0.5 * count_macs(graph))
     assert count_macs(graph, select_channels(graph, params, sparsity)) <= 0.5 * count_macs(graph)
     assert count_macs(graph, select_channels(graph, params, sparsity - 0.02)) > 0.5 * count_macs(graph)
 
@@ -160,7 +161,7 @@ def test_costs_by_hand():
 def test_global_choice_goes_for_what_matters_least():
     graph, params = two_layers(width=8, inner=8)
     weak = {**params, "c": params["c"].at[:, :4].mul(1e-3), "d": params["d"].at[:4].mul(1e-3)}
-    plan = select_channels_globally(graph, weak, 0.8)
+    plan = select_channels_globally(graph, weak, 0.8 * count_macs(graph))
     assert plan.kept["d"][0] == tuple(range(8 - len(plan.kept["d"][0]), 8))
     assert "a" not in plan.kept
 
@@ -168,20 +169,26 @@ def test_global_choice_goes_for_what_matters_least():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparsity": 1.0}, r"sparsity is the fraction .* below 1, not 1.0"),
-        ({"sparsity": {"x": 0.5}}, r"names 'x', which computes no channels; groups are \['a\[1\]', 'c\[1\]'\]"),
-        ({"sparsity": {"a": -1}}, r"sparsity\['a'\] .* not -1"),
+        ({"k": 1.0}, r"k is the fraction .* below 1, not 1.0"),
+        ({"k": {"x": 0.5}}, r"names 'x', which computes no channels; groups are \['a\[1\]', 'c\[1\]'\]"),
+        ({"k": {"a": -1}}, r"k\['a'\] .* not -1"),
         ({"round_to": 0}, r"round_to is a whole number, at least 1, not 0"),
-        ({"importance": lambda weights: weights}, r"importance returned shape \(4, 10\) for 4 channels of a\[1\]"),
-        ({"scores": {"a": jnp.ones((3, 5))}}, r"a has shape \(3, 5\); the function was traced with shape \(3, 4\)"),
-        ({"scores": {"x": jnp.ones(3)}}, r"x is no parameter of the traced function; it has \['a', 'b', 'c', 'd'\]"),
+        (
+            {"importance": lambda weights, axis: weights},
+            r"importance returned shape \(4, 10\) for 4 channels of a\[1\]",
+        ),
+        ({"scores": {"a": jnp.ones((3, 5))}}, r"scores has a of shape \(3, 5\); in the function it has shape \(3, 4\)"),
+        (
+            {"scores": {"x": jnp.ones(3)}},
+            r"scores has x .*, which the function does not have; it has a, b, c, d",
+        ),
         ({"scores": {"a": jnp.ones((3, 4))}}, r"scores has nothing for c\[1\]: no score for \['c', 'd'\]"),
     ],
 )
 def test_what_is_refused(change: dict, message: str):
     graph, params = two_layers()
     with pytest.raises(ValueError, match=message):
-        select_channels(graph, params, **{"sparsity": 0.5, **change})
+        select_channels(graph, params, **{"k": 0.5, **change})
 
 
 def test_nothing_to_cut_says_what_keeps_it():
@@ -192,10 +199,13 @@ def test_nothing_to_cut_says_what_keeps_it():
 
 def test_budgets_out_of_reach():
     graph, params = two_layers()
-    with pytest.raises(ValueError, match=r"budget of 0.01 of the cost cannot be met"):
-        select_channels_globally(graph, params, 0.01)
-    with pytest.raises(ValueError, match=r"above 0 and at most 1, not 2"):
-        sparsity_within(graph, 2)
+    with pytest.raises(
+        ValueError, match=r"budget of 2.4 cannot be met: at the least .* costs 30, uncut 240, .* no fraction"
+    ):
+        select_channels_globally(graph, params, 0.01 * count_macs(graph))
+    with pytest.raises(ValueError, match=r"above 0, not -2"):
+        sparsity_within(graph, -2)
+    assert sparsity_within(graph, 240) == 0
 
 
 def test_plans_are_plain_and_checked():

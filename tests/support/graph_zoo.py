@@ -41,6 +41,7 @@ CASES: dict[str, Callable[[], Case]] = {
         frameworks.equinox_embedding,
         frameworks.haiku_mlp,
         bare.fused_split,
+        bare.unstacked,
         bare.concatenated,
         bare.experts,
         bare.experts_einsum,

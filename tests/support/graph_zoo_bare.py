@@ -23,6 +23,17 @@ def fused_split() -> Case:
     return Case(fn, params, (x,), {"qkv": [rows(x)] * 3, "out": [rows(y)]})
 
 
+def unstacked() -> Case:
+    params = {"w": normal(2, 8, 8)}
+    x = normal(5, 8)
+
+    def fn(params: Any, x: Any) -> Any:
+        first, second = jnp.unstack(params["w"])
+        return jnp.tanh(x @ first) @ second
+
+    return Case(fn, params, (x,), {"w": [rows(x), rows(np.tanh(f64(x) @ f64(params["w"])[0]))]})
+
+
 def concatenated() -> Case:
     params = {"a": normal(4, 2), "b": normal(4, 3), "c": normal(3, 5), "d": normal(2, 5, salt=1)}
     x = normal(6, 4)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from jaxprune.structured import ModuleVerification, recover, select_channels, shrink, trace, verify_module
+from jaxprune.structured import Verification, recover, select_channels, shrink, trace, verify_module
 from tests.support.structured_zoo import KEY, noisy
 
 
@@ -120,5 +120,5 @@ class Cut:
     def recovered(self) -> dict[str, Any]:
         return recover(self.init, self.hyperparameters, shrink(self.plan, self.params))
 
-    def verified(self, hyperparameters: dict) -> ModuleVerification:
+    def verified(self, hyperparameters: dict) -> Verification:
         return verify_module(self.graph, self.plan, self.function(hyperparameters), self.params, self.x)

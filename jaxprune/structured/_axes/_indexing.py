@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from jaxprune._jaxpr import _records
+from jaxprune._jaxpr._primitives import SCATTERS
+from jaxprune._jaxpr._records import Gather, Scatter
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, unify
 from jaxprune.structured._axes._program import Node, Rule, together
 
@@ -10,16 +13,17 @@ CHOSEN = "elements are chosen by an index"
 
 def _gather(node: Node) -> list[list[Dim]]:
     operand, indices = node.ins
-    numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
+    gather = Gather.of(node.equation)
+    batch, _ = gather.batch
     freeze(indices.dims[-1], CHOSEN)
-    for axis, other in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+    for axis, other in zip(*gather.batch, strict=True):
         unify(operand.dims[axis], indices.dims[other], "gather")
     windows: list[Dim] = []
     taken: list[Dim | None] = []  # for each axis of the operand: what a window of it is, where that may be cut
-    for axis, (dim, width) in enumerate(zip(operand.dims, sizes, strict=True)):
-        whole = width == operand.shape[axis] and axis not in numbers.operand_batching_dims
-        if axis in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims):
-            if axis in numbers.collapsed_slice_dims:
+    for axis, (dim, width) in enumerate(zip(operand.dims, gather.window, strict=True)):
+        whole = width == operand.shape[axis] and axis not in batch
+        if axis in (*gather.collapsed, *batch):
+            if axis in gather.collapsed:
                 freeze(dim, CHOSEN)
             taken.append(None)
             continue
@@ -27,27 +31,27 @@ def _gather(node: Node) -> list[list[Dim]]:
             freeze(dim, CHOSEN)
         windows.append(dim if whole else fresh(width, CHOSEN))
         taken.append(dim if whole else None)
-    node.notes["windows"] = taken
-    node.notes["units"] = [([dim for dim in taken if dim is not None], [])]  # a table computes its rows
+    node.notes.windows = taken
+    node.notes.units = [([dim for dim in taken if dim is not None], [])]  # a table computes its rows
     rest = iter(indices.dims[:-1])
     inner = iter(windows)
     rank = len(node.shapes[0])
-    return [[next(inner) if axis in numbers.offset_dims else next(rest) for axis in range(rank)]]
+    return [[next(inner) if axis in gather.offset else next(rest) for axis in range(rank)]]
 
 
 def _scatter(node: Node) -> list[list[Dim]]:
     operand, indices, updates = node.ins
-    numbers = node.params["dimension_numbers"]
+    scatter = Scatter.of(node.equation)
     freeze(indices.dims[-1], CHOSEN)
-    for axis, other in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
+    for axis, other in zip(*scatter.batch, strict=True):
         unify(operand.dims[axis], indices.dims[other], "scatter")
-    for axis in numbers.inserted_window_dims:
+    for axis in scatter.inserted:
         freeze(operand.dims[axis], CHOSEN)
-    hidden = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    hidden = (*scatter.inserted, *scatter.batch[0])
     shown = [axis for axis in range(len(operand.shape)) if axis not in hidden]
-    for axis, window in zip(shown, numbers.update_window_dims, strict=True):
+    for axis, window in zip(shown, scatter.window, strict=True):
         _whole_or_frozen(operand, axis, updates, window)
-    others = [axis for axis in range(len(updates.shape)) if axis not in numbers.update_window_dims]
+    others = [axis for axis in range(len(updates.shape)) if axis not in scatter.window]
     for axis, dim in zip(others, indices.dims[:-1], strict=True):
         together("scatter", [updates.dims[axis], dim])
     return [list(operand.dims)]
@@ -57,13 +61,13 @@ def _dynamic_slice(node: Node) -> list[list[Dim]]:
     operand = node.ins[0]
     out: list[Dim] = []
     taken: list[Dim | None] = []
-    for axis, width in enumerate(node.params["slice_sizes"]):
+    for axis, width in enumerate(_records.window_sizes(node.equation)):
         whole = width == operand.shape[axis]
         if not whole:
             freeze(operand.dims[axis], CHOSEN)
         out.append(operand.dims[axis] if whole else fresh(width, CHOSEN))
         taken.append(operand.dims[axis] if whole else None)
-    node.notes["windows"] = taken
+    node.notes.windows = taken
     return [out]
 
 
@@ -87,5 +91,5 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"), _scatter),
+    **dict.fromkeys(SCATTERS, _scatter),
 }

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._jaxpr import _equations
-from jaxprune._jaxpr._equations import Body
+from jaxprune._jaxpr import _equations, _records
+from jaxprune._jaxpr._equations import Body, Equation
+from jaxprune._jaxpr._primitives import COPIES, CUSTOM, LAYOUT, REMAT
 from jaxprune.structured._axes import _elementwise, _indexing, _layout, _reductions
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, size, step_along, unify
 from jaxprune.structured._axes._program import Node, Program, Rule, Value, free, opaque
@@ -24,13 +25,6 @@ RULES: dict[str, Rule] = {
     **_reductions.RULES,
     **_indexing.RULES,
 }
-REMAT = frozenset({"checkpoint", "remat", "remat2"})
-CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-# Numbers stay the same through these.
-_LAYOUT = frozenset(
-    {"broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "copy", "transpose"}
-    | {"stop_gradient", "slice", "dynamic_slice", "split", "unstack"}
-)
 
 
 def label(body: Body, ins: Sequence[Value], *, differentiated: bool = False) -> Program:
@@ -51,26 +45,17 @@ def label(body: Body, ins: Sequence[Value], *, differentiated: bool = False) -> 
 
 
 def _run(body: Body, ins: Sequence[Value], nodes: list[Node], differentiated: bool) -> list[Value]:
-    jaxpr = body.jaxpr
-    values = dict(zip(jaxpr.constvars, map(_constant, body.consts), strict=True))
-    values.update(zip(jaxpr.invars, ins, strict=True))
+    def step(number: int, equation: Equation, operands: list[Value]) -> list[Value]:
+        del number
+        inner = _equations.call(equation)
+        if inner is not None and equation.name not in REMAT and (differentiated or equation.name not in CUSTOM):
+            return _run(inner, operands, nodes, differentiated)
+        node = Node(equation, operands)
+        _label_node(node, inner, differentiated)
+        nodes.append(node)
+        return node.outs
 
-    def read(atom: Any) -> Value:
-        return _constant(atom.val) if _equations.is_literal(atom) else values[atom]
-
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        operands = [read(atom) for atom in eqn.invars]
-        inner = _equations.call(eqn)
-        if inner is not None and name not in REMAT and (differentiated or name not in CUSTOM):
-            results = _run(inner, operands, nodes, differentiated)
-        else:
-            node = Node(name, eqn, jaxpr, operands)
-            _label_node(node, inner, differentiated)
-            nodes.append(node)
-            results = node.outs
-        values.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return _equations.interpret(body, ins, _constant, step)
 
 
 def _constant(value: Any) -> Value:
@@ -81,17 +66,17 @@ def _label_node(node: Node, inner: Body | None, differentiated: bool) -> None:
     if inner is not None:
         node.bodies = [label(inner, node.ins, differentiated=differentiated)]
         dims: Sequence[Sequence[Dim]] = [value.dims for value in node.bodies[0].outs]
-    elif (scan := _equations.scan(node.eqn)) is not None:
+    elif (scan := _equations.scan(node.equation)) is not None:
         dims = _scan(node, scan, differentiated)
-    elif (loop := _equations.while_loop(node.eqn)) is not None:
+    elif (loop := _equations.while_loop(node.equation)) is not None:
         dims = _while(node, loop, differentiated)
-    elif (branches := _equations.branches(node.eqn)) is not None:
+    elif (branches := _equations.branches(node.equation)) is not None:
         dims = _cond(node, branches, differentiated)
     else:
-        node.notes["opaque"] = node.name not in RULES
+        node.notes.opaque = node.name not in RULES
         dims = RULES.get(node.name, opaque)(node)
-    dtypes = [var.aval.dtype for var in node.eqn.outvars]
-    node.outs = [Value(s, d, tuple(t)) for s, d, t in zip(node.shapes, dtypes, dims, strict=True)]
+    results = zip(node.shapes, node.equation.out_dtypes, dims, strict=True)
+    node.outs = [Value(shape, dtype, tuple(terms)) for shape, dtype, terms in results]
     _note(node)
     if node.name in CUSTOM:
         assert inner is not None
@@ -113,7 +98,7 @@ def _scan(node: Node, scan: _equations.Scan, differentiated: bool) -> list[list[
     steps = stacked[0].dims[0] if stacked else fresh(scan.length)
     for value in stacked[1:]:
         unify(steps, value.dims[0], "a scan")
-    node.notes["steps"] = steps
+    node.notes.steps = steps
     # Where a step is left out, what is carried passes by it: steps that take parameters are layers.
     if scan.carry and any(value.sources for value in stacked):
         step_along(steps)
@@ -161,9 +146,8 @@ def is_floating(value: Value) -> bool:
 
 
 def _evaluate(node: Node, inner: Body) -> Any:
-    # The body's variables are as many, and no two are the same one.
-    eqn = node.eqn.replace(invars=inner.jaxpr.invars)
-    return lambda values: _equations.evaluate(node.jaxpr, eqn, values)
+    equation = node.equation.with_operands_of(inner)
+    return lambda values: _equations.evaluate(equation, values)
 
 
 def _shapes(values: Sequence[Value]) -> list[jax.ShapeDtypeStruct]:
@@ -187,8 +171,8 @@ def _floats_only(node: Node, inner: Body, primals: Sequence[Any], wanted: Sequen
 
 def differentiable(node: Node) -> list[int]:
     """Return the results that have a derivative and are used."""
-    used = [not _equations.is_dropped(var) for var in node.eqn.outvars]
-    return [i for i, value in enumerate(node.outs) if is_floating(value) and used[i]]
+    used = zip(node.outs, node.equation.used, strict=True)
+    return [i for i, (value, is_used) in enumerate(used) if is_floating(value) and is_used]
 
 
 def _pushforward(node: Node, inner: Body) -> Program:
@@ -228,21 +212,22 @@ def _pullback(node: Node, inner: Body) -> Program:
 def _note(node: Node) -> None:
     """Remember what was summed over, divisions of a sum by how many were summed (a mean), and parameters' layouts."""
     if node.name == "reduce_sum":
-        node.outs[0].summed = tuple(node.ins[0].dims[axis] for axis in node.params["axes"])
-    elif node.name in _LAYOUT:
-        for value in node.outs:
-            value.summed, value.sources = node.ins[0].summed, node.ins[0].sources
-            value.numbering = node.ins[0].numbering
+        node.outs[0].summed = tuple(node.ins[0].dims[axis] for axis in _records.axes(node.equation))
+    elif node.name in LAYOUT or node.name == "dynamic_slice":
+        origins = node.ins if node.name in COPIES else node.ins[:1] * len(node.outs)
+        for value, origin in zip(node.outs, origins, strict=True):
+            value.summed, value.sources, value.numbering = origin.summed, origin.sources, origin.numbering
     elif node.name in ("concatenate", "stack"):
         node.outs[0].sources = tuple(dict.fromkeys(source for value in node.ins for source in value.sources))
     elif node.name == "iota":
-        node.outs[0].numbering = node.outs[0].dims[node.params["dimension"]]
+        (along,) = _records.axes(node.equation)
+        node.outs[0].numbering = node.outs[0].dims[along]
     elif node.name == "eq":
         _note_chosen(*node.ins)
     elif node.name == "div" and node.ins[0].summed is not None:
         count = node.ins[1].const
         if count is not None and np.ndim(count) == 0 and float(count) == math.prod(map(size, node.ins[0].summed)):
-            node.notes["count"] = node.ins[0].summed
+            node.notes.count = node.ins[0].summed
 
 
 def _note_chosen(left: Value, right: Value) -> None:

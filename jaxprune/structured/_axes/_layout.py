@@ -2,23 +2,25 @@
 
 from collections.abc import Sequence
 
+from jaxprune._jaxpr import _records
+from jaxprune._jaxpr._records import Slice, axes
 from jaxprune.structured._axes._dims import Dim, concatenation, freeze, fresh, product, size, unify
 from jaxprune.structured._axes._program import Node, Rule, free, together
 
 
 def _transpose(node: Node) -> list[list[Dim]]:
-    return [[node.ins[0].dims[axis] for axis in node.params["permutation"]]]
+    return [[node.ins[0].dims[axis] for axis in axes(node.equation)]]
 
 
 def _squeeze(node: Node) -> list[list[Dim]]:
-    gone = node.params["dimensions"]
+    gone = axes(node.equation)
     return [[dim for axis, dim in enumerate(node.ins[0].dims) if axis not in gone]]
 
 
 def _broadcast_in_dim(node: Node) -> list[list[Dim]]:
     (value, *_), (shape,) = node.ins, node.shapes
     dims = free(shape)
-    for axis, target in enumerate(node.params["broadcast_dimensions"]):
+    for axis, target in enumerate(axes(node.equation)):
         if value.shape[axis] == shape[target]:
             dims[target] = value.dims[axis]
     return [dims]
@@ -49,11 +51,11 @@ def reshaped(dims: Sequence[Dim], shape: Sequence[int], reason: str) -> list[Dim
 
 
 def _reshape(node: Node) -> list[list[Dim]]:
-    return [reshaped(node.ins[0].dims, node.params["new_sizes"], "reshape")]
+    return [reshaped(node.ins[0].dims, node.shapes[0], "reshape")]
 
 
 def _concatenate(node: Node) -> list[list[Dim]]:
-    along, ranks = node.params["dimension"], range(len(node.ins[0].shape))
+    (along,), ranks = axes(node.equation), range(len(node.ins[0].shape))
     return [
         [
             concatenation([value.dims[axis] for value in node.ins])
@@ -65,31 +67,30 @@ def _concatenate(node: Node) -> list[list[Dim]]:
 
 
 def _split(node: Node) -> list[list[Dim]]:
-    (value,), along = node.ins, node.params["axis"]
-    parts = free(node.params["sizes"])
+    (value,), (along,) = node.ins, axes(node.equation)
+    parts = free(_records.split_sizes(node.equation))
     unify(value.dims[along], concatenation(parts), "split")
     return [[part if axis == along else dim for axis, dim in enumerate(value.dims)] for part in parts]
 
 
 def _stack(node: Node) -> list[list[Dim]]:
-    dims = [together("stack", axes) for axes in zip(*(value.dims for value in node.ins), strict=True)]
-    dims.insert(node.params["axis"], fresh(len(node.ins), "a stack has one entry for each array"))
+    (along,) = axes(node.equation)
+    dims = [together("stack", pair) for pair in zip(*(value.dims for value in node.ins), strict=True)]
+    dims.insert(along, fresh(len(node.ins), "a stack has one entry for each array"))
     return [dims]
 
 
 def _unstack(node: Node) -> list[list[Dim]]:
-    dims = list(node.ins[0].dims)
-    freeze(dims.pop(node.params["axis"]), "entries are taken one by one")
+    (along,), dims = axes(node.equation), list(node.ins[0].dims)
+    freeze(dims.pop(along), "entries are taken one by one")
     return [list(dims) for _ in node.shapes]
 
 
 def _slice(node: Node) -> list[list[Dim]]:
     (value,) = node.ins
-    starts, limits = node.params["start_indices"], node.params["limit_indices"]
-    strides = node.params["strides"] or (1,) * len(starts)
-    axes = zip(value.dims, starts, limits, strides, node.shapes[0], strict=True)
-    pieces = [_piece(*axis) for axis in axes]
-    node.notes["before"] = [before for before, _ in pieces]
+    along = zip(value.dims, *Slice.of(node.equation), node.shapes[0], strict=True)
+    pieces = [_piece(*axis) for axis in along]
+    node.notes.before = [before for before, _ in pieces]
     return [[piece for _, piece in pieces]]
 
 
@@ -116,9 +117,8 @@ def _pad(node: Node) -> list[list[Dim]]:
     assert not fill.shape
     new: list[Dim] = []
     edges: list[tuple[Dim | None, Dim | None]] = []
-    for dim, (low, high, interior), length in zip(
-        value.dims, node.params["padding_config"], node.shapes[0], strict=True
-    ):
+    added = _records.edges(node.equation)
+    for dim, (low, high, interior), length in zip(value.dims, added, node.shapes[0], strict=True):
         before, after = (fresh(n) if n > 0 else None for n in (low, high))
         if low < 0 or high < 0 or interior > 0 or size(dim) == 0:
             freeze(dim, "padding between elements, or less than none")
@@ -127,18 +127,18 @@ def _pad(node: Node) -> list[list[Dim]]:
         else:
             new.append(concatenation([part for part in (before, dim, after) if part is not None]))
         edges.append((before, after))
-    node.notes["edges"] = edges
+    node.notes.edges = edges
     return [new]
 
 
 def _tile(node: Node) -> list[list[Dim]]:
-    repeats = free(node.params["reps"])
-    node.notes["repeats"] = repeats
+    repeats = free(_records.repeats(node.equation))
+    node.notes.repeats = repeats
     return [[product(pair) for pair in zip(repeats, node.ins[0].dims, strict=True)]]
 
 
 def _rev(node: Node) -> list[list[Dim]]:
-    for axis in node.params["dimensions"]:
+    for axis in axes(node.equation):
         freeze(node.ins[0].dims[axis], "reversed")
     return [list(node.ins[0].dims)]
 

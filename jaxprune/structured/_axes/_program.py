@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jaxprune._jaxpr._equations import Equation
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, size, unify
 
 Dims = tuple[Dim, ...]
@@ -42,38 +43,66 @@ class Program:
 
 
 @dataclasses.dataclass(eq=False)
+class Notes:
+    """What was found out about an equation that counting, choosing and evaluating it again need.
+
+    Attributes:
+        opaque: whether no rule explains it, so that the sizes of its results are those that it happens to give.
+        units: for each operand, of a layer, the axes that number its units, and those that a unit sums over.
+        macs: of a contraction, the axes whose sizes multiply to its multiply-accumulates.
+        groups: of a grouped convolution, the axis of the groups.
+        windows: of a gather or a dynamic slice, for each axis of the operand what a window holds, or None where its
+            width is fixed.
+        before: of a slice, for each axis the elements before it, or None where their number is fixed.
+        edges: of a pad, for each axis what is added before and after, or None where its width is fixed.
+        repeats: of a tile, for each axis the repeats.
+        count: of a mean's division, the axes that were summed over.
+        steps: of a scan, the axis that it steps along.
+        stream: of a sum ``x + f(x)``, which operand is x.
+    """
+
+    opaque: bool = False
+    units: Sequence[tuple[Sequence[Dim], Sequence[Dim]]] = ()
+    macs: Sequence[Dim] | None = None
+    groups: Dim | None = None
+    windows: Sequence[Dim | None] = ()
+    before: Sequence[Dim | None] = ()
+    edges: Sequence[tuple[Dim | None, Dim | None]] = ()
+    repeats: Sequence[Dim] = ()
+    count: Dims | None = None
+    steps: Dim | None = None
+    stream: int | None = None
+
+
+@dataclasses.dataclass(eq=False)
 class Node:
     """An equation.
 
     Attributes:
-        name: of its primitive.
-        eqn: the equation.
-        jaxpr: that it stands in.
+        equation: the equation.
         ins: its operands.
         outs: its results.
         bodies: the programs inside: of a loop, of branches, of a function with a derivative of its own.
         derivative: the derivative's program, where the function brings its own.
-        notes: what the rule found out that evaluating the equation on smaller arrays needs.
+        notes: what was found out about it.
     """
 
-    name: str
-    eqn: Any
-    jaxpr: Any
+    equation: Equation
     ins: list[Value]
     outs: list[Value] = dataclasses.field(default_factory=list)
     bodies: list[Program] = dataclasses.field(default_factory=list)
     derivative: Program | None = None
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Notes = dataclasses.field(default_factory=Notes)
 
     @property
-    def params(self) -> Any:
-        """The parameters of the equation."""
-        return self.eqn.params
+    def name(self) -> str:
+        """The name of its primitive."""
+        return self.equation.name
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of its results."""
-        return [tuple(var.aval.shape) for var in self.eqn.outvars]
+        return self.equation.out_shapes
 
 
 def walk(program: Program) -> Iterator[Node]:

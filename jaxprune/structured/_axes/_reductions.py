@@ -2,52 +2,53 @@
 
 from typing import Any
 
+from jaxprune._jaxpr._primitives import ARG_REDUCTIONS, CUMULATIVE, REDUCTIONS, WINDOWED
+from jaxprune._jaxpr._records import Convolution, Dot, Windows, axes
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, product, unify
 from jaxprune.structured._axes._program import Node, Rule, free, together
 
 
 def _dot_general(node: Node) -> list[list[Dim]]:
     left, right = node.ins
-    (left_sum, right_sum), (left_batch, right_batch) = node.params["dimension_numbers"]
+    (left_sum, right_sum), (left_batch, right_batch) = Dot.of(node.equation)
     for a, b in [*zip(left_sum, right_sum, strict=True), *zip(left_batch, right_batch, strict=True)]:
         unify(left.dims[a], right.dims[b], "a contraction")
     batch = [left.dims[axis] for axis in left_batch]
     free_left = [dim for axis, dim in enumerate(left.dims) if axis not in (*left_sum, *left_batch)]
     free_right = [dim for axis, dim in enumerate(right.dims) if axis not in (*right_sum, *right_batch)]
     summed = [left.dims[axis] for axis in left_sum]
-    node.notes["macs"] = [*batch, *free_left, *free_right, *summed]
+    node.notes.macs = [*batch, *free_left, *free_right, *summed]
     # For each operand the axes that number the units of a layer, and those that a unit sums over.
-    node.notes["units"] = [(free_left, summed), (free_right, [right.dims[axis] for axis in right_sum])]
+    node.notes.units = [(free_left, summed), (free_right, [right.dims[axis] for axis in right_sum])]
     return [[*batch, *free_left, *free_right]]
 
 
 def _convolution(node: Node) -> list[list[Dim]]:
     image, kernel = node.ins
-    numbers, params = node.params["dimension_numbers"], node.params
-    (batch, features, *places), (outs, ins, *windows) = numbers.lhs_spec, numbers.rhs_spec
-    groups = params["feature_group_count"]
-    if params["batch_group_count"] > 1:
+    conv = Convolution.of(node.equation)
+    (batch, features, *places), (outs, ins, *windows), groups = conv.image, conv.kernel, conv.groups
+    if conv.image_groups > 1:
         return _frozen(node, "a convolution with groups of images")
     if groups > 1:
         group = fresh(groups)
         unify(image.dims[features], product([group, kernel.dims[ins]]), "a grouped convolution")
         unify(kernel.dims[outs], product([group, fresh(kernel.shape[outs] // groups)]), "a grouped convolution")
-        node.notes["groups"] = group
+        node.notes.groups = group
     else:
         unify(image.dims[features], kernel.dims[ins], "a convolution")
     out: list[Any] = [None] * len(image.shape)
-    out_batch, out_features, *out_places = numbers.out_spec
+    out_batch, out_features, *out_places = conv.result
     out[out_batch], out[out_features] = image.dims[batch], kernel.dims[outs]
     for axis, (place, window, target) in enumerate(zip(places, windows, out_places, strict=True)):
         freeze(kernel.dims[window], "the window of a convolution")
-        plain = params["window_strides"][axis] == params["lhs_dilation"][axis] == 1
-        if kernel.shape[window] == 1 and plain and tuple(params["padding"][axis]) == (0, 0):
+        plain = conv.strides[axis] == conv.image_dilation[axis] == 1
+        if kernel.shape[window] == 1 and plain and conv.padding[axis] == (0, 0):
             out[target] = image.dims[place]
         else:
             freeze(image.dims[place], "a convolution runs along it")
             out[target] = fresh(node.shapes[0][target], "a convolution runs along it")
-    node.notes["units"] = [([], []), ([kernel.dims[outs]], [kernel.dims[ins]])]
-    node.notes["macs"] = [*out, *(kernel.dims[window] for window in windows), kernel.dims[ins]]
+    node.notes.units = [([], []), ([kernel.dims[outs]], [kernel.dims[ins]])]
+    node.notes.macs = [*out, *(kernel.dims[window] for window in windows), kernel.dims[ins]]
     return [out]
 
 
@@ -59,35 +60,27 @@ def _frozen(node: Node, reason: str) -> list[list[Dim]]:
 
 
 def _reduce(node: Node) -> list[list[Dim]]:
-    axes = node.params["axes"]
-    return [[dim for axis, dim in enumerate(node.ins[0].dims) if axis not in axes]]
+    gone = axes(node.equation)
+    return [[dim for axis, dim in enumerate(node.ins[0].dims) if axis not in gone]]
 
 
 def _arg_reduce(node: Node) -> list[list[Dim]]:
-    for axis in node.params["axes"]:
+    for axis in axes(node.equation):
         freeze(node.ins[0].dims[axis], f"{node.name} numbers its elements")
     return _reduce(node)
 
 
-def _along(node: Node, axis: int) -> list[list[Dim]]:
-    """A result of the same shape that depends on the order along one axis."""
+def _along(node: Node) -> list[list[Dim]]:
+    """Cumulative sums, sorting: a result of the same shape that depends on the order along one axis."""
+    (along,) = axes(node.equation)
     for value in node.ins:
-        freeze(value.dims[axis], f"{node.name} runs along it")
+        freeze(value.dims[along], f"{node.name} runs along it")
     dims = [together(node.name, [value.dims[i] for value in node.ins]) for i in range(len(node.ins[0].shape))]
     return [list(dims) for _ in node.shapes]
 
 
-def _cumulative(node: Node) -> list[list[Dim]]:
-    return _along(node, node.params["axis"])
-
-
-def _sort(node: Node) -> list[list[Dim]]:
-    return _along(node, node.params["dimension"])
-
-
 def _top_k(node: Node) -> list[list[Dim]]:
-    (value,) = node.ins
-    axis = node.params.get("axis", len(value.shape) - 1)
+    (value,), (axis,) = node.ins, axes(node.equation)
     freeze(value.dims[axis], "top_k numbers its elements")
     dims = list(value.dims)
     dims[axis] = fresh(node.shapes[0][axis], "top_k numbers its elements")
@@ -95,18 +88,14 @@ def _top_k(node: Node) -> list[list[Dim]]:
 
 
 def _windowed(node: Node) -> list[list[Dim]]:
-    params, shape = node.params, node.shapes[0]
+    windows, shape = Windows.of(node.equation), node.shapes[0]
     rank = len(shape)
-    ones = (1,) * rank
     (value, *rest) = (operand for operand in node.ins if len(operand.shape) == rank)
     dims = list(value.dims)
     for axis in range(rank):
-        untouched = (
-            params["window_dimensions"][axis] == 1
-            and (params["window_strides"] or ones)[axis] == 1
-            and tuple(params["padding"][axis]) == (0, 0)
-            and (params.get("base_dilation") or ones)[axis] == 1
-        )
+        untouched = windows.size[axis] == windows.stride[axis] == windows.dilation[axis] == 1 and windows.padding[
+            axis
+        ] == (0, 0)
         for operand in rest:
             if untouched:
                 unify(value.dims[axis], operand.dims[axis], node.name)
@@ -124,18 +113,14 @@ def _scattered_windows(node: Node) -> list[list[Dim]]:
     return [list(node.ins[1].dims)]
 
 
-def _names(names: str, rule: Rule) -> dict[str, Rule]:
-    return dict.fromkeys(names.split(), rule)
-
-
 RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
-    "sort": _sort,
+    "sort": _along,
     "top_k": _top_k,
-    **_names("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor", _reduce),
-    **_names("argmax argmin", _arg_reduce),
-    **_names("cumsum cumprod cummax cummin cumlogsumexp", _cumulative),
-    **_names("reduce_window_max reduce_window_min reduce_window_sum", _windowed),
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(ARG_REDUCTIONS, _arg_reduce),
+    **dict.fromkeys(CUMULATIVE, _along),
+    **dict.fromkeys(WINDOWED, _windowed),
     "select_and_scatter_add": _scattered_windows,
 }

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._jaxpr import _equations
+from jaxprune._jaxpr._primitives import CUSTOM, GENERATED, REMAT
+from jaxprune._jaxpr._records import Convolution, Dot, Remat, Slice, axes, edges, resized, window_sizes
 from jaxprune.structured._axes._dims import (
     Cat,
     Dim,
@@ -23,7 +25,7 @@ from jaxprune.structured._axes._dims import (
     resolve,
     size,
 )
-from jaxprune.structured._axes._label import CUSTOM, REMAT, differentiable, is_floating
+from jaxprune.structured._axes._label import differentiable, is_floating
 from jaxprune.structured._axes._program import Node, Program, Value
 
 # For some variables, which elements stay, and for some sums, whether the branch does (`find_branches`); arrays of bool,
@@ -94,9 +96,9 @@ class Replay:
             return self._custom(node, values, masks)
         if node.name in REMAT:
             return self._remat(node, values, masks)
-        if (scan := _equations.scan(node.eqn)) is not None:
+        if (scan := _equations.scan(node.equation)) is not None:
             return self._scan(node, scan, values, masks)
-        if (loop := _equations.while_loop(node.eqn)) is not None:
+        if (loop := _equations.while_loop(node.equation)) is not None:
             return self._while(node, loop, values, masks)
         if node.name == "cond":
             index, *operands = values
@@ -104,27 +106,28 @@ class Replay:
             return list(jax.lax.switch(index, branches, *operands))
         if masks:
             values = _masked(node, values, masks)
-        if "count" in node.notes:
-            return [jax.lax.div(values[0], jnp.asarray(self._count(node), values[0].dtype))]
-        if node.name in _GENERATED:
+        if node.notes.count is not None:
+            return [jax.lax.div(values[0], jnp.asarray(self._count(node.notes.count), values[0].dtype))]
+        if node.name in GENERATED:
             return [self._generate(node, values)]
-        resize = _RESIZED.get(node.name)
-        eqn = node.eqn
-        if resize is not None and self.sizes:
-            eqn = eqn.replace(params={**eqn.params, **resize(node, self._size)})
-        results = _equations.evaluate(node.jaxpr, eqn, values)
+        sizes = _SIZES.get(node.name)
+        equation = node.equation
+        if sizes is not None and self.sizes:
+            equation = resized(equation, *sizes(node, self._size))
+        results = _equations.evaluate(equation, values)
         if node in masks:
-            return [jnp.where(masks[node], results[0], values[node.notes["stream"]])]
-        if node.notes.get("opaque"):
+            assert node.notes.stream is not None
+            return [jnp.where(masks[node], results[0], values[node.notes.stream])]
+        if node.notes.opaque:
             for value, result in zip(node.outs, results, strict=True):
                 if result is not None:
                     self.bind(value.dims, result.shape)
         return results
 
-    def _count(self, node: Node) -> Any:
+    def _count(self, summed: Sequence[Dim]) -> Any:
         """How many elements a mean is over; what was cut counts as before unless means are rescaled."""
         sizes = self.sizes if self.rescaled else {v: n for v, n in self.sizes.items() if v not in self.kept}
-        return math.prod(kept_size(dim, sizes) for dim in node.notes["count"])
+        return math.prod(kept_size(dim, sizes) for dim in summed)
 
     def _generate(self, node: Node, values: list[Any]) -> Any:
         """Make whole what belongs to places, then cut it; random keys are cut before."""
@@ -132,7 +135,7 @@ class Replay:
         keys = len(node.ins[0].shape) if node.ins else 0
         uncut = {var: n for var, n in self.sizes.items() if var not in self.kept}
         shape = tuple(kept_size(dim, uncut) for dim in out.dims[keys:])
-        (result,) = _equations.evaluate(node.jaxpr, node.eqn.replace(params={**node.params, "shape": shape}), values)
+        (result,) = _equations.evaluate(resized(node.equation, shape), values)
         return self._cut(result, out.dims[keys:], keys)
 
     # ---- what has programs inside
@@ -149,7 +152,8 @@ class Replay:
                 moved = [jnp.where(stays, new, old) for new, old in zip(moved, carry, strict=True)]
             return moved, outs
 
-        xs = stacked, mask_of(node.notes["steps"], masks)
+        assert node.notes.steps is not None
+        xs = stacked, mask_of(node.notes.steps, masks)
         length = None if stacked else scan.length
         carry, outs = jax.lax.scan(step, init, xs, length, reverse=scan.reverse, unroll=scan.unroll)
         return [*carry, *outs]
@@ -170,8 +174,7 @@ class Replay:
             return self.run(node.bodies[0], values, dict(zip(variables, masks, strict=True)))
 
         variables = list(masks)
-        params = node.params
-        run = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+        run = jax.checkpoint(body, **Remat.of(node.equation)._asdict())
         return run(values, list(masks.values()))
 
     def _custom(self, node: Node, values: list[Any], masks: Masks) -> list[Any]:
@@ -217,52 +220,52 @@ def _no_tangent(result: Any) -> Any:
     return np.zeros(result.shape, jax.dtypes.float0)
 
 
-# ---- the parameters of equations that hold sizes
-
-_GENERATED = frozenset({"iota", "random_bits", "random_split"})
+# ---- what `resized` takes, by kind of primitive
 
 
-def _sliced(node: Node, length: Callable[[Dim], Any]) -> dict[str, Any]:
-    params, (out,) = node.params, node.outs
-    steps = params["strides"] or (1,) * len(out.shape)
+Length = Callable[[Dim], Any]
+
+
+def _slice(node: Node, length: Length) -> tuple[Any, ...]:
+    (out,), (start, _, stride) = node.outs, Slice.of(node.equation)
     starts, limits = [], []
-    for axis, (dim, before, step) in enumerate(zip(out.dims, node.notes["before"], steps, strict=True)):
-        start = params["start_indices"][axis] if before is None else length(before)
-        starts.append(start)
-        limits.append(start + (length(dim) - 1) * step + 1 if out.shape[axis] else start)
-    return {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
+    for axis, (dim, before, step) in enumerate(zip(out.dims, node.notes.before, stride, strict=True)):
+        starts.append(start[axis] if before is None else length(before))
+        limits.append(starts[-1] + (length(dim) - 1) * step + 1 if out.shape[axis] else starts[-1])
+    return tuple(starts), tuple(limits)
 
 
-def _padded(node: Node, length: Callable[[Dim], Any]) -> dict[str, Any]:
+def _pad(node: Node, length: Length) -> tuple[Any, ...]:
     config = []
-    for (before, after), (low, high, interior) in zip(node.notes["edges"], node.params["padding_config"], strict=True):
+    for (before, after), (low, high, interior) in zip(node.notes.edges, edges(node.equation), strict=True):
         config.append((low if before is None else length(before), high if after is None else length(after), interior))
-    return {"padding_config": tuple(config)}
+    return (tuple(config),)
 
 
-def _windows(node: Node, length: Callable[[Dim], Any]) -> dict[str, Any]:
-    sizes = zip(node.notes["windows"], node.params["slice_sizes"], strict=True)
-    return {"slice_sizes": tuple(width if dim is None else length(dim) for dim, width in sizes)}
+def _gather(node: Node, length: Length) -> tuple[Any, ...]:
+    widths = zip(node.notes.windows, window_sizes(node.equation), strict=True)
+    return (tuple(width if dim is None else length(dim) for dim, width in widths),)
 
 
-def _out_shape(node: Node, length: Callable[[Dim], Any]) -> tuple[Any, ...]:
-    return tuple(length(dim) for dim in node.outs[0].dims)
+def _shape(node: Node, length: Length) -> tuple[Any, ...]:
+    return (tuple(length(dim) for dim in node.outs[0].dims),)
 
 
-def _groups(node: Node, length: Callable[[Dim], Any]) -> dict[str, Any]:
-    return {"feature_group_count": length(node.notes["groups"])} if "groups" in node.notes else {}
+def _split(node: Node, length: Length) -> tuple[Any, ...]:
+    (along,) = axes(node.equation)
+    return (tuple(length(value.dims[along]) for value in node.outs),)
 
 
-_RESIZED: dict[str, Callable[[Node, Callable[[Dim], Any]], dict[str, Any]]] = {
-    "reshape": lambda node, length: {"new_sizes": _out_shape(node, length)},
-    "broadcast_in_dim": lambda node, length: {"shape": _out_shape(node, length)},
-    "split": lambda node, length: {"sizes": tuple(length(value.dims[node.params["axis"]]) for value in node.outs)},
-    "slice": _sliced,
-    "pad": _padded,
-    "tile": lambda node, length: {"reps": tuple(length(dim) for dim in node.notes["repeats"])},
-    "gather": _windows,
-    "dynamic_slice": _windows,
-    "conv_general_dilated": _groups,
+_SIZES: dict[str, Callable[[Node, Length], tuple[Any, ...]]] = {
+    "reshape": _shape,
+    "broadcast_in_dim": _shape,
+    "split": _split,
+    "slice": _slice,
+    "pad": _pad,
+    "tile": lambda node, length: (tuple(length(dim) for dim in node.notes.repeats),),
+    "gather": _gather,
+    "dynamic_slice": _gather,
+    "conv_general_dilated": lambda node, length: (1 if node.notes.groups is None else length(node.notes.groups),),
 }
 
 
@@ -289,17 +292,19 @@ def mask_of(dim: Dim, masks: Masks) -> Any:
 
 def _masked(node: Node, values: list[Any], masks: Masks) -> list[Any]:
     """Give what is pruned along the axes that an equation sums over the value that changes nothing."""
+    summed: Sequence[Sequence[int]] = ()
+    neutral = 0
     if node.name == "dot_general":
-        axes = node.params["dimension_numbers"][0]
-        return [_fill(x, value, axes[i], masks, 0) for i, (x, value) in enumerate(zip(values, node.ins, strict=True))]
-    if node.name == "conv_general_dilated":
-        numbers = node.params["dimension_numbers"]
-        axes = ((numbers.lhs_spec[1],), (numbers.rhs_spec[1],))
-        return [_fill(x, value, axes[i], masks, 0) for i, (x, value) in enumerate(zip(values, node.ins, strict=True))]
-    if node.name in _NEUTRAL:
-        (value,) = node.ins
-        return [_fill(values[0], value, node.params["axes"], masks, _NEUTRAL[node.name](value.dtype))]
-    return values
+        summed = Dot.of(node.equation).contract
+    elif node.name == "conv_general_dilated":
+        conv = Convolution.of(node.equation)
+        summed = (conv.image[1:2], conv.kernel[1:2])
+    elif node.name in _NEUTRAL:
+        summed, neutral = (axes(node.equation),), _NEUTRAL[node.name](node.ins[0].dtype)
+    if not summed:
+        return values
+    operands = zip(values, node.ins, summed, strict=True)
+    return [_fill(array, value, along, masks, neutral) for array, value, along in operands]
 
 
 def _lowest(dtype: Any) -> Any:
@@ -321,8 +326,8 @@ _NEUTRAL: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _fill(array: Any, value: Value, axes: Sequence[int], masks: Masks, neutral: Any) -> Any:
-    for axis in axes:
+def _fill(array: Any, value: Value, summed: Sequence[int], masks: Masks, neutral: Any) -> Any:
+    for axis in summed:
         mask = mask_of(value.dims[axis], masks)
         if mask is not None:
             shape = [1] * len(value.shape)

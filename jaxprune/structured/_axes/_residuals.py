@@ -6,10 +6,9 @@ Only what is evaluated once in a call is looked into: the program itself, and bo
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence, Set
 
-from jaxprune.structured._axes._label import REMAT
+from jaxprune._jaxpr._primitives import REMAT, SUMS
 from jaxprune.structured._axes._program import Node, Program, Value
 
-_SUMS = ("add", "add_any")
 _DATA = 1  # the bit of what depends on an argument that is no parameter
 
 
@@ -50,7 +49,7 @@ def find_branches(program: Program, params: Sequence[Value], state: Collection[i
     before = needed(program, (), results)
     found = []
     for node in _sums(program, above):
-        kept, branch = node.ins[node.notes["stream"]], node.ins[1 - node.notes["stream"]]
+        kept, branch = _sides(node)
         if not above[id(branch)] & ~above.get(id(kept), 0) & anything:
             continue  # it reads no parameter that the stream does not depend on
         after = needed(program, (node,), results)
@@ -99,15 +98,22 @@ def _sums(program: Program, above: dict[int, int]) -> Iterator[Node]:
     for node in program.nodes:
         if node.name in REMAT:
             yield from _sums(node.bodies[0], above)
-        if node.name in _SUMS and all(value.shape == node.shapes[0] for value in node.ins):
+        if node.name in SUMS and all(value.shape == node.shapes[0] for value in node.ins):
             first, second = node.ins
             near = [(0, [first], second), (1, [second], first)]
             far = [(stream, addends.get(id(kept), []), branch) for stream, (kept,), branch in near]
             stream = next((stream for stream, origins, branch in near + far if _depends(branch, origins, above)), None)
             addends[id(node.outs[0])] = node.ins
             if stream is not None:
-                node.notes["stream"] = stream
+                node.notes.stream = stream
                 yield node
+
+
+def _sides(node: Node) -> tuple[Value, Value]:
+    """Return the operand of a sum that stays, and the one that is a branch."""
+    stream = node.notes.stream
+    assert stream is not None
+    return node.ins[stream], node.ins[1 - stream]
 
 
 def _depends(value: Value, origins: Sequence[Value], above: dict[int, int]) -> bool:
@@ -124,7 +130,7 @@ def needed(program: Program, dropped: Collection[Node], outs: Sequence[Value]) -
         if not any(id(value) in found for value in node.outs):
             continue
         if node in dropped:
-            found.add(id(node.ins[node.notes["stream"]]))
+            found.add(id(_sides(node)[0]))
         elif node.name in REMAT:
             found |= needed(node.bodies[0], dropped, node.bodies[0].outs)
         else:
@@ -140,7 +146,7 @@ def _made_from(program: Program, start: Set[int], dropped: Node) -> set[int]:
             found |= _made_from(node.bodies[0], found, dropped)
             reached = [id(value) in found for value in node.bodies[0].outs]
         else:
-            ins = [node.ins[node.notes["stream"]]] if node is dropped else node.ins
+            ins = [_sides(node)[0]] if node is dropped else node.ins
             reached = [any(id(value) in found for value in ins)] * len(node.outs)
         found.update(id(value) for value, is_reached in zip(node.outs, reached, strict=True) if is_reached)
     return found
@@ -156,7 +162,8 @@ def without(program: Program, dropped: Collection[Node], outs: Sequence[Value]) 
             continue
         ins = [same_as.get(id(value), value) for value in node.ins]
         if node in dropped:
-            same_as[id(node.outs[0])] = ins[node.notes["stream"]]
+            kept, _ = _sides(node)
+            same_as[id(node.outs[0])] = same_as.get(id(kept), kept)
         elif node.name in REMAT:
             body = without(node.bodies[0], dropped, node.bodies[0].outs)
             read = [id(value) in alive for value in body.ins]
