@@ -253,9 +253,9 @@ def test_a_leaf_without_a_site_is_explained() -> None:
 def test_parameters_of_another_model() -> None:
     sites = find_sites(lambda p, x: x @ p["w"], {"w": normal(3, 2)}, normal(4, 3))
     with pytest.raises(ValueError, match=r"params\['w'\] had shape \(3, 2\) there, but has shape \(3, 5\) here"):
-        sites.check({"w": normal(3, 5)})
+        sites.require_params({"w": normal(3, 5)})
     with pytest.raises(ValueError, match=r"params\['w'\] .* is missing here"):
-        sites.check({"v": normal(3, 2)})
+        sites.require_params({"v": normal(3, 2)})
     with pytest.raises(ValueError, match=r"params\['w'\] has shape \(2, 3\)"):
         sites.sites[0].matrices(normal(2, 3))
     with pytest.raises(ValueError, match=r"seen as matrices of shape \(1, 3, 2\), not \(3, 2\)"):
