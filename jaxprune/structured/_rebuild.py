@@ -93,14 +93,18 @@ def masked(graph: Graph) -> Callable[..., Any]:
 
 def _read_masks(graph: Graph, flat: Tree) -> Masks:
     """Read off what the masks keep: channels and layers of which a weight stays in each member, branches likewise."""
-    masks = dict(zip(flat.paths, flat.leaves, strict=True))
+    masks = dict(zip(flat.paths, map(jnp.asarray, flat.leaves), strict=True))
+    read = {path for block in graph.blocks for path in block.paths}
+    read |= {member.path for group in graph.groups for member in group.members}
+    wanted = {path: shape for path, shape in graph.by_path.items() if path in read}
+    require_shapes("The function", wanted, "masks", flat.shapes, "Make masks by channel_masks(plan, params).")
     branches = [block for block in graph.blocks if not block.members]
     # Branches inside of each other: parameters are a branch's own that are in the fewest.
     inside = {path: [block.name for block in branches if path in block.paths] for path in graph.paths}
     found: Masks = {}
     for block in branches:
         own = min(block.paths, key=lambda path: len(inside[path]))
-        found[block.place] = jnp.any(_mask(graph, masks, own))
+        found[block.place] = jnp.any(masks[own])
     coupled: list[tuple[Var | Node, int, tuple[Member, ...]]] = [
         *((group.var, group.size, group.members) for group in graph.groups),
         *((block.place, block.size, block.members) for block in graph.blocks if block.members),
@@ -109,19 +113,12 @@ def _read_masks(graph: Graph, flat: Tree) -> Masks:
         # Members in a branch that is dropped say nothing; one that is in none says it all.
         telling: dict[tuple[str, ...], jax.Array] = {}
         for member in members:
-            alive = _alive(member, count, _mask(graph, masks, member.path))
+            alive = _alive(member, count, masks[member.path])
             where = tuple(inside[member.path])
             telling[where] = telling[where] & alive if where in telling else alive
         stays = telling[()] if () in telling else functools.reduce(jnp.logical_or, telling.values())
         found[place] = stays | ~jnp.any(stays)
     return found
-
-
-def _mask(graph: Graph, masks: dict[str, Any], path: str) -> jax.Array:
-    shapes = {path: np.shape(mask) for path, mask in masks.items()}
-    remedy = "Make masks by channel_masks(plan, params)."
-    require_shapes("The function", {path: graph.by_path[path]}, "masks", shapes, remedy)
-    return jnp.asarray(masks[path])
 
 
 def _alive(member: Member, count: int, mask: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from jaxprune._tree._paths import Tree, flatten, read_arrays
+from jaxprune._tree._paths import flatten, read_arrays
+from jaxprune._tree._shapes import Shapes
 
-Shapes = dict[str, tuple[int, ...]]
 Axis = tuple[str, int]
 Values = dict[int, int]  # of hyperparameters, by their numbers; what is not named is as given
 
@@ -101,7 +101,7 @@ class _Search:
         }
         made = flatten(jax.eval_shape(lambda: init(**hyperparameters)), "the result of init")
         given = read_arrays(small, "small")
-        search = cls(init, leaves, treedef, names, _shapes(made), _shapes(given))
+        search = cls(init, leaves, treedef, names, made.shapes, given.shapes)
         if search.after.keys() < search.before.keys():
             return cls.start(init, search.shorter(), small)
         made.aligned(given)
@@ -146,7 +146,7 @@ class _Search:
         if key not in self.tried:
             try:
                 made = jax.eval_shape(lambda: self.init(**self.fill(values)))
-                self.tried[key] = _shapes(flatten(made, "the result of init"))
+                self.tried[key] = shapes_of(flatten(made, "the result of init"))
             except Exception as error:  # constructors raise anything where sizes do not fit each other
                 self.tried[key] = error
         found = self.tried[key]
@@ -279,10 +279,6 @@ class _Search:
 
 def _is_integer(leaf: Any) -> bool:
     return type(leaf) is int or isinstance(leaf, np.integer)
-
-
-def _shapes(flat: Tree) -> Shapes:
-    return {path: tuple(np.shape(leaf)) for path, leaf in zip(flat.paths, flat.leaves, strict=True)}
 
 
 def _size(shapes: Shapes, axis: Axis) -> int | None:
