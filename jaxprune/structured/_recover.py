@@ -146,7 +146,7 @@ class _Search:
         if key not in self.tried:
             try:
                 made = jax.eval_shape(lambda: self.init(**self.fill(values)))
-                self.tried[key] = shapes_of(flatten(made, "the result of init"))
+                self.tried[key] = flatten(made, "the result of init").shapes
             except Exception as error:  # constructors raise anything where sizes do not fit each other
                 self.tried[key] = error
         found = self.tried[key]
