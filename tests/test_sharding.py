@@ -12,7 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import rules, scores
+from tests.support.compilation import compiled_for_users
 from tests.support.sharding import operations
+
+pytestmark = pytest.mark.optimised
 
 _MOVES_DATA = {"all-gather", "sort", "all-to-all", "ragged-all-to-all", "collective-permute", "reduce-scatter"}
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -144,7 +147,7 @@ def test_promise_4_no_gather_no_sort_and_only_small_all_reduces(name, kind):
         leaf: jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=NamedSharding(mesh, P("x", "y")))
         for leaf in ("a", "b")
     }
-    found = list(operations(jax.jit(make_for_two(name)).lower(abstract).compile()))
+    found = list(operations(compiled_for_users(jax.jit(make_for_two(name)), abstract)))
     assert not _MOVES_DATA & {operation for operation, _ in found}
     reduced = [size for operation, size in found if operation == "all-reduce"]
     assert 0 < max(reduced) <= 16  # seven counts a pass
@@ -158,7 +161,7 @@ def make_for_two(name):
 def test_the_search_for_operations_finds_them():
     """The test above is worth something: a sort of the same array gathers, and is seen to."""
     abstract = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh_of(AxisType.Auto), P("x", "y")))
-    found = dict(operations(jax.jit(lambda x: jnp.sort(x.ravel())).lower(abstract).compile()))
+    found = dict(operations(compiled_for_users(jax.jit(lambda x: jnp.sort(x.ravel())), abstract)))
     assert {"all-gather", "sort"} & set(found)
     assert max(found.values()) >= 64 * 32 // 8
 

@@ -11,6 +11,7 @@ from jaxprune import rules
 from jaxprune.oneshot._admm import admm
 from jaxprune.oneshot._sparsegpt import sparsegpt
 from tests.support import oracles_oneshot as oracles
+from tests.support.compilation import compiled_for_users
 from tests.support.oneshot_problems import one
 from tests.support.sharding import operations
 
@@ -126,7 +127,7 @@ def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
     np.testing.assert_allclose(pruned["a"]["kernel"], expected, atol=1e-4)
     for tree in (pruned, masks):
         assert tree["a"]["kernel"].sharding.is_equivalent_to(params["a"]["kernel"].sharding, 2)
-    compiled = jax.jit(lambda params, grams: admm(params, grams, k, rule=rule)).lower(params, grams).compile()
+    compiled = compiled_for_users(jax.jit(lambda params, grams: admm(params, grams, k, rule=rule)), params, grams)
     exchanged = [found for found in operations(compiled) if found[0].startswith("all-") or "permute" in found[0]]
     assert {operation for operation, _ in exchanged} == {"all-reduce"}
     assert max(size for _, size in exchanged) <= 16

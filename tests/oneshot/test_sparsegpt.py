@@ -15,6 +15,7 @@ from jaxprune.oneshot._solve import DampingWarning
 from jaxprune.oneshot._sparsegpt import sparsegpt
 from jaxprune.rules._guard import PruningWarning
 from tests.support import oracles_oneshot as oracles
+from tests.support.compilation import compiled_for_users
 from tests.support.oneshot_problems import grams_of, one, params_of
 from tests.support.sharding import operations
 
@@ -265,7 +266,7 @@ def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
 def test_sharded_over_outputs_devices_exchange_a_few_numbers_only(name, kind):
     rule, k = SHARDED[name]
     params, grams = on_mesh(kind, *oracles.problem(32, 64, 19))
-    compiled = jax.jit(functools.partial(sparsegpt, k=k, rule=rule)).lower(params, grams).compile()
+    compiled = compiled_for_users(jax.jit(functools.partial(sparsegpt, k=k, rule=rule)), params, grams)
     sizes = {
         operation: size
         for operation, size in operations(compiled)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxprune._selection import _counts, _largest, _order
 from jaxprune._selection._largest import keep_largest, keep_largest_jointly
+from tests.support.compilation import compiled_for_users
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SUMS = (_largest._sum_in_one, _largest._sum_stacked, _largest._sum_each)
@@ -320,7 +321,7 @@ def test_one_cpu_device_needs_hardly_any_memory():
     removed = jax.eval_shape(lambda: _counts.from_int(0))
     for batch in ((), (0,), (1,)):
         select = functools.partial(_largest._select, batch=batch, magnitude=True, sums=_largest._sum_in_one)
-        compiled = jax.jit(select).lower([(values,)], removed).compile()
+        compiled = compiled_for_users(jax.jit(select), [(values,)], removed)
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * 4 * 1000 * 1000
         assert not MOVES.search(compiled.as_text())
 
@@ -331,7 +332,7 @@ MOVES = re.compile(r"= \S+ (sort|gather|scatter|all-gather|all-to-all|collective
 
 def check_sharded(jitted, oracle_masks, values):
     """The masks of the unsharded arrays, sharded as the values, by all-reduces of counts and nothing else."""
-    compiled = jitted.lower(*values).compile()
+    compiled = compiled_for_users(jitted, *values)
     text = compiled.as_text()
     assert not MOVES.search(text)
     sizes = [
