@@ -14,6 +14,7 @@ import jaxprune
 from jaxprune import rules, scores
 from tests.support.compilation import compiled_for_users
 from tests.support.sharding import operations
+from tests.support.slow import slow_but
 
 pytestmark = pytest.mark.optimised
 
@@ -84,9 +85,7 @@ def test_masks_are_bit_for_bit_those_of_one_device_and_sharded_as_the_parameters
 
 
 @KINDS
-@pytest.mark.parametrize(
-    "name", [name if name in ("std", "n_m") else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
-)
+@pytest.mark.parametrize("name", slow_but(("std", "n_m"), RULES))
 def test_masks_are_the_same_without_jit(name, kind):
     params = shard(PARAMS, kind)
     masks = make(name)(params)

@@ -45,14 +45,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(script: str, arguments: Sequence[str], cache: Path) -> subprocess.Popen[str]:
-    """Start an example as a user would, with nothing installed and compiled programs shared between the processes."""
+    """Start an example as a user would, with nothing installed and on one device."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
         "JAXPRUNE_CACHE": str(cache / "data"),
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / script), *arguments],

@@ -14,6 +14,7 @@ from tests.support import oracles_oneshot as oracles
 from tests.support.compilation import compiled_for_users
 from tests.support.oneshot_problems import one
 from tests.support.sharding import operations
+from tests.support.slow import slow_but
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
@@ -29,7 +30,7 @@ PATTERNS = {
 }
 
 QUICK = ("70 %", "2:4")
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PATTERNS]
+NAMES = slow_but(QUICK, PATTERNS)
 
 
 def solved(method, weights, gram, k, **options):
@@ -113,7 +114,7 @@ def test_errors_say_what_was_asked(options, message):
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["half", pytest.param("2:4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["half"], ["half", "2:4"]))
 def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
     rule, k = PATTERNS[name]
     weights, gram = oracles.problem(32, 64, 13)

@@ -18,6 +18,7 @@ from tests.support import oracles_oneshot as oracles
 from tests.support.compilation import compiled_for_users
 from tests.support.oneshot_problems import grams_of, one, params_of
 from tests.support.sharding import operations
+from tests.support.slow import slow_but
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
@@ -46,7 +47,7 @@ CASES = {
 QUICK = ("inputs that fill no block", "by unit in blocks", "2:4")
 
 
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_small_matrices_are_pruned_as_the_paper_says(case):
     inputs, outputs, rule, k, choose, mask_block, block = CASES[case]
     weights, gram = oracles.problem(inputs, outputs, seed=1)
@@ -248,7 +249,7 @@ SHARDED = {"half": (rules.layer_sparsity, 0.5), "by unit": (rules.row_sparsity, 
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["half", *(pytest.param(n, marks=pytest.mark.slow) for n in ("by unit", "2:4"))])
+@pytest.mark.parametrize("name", slow_but(["half"], SHARDED))
 def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
     rule, k = SHARDED[name]
     weights, gram = oracles.problem(32, 64, 18)
@@ -262,7 +263,7 @@ def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["half", *(pytest.param(n, marks=pytest.mark.slow) for n in ("by unit", "2:4"))])
+@pytest.mark.parametrize("name", slow_but(["half"], SHARDED))
 def test_sharded_over_outputs_devices_exchange_a_few_numbers_only(name, kind):
     rule, k = SHARDED[name]
     params, grams = on_mesh(kind, *oracles.problem(32, 64, 19))

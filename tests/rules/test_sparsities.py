@@ -114,6 +114,7 @@ def test_permuting_the_scores_permutes_the_mask():
     np.testing.assert_array_equal(mask.ravel()[order], other.ravel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [*COUNTED.values(), rules.row_sparsity], ids=[*COUNTED, "row"])
 def test_promise_5_traced_strength_gives_the_same_masks_with_one_compile(rule):
     params = model()

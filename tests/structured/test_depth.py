@@ -29,6 +29,7 @@ from jaxprune.structured import (
     verify,
 )
 from jaxprune.structured._plan import plan_of
+from tests.support.slow import slow_but
 from tests.support.structured_depth import (
     STACK,
     close,
@@ -49,7 +50,7 @@ from tests.support.structured_zoo_sequences import _Transformer
 NETWORKS = ["resnet_eval", "resnet_train", "mobilenet", "transformer", "transformer_scan", "llama", "vit", "mixer"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_but(["resnet_eval", "transformer"], NETWORKS))
 def test_the_shallower_function_equals_the_masked_one(name: str):
     case, graph = traced(name)
     assert graph.blocks

@@ -51,7 +51,7 @@ def test_a_killed_process_is_resumed_by_another_bit_for_bit(tmp_path):
 
     def start() -> subprocess.Popen[bytes]:
         root = Path(resumable.__file__).parents[2]
-        environment = os.environ | {"PYTHONPATH": str(root), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+        environment = os.environ | {"PYTHONPATH": str(root)}
         return subprocess.Popen([sys.executable, resumable.__file__, str(folder)], env=environment)
 
     def newest() -> int:
