@@ -12,6 +12,8 @@ import pytest
 import jaxprune
 from tests.support import two_processes
 
+pytestmark = pytest.mark.optimised
+
 SCRIPT = pathlib.Path(__file__).parent / "support" / "two_processes.py"
 
 

@@ -87,7 +87,9 @@ def saved(out: Path, phase: str) -> dict[str, Any]:
     return {"epoch": epoch, **{name: restored[name] for name in (*items, "progress")}}
 
 
-@pytest.fixture(scope="module", params=["cnn.py", "cnn_nnx.py"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("cnn.py", "cnn_nnx.py")]
+)
 def whole(request: pytest.FixtureRequest, cache: Path) -> tuple[str, Path, str]:
     """Run an example without interruption; returns the script, its folder and what it printed."""
     out = cache / request.param.removesuffix(".py")
@@ -152,7 +154,6 @@ def test_training_and_pruning_take_place(whole: tuple[str, Path, str]) -> None:
 # Resuming
 
 
-@pytest.mark.parametrize("whole", ["cnn.py", pytest.param("cnn_nnx.py", marks=pytest.mark.slow)], indirect=True)
 def test_killed_runs_resume_bit_for_bit(whole: tuple[str, Path, str], cache: Path, tmp_path: Path) -> None:
     script, expected, _ = whole
     out = tmp_path / "run"
@@ -243,6 +244,7 @@ def test_linen_and_nnx_agree_for_the_same_weights(dense: dict[Any, Any]) -> None
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("network", [cnn, cnn_nnx])
 def test_a_restored_state_trains_on_bit_for_bit(network: Any, dense: dict[Any, Any], tmp_path: Path) -> None:
     state, _ = network.train_steps(network.prune(dense[network], 1.0, SGD), IMAGES, LABELS, BATCHES)
@@ -261,6 +263,7 @@ def test_a_restored_state_trains_on_bit_for_bit(network: Any, dense: dict[Any, A
 # Other data
 
 
+@pytest.mark.slow
 def test_downloaded_data_sets_take_the_same_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", "cifar10", "--small", "--epochs", "1", "--ks", "1", "--out", str(tmp_path)]
     with tfds.testing.mock_data(num_examples=128):
@@ -274,6 +277,7 @@ def test_downloaded_data_sets_take_the_same_path(tmp_path: Path, capsys: pytest.
 # The table
 
 
+@pytest.mark.slow
 def test_the_table_is_the_mean_of_the_seeds(cache: Path, tmp_path: Path) -> None:
     options = ["--small", "--epochs", "1", "--ks", "1", "--learning-rate", "0.05"]
     printed = finish(start("sparsity_table.py", [*options, "--seeds", "3", "4", "--out", str(tmp_path)], cache))

@@ -8,6 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import scores
 
+pytestmark = pytest.mark.optimised
+
 KEY = jax.random.key(0)
 
 

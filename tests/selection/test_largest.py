@@ -15,6 +15,8 @@ from jaxprune._selection import _counts, _largest, _order
 from jaxprune._selection._largest import keep_largest, keep_largest_jointly
 from tests.support.compilation import compiled_for_users
 
+pytestmark = pytest.mark.optimised
+
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SUMS = (_largest._sum_in_one, _largest._sum_stacked, _largest._sum_each)
 NAN, INF = np.nan, np.inf

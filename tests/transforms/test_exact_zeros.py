@@ -28,6 +28,8 @@ from tests.support.one_layer import (
     train,
 )
 
+pytestmark = pytest.mark.optimised
+
 # --- Promise 6: exact zeros with every optimizer of optax. ---
 
 # Functions of optax.contrib that are no optimizers; those named scale_by_... are parts of the ones tested.

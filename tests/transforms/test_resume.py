@@ -20,6 +20,8 @@ from tests.support import resumable
 from tests.support.one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step
 from tests.support.resumable import RUNS, STEPS, advance, begin
 
+pytestmark = pytest.mark.optimised
+
 
 def save_and_restore(folder: Path, saved: Any, like: Any) -> Any:
     """Write a tree and read it back, knowing shapes and dtypes only, as another process would."""
