@@ -75,7 +75,7 @@ def assert_sharded_as(found, like):
 
 
 @KINDS
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", slow_but(("std", "n_m"), RULES))
 def test_masks_are_bit_for_bit_those_of_one_device_and_sharded_as_the_parameters(name, kind):
     params = shard(PARAMS, kind)
     masks = jax.jit(make(name))(params)

@@ -67,6 +67,7 @@ def test_counts_are_the_rules_and_the_weights_the_best_under_the_mask(name):
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_independent_inputs_leave_nothing_to_make_up_so_the_smallest_contributions_go():
     """With a diagonal Gram matrix the best mask is known: it keeps the largest ``|w| ||x||``."""
     weights, _ = oracles.problem(24, 16, 8)
@@ -84,6 +85,7 @@ def test_more_steps_find_a_better_mask():
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_stacks_traced_strengths_and_bad_entries():
     problems = [oracles.problem(16, 8, seed) for seed in (10, 11)]
     weights, grams = (np.stack(arrays) for arrays in zip(*problems, strict=True))

@@ -151,7 +151,7 @@ def test_a_block_of_a_resnet():
     assert rebuild(graph, plan)({**small, "batch_stats": outputs["batch_stats"]}, *case.inputs).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["resnet_train", "mixer", "transformer_scan"])
+@pytest.mark.parametrize("name", slow_but(["mixer"], ["resnet_train", "mixer", "transformer_scan"]))
 def test_gradients_equal_those_of_the_masked_function(name: str):
     case, graph = traced(name)
     plan = one_each(graph)[0]
@@ -166,7 +166,7 @@ def test_gradients_equal_those_of_the_masked_function(name: str):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gone))
 
 
-@pytest.mark.parametrize("name", ["transformer", "transformer_scan", "resnet_eval"])
+@pytest.mark.parametrize("name", slow_but(["transformer"], ["transformer", "transformer_scan", "resnet_eval"]))
 def test_layers_and_channels_together(name: str):
     case, graph = traced(name)
     depth, width = one_each(graph)[-1], select_channels(graph, case.params, 0.5)
