@@ -138,6 +138,7 @@ def test_scores_are_those_of_one_device_and_sharded_as_the_parameters(kind, jitt
         assert_sharded_as(tree, params)
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("name", ["layer", "global"])
 def test_promise_4_no_gather_no_sort_and_only_small_all_reduces(name, kind):

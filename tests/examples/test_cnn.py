@@ -208,6 +208,7 @@ def masks_of(state: Any) -> Any:
     return jaxprune.masks_in(state.opt_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [cnn, cnn_nnx])
 def test_dense_training_and_every_k_share_one_compilation(network: Any, dense: dict[Any, Any]) -> None:
     before = len(TRACES)
