@@ -41,6 +41,7 @@ def test_invert_removes_what_was_kept():
     assert not invert(A)["dense"]["bias"].any()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_the_laws_of_sets_hold(data):
@@ -102,6 +103,7 @@ def test_masks_of_different_parameters_are_refused(operation, a, b, message):
         operation(a, b)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(mask=BOOLS)
 def test_bits_are_packed_as_numpy_packs_them_and_come_back(mask):
@@ -120,6 +122,7 @@ def test_packing_works_under_jit_and_for_trees_of_other_classes():
     assert kernel(found) == kernel(A)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_algebra_of_sharded_masks_keeps_their_sharding(kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprune import apply_masks, make_masks, rules, sparsity
+from tests.support.compilation import compiled_for_users
 
-pytestmark = pytest.mark.filterwarnings("ignore::jaxprune.rules.PruningWarning")
+pytestmark = [pytest.mark.optimised, pytest.mark.filterwarnings("ignore::jaxprune.rules.PruningWarning")]
 
 RULES = [rules.std_threshold, rules.mean_threshold, rules.max_threshold, rules.absolute_threshold]
 CAPPED = functools.partial(rules.std_threshold, max_sparsity=0.4)
@@ -42,6 +43,7 @@ def shard(params: dict, axis_type: AxisType) -> dict:
     return jax.tree.map(jax.device_put, params, shardings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis_type", "run", "rule", "mean", "stacked"),
     [
@@ -85,13 +87,15 @@ def test_a_nan_on_one_device_leaves_the_others_alone(axis_type: AxisType) -> Non
     assert 0.3 < float(sparsity(masks)) < 0.7
 
 
+@pytest.mark.slow
 def test_no_gather_on_the_way_to_a_threshold() -> None:
     """Promise 4: devices exchange a few numbers each, never the weights."""
-    text = jax.jit(make_masks).lower(shard(weights(), AxisType.Auto), 0.7).compile().as_text()
+    text = compiled_for_users(jax.jit(make_masks), shard(weights(), AxisType.Auto), 0.7).as_text()
     assert "all-gather" not in text
     assert "all-reduce" in text
 
 
+@pytest.mark.slow
 def test_export_for_every_platform() -> None:
     """Promise 10: make_masks with a traced k, and apply_masks, lowered for cpu, cuda and tpu, saved and read again."""
     params = weights()

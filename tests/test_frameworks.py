@@ -133,6 +133,7 @@ def test_trees_of_classes_go_through_jit(holder: str) -> None:
     chex.assert_trees_all_equal(kernels(pruned), PRUNED)
 
 
+@pytest.mark.slow
 @every_holder
 def test_the_same_figures(make: Callable, kernels: Callable) -> None:
     params = make()
@@ -144,6 +145,7 @@ def test_the_same_figures(make: Callable, kernels: Callable) -> None:
     assert [row.kept for row in summary.rows if row.prunable] == [int(mask.sum()) for mask in EXPECTED]
 
 
+@pytest.mark.slow
 @every_holder
 def test_one_k_for_each_layer_and_the_joint_threshold(make: Callable, kernels: Callable) -> None:
     """A tree prefix of any class fits, and rules that look at all layers see the same weights."""

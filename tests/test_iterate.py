@@ -113,6 +113,7 @@ class Linen(nn.Module):
         return nn.BatchNorm(use_running_average=False, momentum=self.momentum)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_linen_batch_norm(momentum, scale):

@@ -188,6 +188,7 @@ def test_k_may_be_traced_and_one_compilation_serves_a_sweep() -> None:
     assert len(traces) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 @pytest.mark.filterwarnings("ignore::jaxprune.rules.PruningWarning")
 def test_vmap_over_k_and_scan(rule: Callable) -> None:

@@ -12,6 +12,8 @@ import pytest
 import jaxprune
 from tests.support import two_processes
 
+pytestmark = pytest.mark.optimised
+
 SCRIPT = pathlib.Path(__file__).parent / "support" / "two_processes.py"
 
 
@@ -24,7 +26,7 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_two_processes_make_the_masks_of_one():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]),
     }

@@ -12,6 +12,7 @@ import jaxprune
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_python_blocks_run_in_order_and_keep_pruned_weights_at_zero(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one of them saves a file
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -48,6 +48,7 @@ def read(path):
     return reader
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_summary_and_loads_nothing(tmp_path):
     summary = jaxprune.report(tmp_path / "page.html", PARAMS, MASKS, sensitivity=CURVES, history=HISTORY)
     assert summary == jaxprune.summarize(PARAMS, MASKS)

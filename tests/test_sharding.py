@@ -12,7 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import rules, scores
+from tests.support.compilation import compiled_for_users
 from tests.support.sharding import operations
+from tests.support.slow import slow_but
+
+pytestmark = pytest.mark.optimised
 
 _MOVES_DATA = {"all-gather", "sort", "all-to-all", "ragged-all-to-all", "collective-permute", "reduce-scatter"}
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -71,7 +75,7 @@ def assert_sharded_as(found, like):
 
 
 @KINDS
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", slow_but(("std", "n_m"), RULES))
 def test_masks_are_bit_for_bit_those_of_one_device_and_sharded_as_the_parameters(name, kind):
     params = shard(PARAMS, kind)
     masks = jax.jit(make(name))(params)
@@ -81,9 +85,7 @@ def test_masks_are_bit_for_bit_those_of_one_device_and_sharded_as_the_parameters
 
 
 @KINDS
-@pytest.mark.parametrize(
-    "name", [name if name in ("std", "n_m") else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
-)
+@pytest.mark.parametrize("name", slow_but(("std", "n_m"), RULES))
 def test_masks_are_the_same_without_jit(name, kind):
     params = shard(PARAMS, kind)
     masks = make(name)(params)
@@ -136,6 +138,7 @@ def test_scores_are_those_of_one_device_and_sharded_as_the_parameters(kind, jitt
         assert_sharded_as(tree, params)
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("name", ["layer", "global"])
 def test_promise_4_no_gather_no_sort_and_only_small_all_reduces(name, kind):
@@ -144,7 +147,7 @@ def test_promise_4_no_gather_no_sort_and_only_small_all_reduces(name, kind):
         leaf: jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=NamedSharding(mesh, P("x", "y")))
         for leaf in ("a", "b")
     }
-    found = list(operations(jax.jit(make_for_two(name)).lower(abstract).compile()))
+    found = list(operations(compiled_for_users(jax.jit(make_for_two(name)), abstract)))
     assert not _MOVES_DATA & {operation for operation, _ in found}
     reduced = [size for operation, size in found if operation == "all-reduce"]
     assert 0 < max(reduced) <= 16  # seven counts a pass
@@ -158,7 +161,7 @@ def make_for_two(name):
 def test_the_search_for_operations_finds_them():
     """The test above is worth something: a sort of the same array gathers, and is seen to."""
     abstract = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh_of(AxisType.Auto), P("x", "y")))
-    found = dict(operations(jax.jit(lambda x: jnp.sort(x.ravel())).lower(abstract).compile()))
+    found = dict(operations(compiled_for_users(jax.jit(lambda x: jnp.sort(x.ravel())), abstract)))
     assert {"all-gather", "sort"} & set(found)
     assert max(found.values()) >= 64 * 32 // 8
 

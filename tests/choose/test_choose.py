@@ -102,6 +102,7 @@ def cost_and_share(ks):
     return sum(at), (300 * gone[0] + 100 * gone[1]) / 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [0.0, 0.1, 0.125, 0.425, 0.6, 0.8, 0.825])
 def test_allocate_reaches_the_total_at_the_least_cost(total):
     prefix = jaxprune.choose.allocate(CURVES, total)
@@ -178,6 +179,7 @@ def test_the_largest_k_within_a_drop():
     assert kept_share(jaxprune.apply_masks(LINE, above)) < 0.7
 
 
+@pytest.mark.slow
 def test_scores_of_your_own_are_arguments_of_one_program():
     # Signed scores remove the other end first: 100 goes before 1.
     scores = {"kernel": -LINE["kernel"]}

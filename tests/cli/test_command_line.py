@@ -128,6 +128,7 @@ def test_summarize_shows_what_is_kept(model, tmp_path, capsys):
     assert f"{found['dense_bytes'] / found['bytes']:.2f} times smaller" in printed
 
 
+@pytest.mark.slow
 def test_report_writes_a_page(model, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert run("prune", model, tmp_path / "out", "--rule", "layer_sparsity", "--k", "0.75") == 0
@@ -241,6 +242,7 @@ def test_a_rule_that_the_guard_held_back_warns_once(model, tmp_path, capsys):
     assert all(row.kept == 1 for row in storage.summarize_file(tmp_path / "out").tensors if row.kept < row.size)
 
 
+@pytest.mark.slow
 def test_the_module_runs_and_stops_quietly_when_nobody_reads(model):
     command = [sys.executable, "-m", "jaxprune", "summarize", str(model)]
     root = Path(jaxprune.__file__).parents[1]

@@ -45,13 +45,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(script: str, arguments: Sequence[str], cache: Path) -> subprocess.Popen[str]:
-    """Start an example as a user would, with nothing installed and compiled programs shared between the processes."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
+    """Start an example as a user would, with nothing installed and on one device."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
         "JAXPRUNE_CACHE": str(cache / "data"),
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / script), *arguments],
@@ -89,7 +87,9 @@ def saved(out: Path, phase: str) -> dict[str, Any]:
     return {"epoch": epoch, **{name: restored[name] for name in (*items, "progress")}}
 
 
-@pytest.fixture(scope="module", params=["cnn.py", "cnn_nnx.py"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("cnn.py", "cnn_nnx.py")]
+)
 def whole(request: pytest.FixtureRequest, cache: Path) -> tuple[str, Path, str]:
     """Run an example without interruption; returns the script, its folder and what it printed."""
     out = cache / request.param.removesuffix(".py")
@@ -154,7 +154,6 @@ def test_training_and_pruning_take_place(whole: tuple[str, Path, str]) -> None:
 # Resuming
 
 
-@pytest.mark.parametrize("whole", ["cnn.py", pytest.param("cnn_nnx.py", marks=pytest.mark.slow)], indirect=True)
 def test_killed_runs_resume_bit_for_bit(whole: tuple[str, Path, str], cache: Path, tmp_path: Path) -> None:
     script, expected, _ = whole
     out = tmp_path / "run"
@@ -209,6 +208,7 @@ def masks_of(state: Any) -> Any:
     return jaxprune.masks_in(state.opt_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [cnn, cnn_nnx])
 def test_dense_training_and_every_k_share_one_compilation(network: Any, dense: dict[Any, Any]) -> None:
     before = len(TRACES)
@@ -245,6 +245,7 @@ def test_linen_and_nnx_agree_for_the_same_weights(dense: dict[Any, Any]) -> None
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("network", [cnn, cnn_nnx])
 def test_a_restored_state_trains_on_bit_for_bit(network: Any, dense: dict[Any, Any], tmp_path: Path) -> None:
     state, _ = network.train_steps(network.prune(dense[network], 1.0, SGD), IMAGES, LABELS, BATCHES)
@@ -263,6 +264,7 @@ def test_a_restored_state_trains_on_bit_for_bit(network: Any, dense: dict[Any, A
 # Other data
 
 
+@pytest.mark.slow
 def test_downloaded_data_sets_take_the_same_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", "cifar10", "--small", "--epochs", "1", "--ks", "1", "--out", str(tmp_path)]
     with tfds.testing.mock_data(num_examples=128):
@@ -276,6 +278,7 @@ def test_downloaded_data_sets_take_the_same_path(tmp_path: Path, capsys: pytest.
 # The table
 
 
+@pytest.mark.slow
 def test_the_table_is_the_mean_of_the_seeds(cache: Path, tmp_path: Path) -> None:
     options = ["--small", "--epochs", "1", "--ks", "1", "--learning-rate", "0.05"]
     printed = finish(start("sparsity_table.py", [*options, "--seeds", "3", "4", "--out", str(tmp_path)], cache))

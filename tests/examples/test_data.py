@@ -202,6 +202,7 @@ print(hashlib.sha256(b"".join(array.tobytes() for array in digits[2:])).hexdiges
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [None, truncate], ids=["missing", "damaged"])
 def test_processes_that_build_at_the_same_time_all_succeed(
     damage: Callable[[Path], None] | None, prepared: Path, tmp_path: Path
@@ -234,6 +235,7 @@ def test_processes_that_build_at_the_same_time_all_succeed(
     assert_same(data.load("digits", tmp_path), data.load("digits", prepared))
 
 
+@pytest.mark.slow
 def test_building_and_reading_digits_imports_no_tensorflow(tmp_path: Path) -> None:
     code = """
 import sys

@@ -11,8 +11,10 @@ from jaxprune import rules
 from jaxprune.oneshot._admm import admm
 from jaxprune.oneshot._sparsegpt import sparsegpt
 from tests.support import oracles_oneshot as oracles
+from tests.support.compilation import compiled_for_users
 from tests.support.oneshot_problems import one
 from tests.support.sharding import operations
+from tests.support.slow import slow_but
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
@@ -28,7 +30,7 @@ PATTERNS = {
 }
 
 QUICK = ("70 %", "2:4")
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PATTERNS]
+NAMES = slow_but(QUICK, PATTERNS)
 
 
 def solved(method, weights, gram, k, **options):
@@ -65,6 +67,7 @@ def test_counts_are_the_rules_and_the_weights_the_best_under_the_mask(name):
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_independent_inputs_leave_nothing_to_make_up_so_the_smallest_contributions_go():
     """With a diagonal Gram matrix the best mask is known: it keeps the largest ``|w| ||x||``."""
     weights, _ = oracles.problem(24, 16, 8)
@@ -82,6 +85,7 @@ def test_more_steps_find_a_better_mask():
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_stacks_traced_strengths_and_bad_entries():
     problems = [oracles.problem(16, 8, seed) for seed in (10, 11)]
     weights, grams = (np.stack(arrays) for arrays in zip(*problems, strict=True))
@@ -112,7 +116,7 @@ def test_errors_say_what_was_asked(options, message):
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["half", pytest.param("2:4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["half"], ["half", "2:4"]))
 def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
     rule, k = PATTERNS[name]
     weights, gram = oracles.problem(32, 64, 13)
@@ -126,7 +130,7 @@ def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
     np.testing.assert_allclose(pruned["a"]["kernel"], expected, atol=1e-4)
     for tree in (pruned, masks):
         assert tree["a"]["kernel"].sharding.is_equivalent_to(params["a"]["kernel"].sharding, 2)
-    compiled = jax.jit(lambda params, grams: admm(params, grams, k, rule=rule)).lower(params, grams).compile()
+    compiled = compiled_for_users(jax.jit(lambda params, grams: admm(params, grams, k, rule=rule)), params, grams)
     exchanged = [found for found in operations(compiled) if found[0].startswith("all-") or "permute" in found[0]]
     assert {operation for operation, _ in exchanged} == {"all-reduce"}
     assert max(size for _, size in exchanged) <= 16

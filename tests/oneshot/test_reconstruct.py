@@ -15,6 +15,7 @@ import jaxprune
 from jaxprune import rules
 from jaxprune.oneshot._reconstruct import reconstruct
 from tests.support import oracles_oneshot as oracles
+from tests.support.compilation import compiled_for_users
 from tests.support.oneshot_problems import grams_of, one, params_of
 from tests.support.sharding import operations
 
@@ -30,6 +31,7 @@ def random_mask(shape, seed, kept=0.5):
     return np.random.default_rng(seed).random(shape) < kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0.05, 0.5, 0.95])
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.3])
 def test_it_equals_the_closed_form_of_every_unit(kept, damping):
@@ -42,6 +44,7 @@ def test_it_equals_the_closed_form_of_every_unit(kept, damping):
     assert not np.signbit(found[~mask]).any()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kept=st.floats(0, 1), steps=st.sampled_from([0, 5]))
 def test_more_steps_never_lose_more_and_no_step_loses_more_than_the_mask_alone(seed, kept, steps):
@@ -110,6 +113,7 @@ def test_every_matrix_of_a_stack_and_only_leaves_that_lost_weights_are_solved():
     np.testing.assert_array_equal(found["b"]["kernel"], params["b"]["kernel"])
 
 
+@pytest.mark.slow
 def test_it_improves_every_rule_and_works_under_jit_and_in_bfloat16():
     weights, gram = oracles.problem(32, 16, 12)
     params, grams = one(jnp.asarray(weights, jnp.bfloat16), gram)
@@ -144,6 +148,7 @@ def test_errors_say_what_was_asked_and_where(change, message):
         reconstruct(params, given_.pop("masks"), grams, **given_)
 
 
+@pytest.mark.slow
 @KINDS
 def test_sharded_over_outputs_devices_exchange_one_number_a_step(kind):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
@@ -155,6 +160,6 @@ def test_sharded_over_outputs_devices_exchange_one_number_a_step(kind):
     found = reconstruct(params, masks, grams)["a"]["kernel"]
     np.testing.assert_allclose(found, solved(weights, mask, gram), atol=1e-5)
     assert found.sharding.is_equivalent_to(params["a"]["kernel"].sharding, 2)
-    compiled = jax.jit(reconstruct).lower(params, masks, grams).compile()
+    compiled = compiled_for_users(jax.jit(reconstruct), params, masks, grams)
     exchanged = {operation: size for operation, size in operations(compiled) if operation.startswith("all-")}
     assert exchanged == {"all-reduce": 1}  # whether all units have converged

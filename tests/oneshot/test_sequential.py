@@ -63,6 +63,7 @@ def anew_before_every_layer(fn: Callable[..., Any], params: Any, method: Any, na
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [halve, HALF], ids=["halve", "sparsegpt"])
 def test_equals_calibrating_anew_before_every_layer(method: Any) -> None:
     found, masks = sequential(perceptron, weights(), BATCHES, method, target="current")
@@ -115,6 +116,7 @@ def test_dense_target_makes_up_for_earlier_layers() -> None:
     assert two_streams < 0.9 * at_once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["dense", "current"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_layers_of_a_scan_are_pruned_one_after_the_other(target: Any, reverse: bool) -> None:
@@ -143,6 +145,7 @@ def test_layers_of_a_scan_are_pruned_one_after_the_other(target: Any, reverse: b
     assert masks["layers"]["kernel"].mean(axis=(1, 2)).tolist() == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_parts_of_a_fused_parameter_casts_and_calls() -> None:
     params = {"qkv": {"kernel": normal(6, 12)}, "out": {"kernel": normal(4, 6)}, "down": {"kernel": normal(6, 3)}}
 

@@ -15,8 +15,10 @@ from jaxprune.oneshot._solve import DampingWarning
 from jaxprune.oneshot._sparsegpt import sparsegpt
 from jaxprune.rules._guard import PruningWarning
 from tests.support import oracles_oneshot as oracles
+from tests.support.compilation import compiled_for_users
 from tests.support.oneshot_problems import grams_of, one, params_of
 from tests.support.sharding import operations
+from tests.support.slow import slow_but
 
 KINDS = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
@@ -45,7 +47,7 @@ CASES = {
 QUICK = ("inputs that fill no block", "by unit in blocks", "2:4")
 
 
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_small_matrices_are_pruned_as_the_paper_says(case):
     inputs, outputs, rule, k, choose, mask_block, block = CASES[case]
     weights, gram = oracles.problem(inputs, outputs, seed=1)
@@ -70,6 +72,7 @@ def test_large_matrices_lose_as_little_as_in_float64(rule):
     assert (mask != expected_mask).mean() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0.0, 0.333, 0.98])
 def test_counts_are_exact_whatever_the_blocks(k):
     weights, gram = oracles.problem(70, 31, seed=3)
@@ -80,6 +83,7 @@ def test_counts_are_exact_whatever_the_blocks(k):
     np.testing.assert_array_equal((~mask).sum(0), round(k * 70))
 
 
+@pytest.mark.slow
 def test_the_default_mask_block_loses_less_than_one_choice_for_all():
     weights, gram = oracles.problem(256, 64, seed=4)
     losses = [
@@ -89,12 +93,14 @@ def test_the_default_mask_block_loses_less_than_one_choice_for_all():
     assert losses == sorted(losses)
 
 
+@pytest.mark.slow
 def test_what_makes_up_beats_the_same_mask_alone():
     weights, gram = oracles.problem(128, 64, seed=5)
     found, mask = solved(weights, gram, 0.5)
     assert oracles.loss(found, weights, gram) < 0.8 * oracles.loss(np.where(mask, weights, 0), weights, gram)
 
 
+@pytest.mark.slow
 def test_each_matrix_of_a_stack_is_pruned_by_itself_with_its_own_strength():
     problems = [oracles.problem(24, 16, seed) for seed in range(3)]
     weights, grams = (np.stack(arrays) for arrays in zip(*problems, strict=True))
@@ -107,6 +113,7 @@ def test_each_matrix_of_a_stack_is_pruned_by_itself_with_its_own_strength():
         np.testing.assert_allclose(found[n], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_large_stacks_go_one_by_one_and_come_out_the_same(monkeypatch):
     problems = [oracles.problem(24, 16, seed) for seed in range(3)]
     weights, grams = (np.stack(arrays) for arrays in zip(*problems, strict=True))
@@ -118,6 +125,7 @@ def test_large_stacks_go_one_by_one_and_come_out_the_same(monkeypatch):
     np.testing.assert_allclose(side_by_side, one_by_one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_strengths_may_be_a_tree_prefix_and_traced():
     (first, gram), (second, other) = oracles.problem(16, 8, 6), oracles.problem(8, 8, 7)
     params, grams = params_of(a=first, b=second), grams_of({"a": first, "b": second}, {"a": gram, "b": other})
@@ -247,7 +255,7 @@ SHARDED = {"half": (rules.layer_sparsity, 0.5), "by unit": (rules.row_sparsity, 
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["half", *(pytest.param(n, marks=pytest.mark.slow) for n in ("by unit", "2:4"))])
+@pytest.mark.parametrize("name", slow_but(["half"], SHARDED))
 def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
     rule, k = SHARDED[name]
     weights, gram = oracles.problem(32, 64, 18)
@@ -261,11 +269,11 @@ def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):
 
 
 @KINDS
-@pytest.mark.parametrize("name", ["half", *(pytest.param(n, marks=pytest.mark.slow) for n in ("by unit", "2:4"))])
+@pytest.mark.parametrize("name", slow_but(["half"], SHARDED))
 def test_sharded_over_outputs_devices_exchange_a_few_numbers_only(name, kind):
     rule, k = SHARDED[name]
     params, grams = on_mesh(kind, *oracles.problem(32, 64, 19))
-    compiled = jax.jit(functools.partial(sparsegpt, k=k, rule=rule)).lower(params, grams).compile()
+    compiled = compiled_for_users(jax.jit(functools.partial(sparsegpt, k=k, rule=rule)), params, grams)
     sizes = {
         operation: size
         for operation, size in operations(compiled)

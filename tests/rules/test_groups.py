@@ -123,6 +123,7 @@ def test_channels_of_stacked_layers_are_chosen_layer_by_layer():
     np.testing.assert_array_equal(masks["kernel"], jnp.stack(single))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7, 9), (3, 3, 5, 6)])
 @pytest.mark.parametrize("block", [(2, 2), (3, 1), (4, 16)])
 def test_blocks_of_uneven_size_go_whole(shape, block):
@@ -152,6 +153,7 @@ def test_blocks_may_be_scored_by_their_largest_weight():
     assert jaxprune.make_masks({"kernel": weights}, 1 / 3, rule=rule)["kernel"].tolist() == [[False] * 2 + [True] * 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inner",
     [rules.std_threshold, rules.global_sparsity, rules.erk_sparsity, rules.layer_sparsity],

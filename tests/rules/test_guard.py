@@ -128,6 +128,7 @@ def test_no_warning_without_a_cause_or_under_jit() -> None:
 CAPS = [(0.0, 100), (0.29, 71), (0.5, 50), (0.57, 43), (0.999, 2), (1.0, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "dtype", "run", "max_sparsity", "kept"),
     [(rules.std_threshold, jnp.float32, lambda f: f, *cap) for cap in CAPS]

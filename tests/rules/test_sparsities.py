@@ -71,6 +71,7 @@ def test_promise_3_ties_keep_the_lower_index_and_the_earlier_leaf():
     assert masks["b"]["kernel"].ravel().tolist() == [True] + [False] * 5
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     values=st.lists(st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0, 2.0]), min_size=48, max_size=48),
@@ -114,6 +115,7 @@ def test_permuting_the_scores_permutes_the_mask():
     np.testing.assert_array_equal(mask.ravel()[order], other.ravel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [*COUNTED.values(), rules.row_sparsity], ids=[*COUNTED, "row"])
 def test_promise_5_traced_strength_gives_the_same_masks_with_one_compile(rule):
     params = model()
@@ -131,6 +133,7 @@ def test_promise_5_traced_strength_gives_the_same_masks_with_one_compile(rule):
     chex.assert_trees_all_equal(jax.tree.map(lambda m: m[1], over_ks), traced(params, 0.5))
 
 
+@pytest.mark.slow
 def test_row_sparsity_removes_the_same_count_of_every_output_unit():
     params = model() | {"weight": jax.random.normal(KEY, (5, 8))}  # Equinox keeps (out, in)
     masks = jaxprune.make_masks(params, 0.5, rule=rules.row_sparsity)
@@ -141,6 +144,7 @@ def test_row_sparsity_removes_the_same_count_of_every_output_unit():
     assert (~other["a"]["kernel"]).sum(1).tolist() == [4] * 6
 
 
+@pytest.mark.slow
 def test_row_sparsity_of_attention_projections_is_per_head_and_unit():
     params = {"query": {"kernel": jax.random.normal(KEY, (8, 2, 4))}, "out": {"kernel": jnp.ones((2, 4, 8))}}
     masks = jaxprune.make_masks(params, 0.5, rule=rules.row_sparsity)
@@ -148,6 +152,7 @@ def test_row_sparsity_of_attention_projections_is_per_head_and_unit():
     assert (~masks["out"]["kernel"]).sum((0, 1)).tolist() == [4] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", COUNTED.values(), ids=COUNTED)
 def test_stacked_layers_are_pruned_one_by_one(rule):
     layers = [jax.random.normal(jax.random.fold_in(KEY, i), (4, 6)) * (1 + i) for i in range(3)]
@@ -164,6 +169,7 @@ def test_stacked_layers_are_pruned_one_by_one(rule):
     assert removed(masks) == removed(expected)
 
 
+@pytest.mark.slow
 def test_a_global_rule_at_99_percent_wipes_out_no_layer():
     """JaxPruner's normalised global magnitude keeps 0 of the 90,000 weights of the first layer here."""
     keys = jax.random.split(KEY, 3)
@@ -182,6 +188,7 @@ def test_a_global_rule_at_99_percent_wipes_out_no_layer():
     assert [int(mask.sum()) >= 450 for mask in jax.tree.leaves(capped)] == [True] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["global", "erk"])
 @pytest.mark.parametrize("jitted", [False, True])
 def test_max_sparsity_holds_in_every_layer_with_the_total_exact(name, jitted):
@@ -194,6 +201,7 @@ def test_max_sparsity_holds_in_every_layer_with_the_total_exact(name, jitted):
         assert removed(masks[n]) <= math.floor(0.75 * size)
 
 
+@pytest.mark.slow
 def test_erk_shares_follow_the_paper():
     """Evci et al. 2020: density e (sum of dims) / (product of dims); layers above 1 are whole."""
     shapes = {"a": (3, 3, 1, 8), "b": (3, 3, 8, 16), "c": (64, 32), "d": (32, 10)}

@@ -89,6 +89,7 @@ def test_masks_equal_the_oracle(rule: Rule, dtype: jnp.dtype) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 0.8, 3.0])
 def test_a_large_layer_equals_the_oracle(mean: float) -> None:
     weights = jnp.asarray(np.random.default_rng(0).normal(mean, 1.0, (1000, 5000)), jnp.float32)

@@ -29,6 +29,7 @@ def test_lamp_equation(w):
     np.testing.assert_allclose(scores.lamp([w])[0], lamp_oracle(w), rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.slow
 @given(arrays((5, 7)), st.integers(0, 34))
 @settings(deadline=None, max_examples=20)
 def test_lamp_ranks_a_layer_as_magnitude_does(w, removed):

@@ -8,6 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import scores
 
+pytestmark = pytest.mark.optimised
+
 KEY = jax.random.key(0)
 
 
@@ -28,6 +30,7 @@ SHARDED = [
 WITH_MESHES = pytest.mark.parametrize("mesh", meshes(), ids=["auto", "explicit"])
 
 
+@pytest.mark.slow
 @WITH_MESHES
 @pytest.mark.parametrize("score", [row[1] for row in SHARDED], ids=[row[0] for row in SHARDED])
 def test_scores_are_sharded_as_the_parameters(mesh, score):

@@ -80,6 +80,7 @@ def synflow_oracle(kernels, sparsity, rounds):
     return masks
 
 
+@pytest.mark.slow
 def test_one_round_of_synflow_is_one_shot():
     params = random_net((5, 4))
     [mask] = oneshot.synflow_masks(relu_net, params, jnp.ones((1, 5)), 0.3, rounds=1)
@@ -95,6 +96,7 @@ class Net(nnx.Module):
         return self.second(nnx.relu(self.first(x)))
 
 
+@pytest.mark.slow
 def test_synflow_masks_of_an_nnx_state_follow_the_algorithm_under_jit():
     graph, state = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
 

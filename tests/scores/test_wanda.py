@@ -26,6 +26,7 @@ def test_wanda_multiplies_magnitudes_with_norms_of_inputs():
     np.testing.assert_allclose(scores.wanda(params, norms)["kernel"], [[5.0, 10.0], [6.5, -np.inf]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_wanda_prefers_a_small_weight_on_a_large_input():
     """The planted outlier feature that magnitude does not see."""
     params = {"kernel": jnp.asarray(normal(16, 8))}
@@ -64,6 +65,7 @@ def test_ria_survives_units_without_weights_and_nan():
     assert np.isfinite(np.delete(found.ravel(), 0)).all()
 
 
+@pytest.mark.slow
 def test_convolutions_attention_and_tables_are_scored_in_their_own_layout():
     class Model(nn.Module):
         @nn.compact
@@ -117,6 +119,7 @@ def test_obs_scores_are_what_the_loss_becomes_when_one_weight_goes_and_the_other
         assert found[i, j] == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_allocation_removes_more_where_less_is_lost_and_the_exact_total():
     """The first layer's inputs are nearly copies of each other, so its weights can stand in for one another."""
     first, _ = oracles.problem(32, 16, 3)
@@ -133,6 +136,7 @@ def test_allocation_removes_more_where_less_is_lost_and_the_exact_total():
     assert total == round(0.5 * (first.size + second.size))
 
 
+@pytest.mark.slow
 def test_allocation_gives_stacked_layers_their_own_and_stops_at_max_sparsity():
     losses = np.stack([np.linspace(1, 2, 16), np.linspace(3, 4, 16)]).reshape(2, 4, 4).astype(np.float32)
     params = {"layers": {"kernel": jnp.ones((2, 4, 4))}}

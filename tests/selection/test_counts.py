@@ -42,6 +42,7 @@ def test_python_floats_are_floored_as_written(k, n, removed):
     assert ints(_counts.floored(k, n)) == [removed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize(("count", "oracle"), [(_counts.rounded, round), (_counts.floored, math.floor)])
 def test_traced_float32_is_exact(count, oracle, n):

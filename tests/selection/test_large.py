@@ -24,6 +24,7 @@ def value(count):
     return np.asarray(count.high).astype(object) * 2**32 + np.asarray(count.low).astype(object)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [rules.layer_sparsity, rules.global_sparsity, rules.erk_sparsity, rules.row_sparsity, rules.std_threshold],
@@ -55,6 +56,7 @@ def test_counts_to_remove_are_exact_beyond_32_bits(n):
     assert value(jax.jit(_counts.rounded, static_argnums=1)(jnp.asarray(traced), n)).tolist() == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(k=st.floats(0, 1, width=32), n=st.integers(2**31, 2**44))
 def test_a_traced_sparsity_is_taken_at_its_word(k, n):
@@ -75,6 +77,7 @@ def test_a_mask_is_counted_exactly_beyond_32_bits():
     assert (count.high.shape, count.low.dtype) == ((), jnp.uint32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (0,)])
 def test_positions_of_several_words_break_ties_by_row_major_index(monkeypatch, batch):
     """As for arrays with more entries than a word can number: here every axis has a word of its own."""

@@ -13,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxprune._selection import _counts, _largest, _order
 from jaxprune._selection._largest import keep_largest, keep_largest_jointly
+from tests.support.compilation import compiled_for_users
+
+pytestmark = pytest.mark.optimised
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 SUMS = (_largest._sum_in_one, _largest._sum_stacked, _largest._sum_each)
@@ -86,6 +89,7 @@ def test_equals_stable_sort(dtype, magnitude):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(0,), (0, 2), (0, 1, 2)])
 def test_every_pool_by_itself(batch):
     shape = (4, 6, 5)
@@ -98,6 +102,7 @@ def test_every_pool_by_itself(batch):
         np.testing.assert_array_equal(mask, oracle_in_pools(values, removed.ravel(), batch, False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [True, False])
 def test_jointly_equals_stable_sort(magnitude):
     shapes = [(3, 4), (0, 2), (), (5,), (2, 2, 2)]
@@ -137,6 +142,7 @@ def test_jointly_in_the_common_dtype():
     assert [mask.tolist() for mask in masks] == [[False, True], [True, True]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sums", SUMS)
 def test_all_ways_to_sum_agree(sums):
     jointly = jax.jit(functools.partial(_largest._select, magnitude=True, sums=sums))
@@ -258,6 +264,7 @@ def test_masks_let_gradients_through():
     assert jax.grad(kept)(jnp.asarray([1.0, -3.0, 2.0])).tolist() == [0.0, -6.0, 0.0]
 
 
+@pytest.mark.slow
 def test_exports_for_every_platform():
     def select(values, k):
         return keep_largest(values, _counts.rounded(k, values.size), batch=(0,), magnitude=True)
@@ -315,12 +322,13 @@ def test_usual_weights_take_few_passes():
         assert count_passes(values, removed) <= 7
 
 
+@pytest.mark.slow
 def test_one_cpu_device_needs_hardly_any_memory():
     values = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
     removed = jax.eval_shape(lambda: _counts.from_int(0))
     for batch in ((), (0,), (1,)):
         select = functools.partial(_largest._select, batch=batch, magnitude=True, sums=_largest._sum_in_one)
-        compiled = jax.jit(select).lower([(values,)], removed).compile()
+        compiled = compiled_for_users(jax.jit(select), [(values,)], removed)
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * 4 * 1000 * 1000
         assert not MOVES.search(compiled.as_text())
 
@@ -331,7 +339,7 @@ MOVES = re.compile(r"= \S+ (sort|gather|scatter|all-gather|all-to-all|collective
 
 def check_sharded(jitted, oracle_masks, values):
     """The masks of the unsharded arrays, sharded as the values, by all-reduces of counts and nothing else."""
-    compiled = jitted.lower(*values).compile()
+    compiled = compiled_for_users(jitted, *values)
     text = compiled.as_text()
     assert not MOVES.search(text)
     sizes = [
@@ -347,6 +355,7 @@ def check_sharded(jitted, oracle_masks, values):
         assert mask.sharding.is_equivalent_to(array.sharding, array.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_arrays(axis_type):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))

@@ -28,6 +28,7 @@ from tests.support.structured_zoo import normal
 # ---- by hand
 
 
+@pytest.mark.slow
 def test_branches_by_hand():
     fn, params, x = mlp()
     graph = trace(fn, params, x)
@@ -122,6 +123,7 @@ def test_a_branch_may_read_other_inputs():
     np.testing.assert_array_equal(rebuild(graph, plan)(shrink(plan, W), X, jnp.ones(5)), X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}, {"unroll": 4}])
 def test_scanned_layers_are_slices_of_the_stack(options: dict[str, Any]):
     fn, x = functools.partial(stack, **options), normal(5, 3)

@@ -29,6 +29,7 @@ from jaxprune.structured import (
     verify,
 )
 from jaxprune.structured._plan import plan_of
+from tests.support.slow import slow_but
 from tests.support.structured_depth import (
     STACK,
     close,
@@ -49,7 +50,7 @@ from tests.support.structured_zoo_sequences import _Transformer
 NETWORKS = ["resnet_eval", "resnet_train", "mobilenet", "transformer", "transformer_scan", "llama", "vit", "mixer"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_but(["resnet_eval", "transformer"], NETWORKS))
 def test_the_shallower_function_equals_the_masked_one(name: str):
     case, graph = traced(name)
     assert graph.blocks
@@ -150,7 +151,7 @@ def test_a_block_of_a_resnet():
     assert rebuild(graph, plan)({**small, "batch_stats": outputs["batch_stats"]}, *case.inputs).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["resnet_train", "mixer", "transformer_scan"])
+@pytest.mark.parametrize("name", slow_but(["mixer"], ["resnet_train", "mixer", "transformer_scan"]))
 def test_gradients_equal_those_of_the_masked_function(name: str):
     case, graph = traced(name)
     plan = one_each(graph)[0]
@@ -165,7 +166,7 @@ def test_gradients_equal_those_of_the_masked_function(name: str):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gone))
 
 
-@pytest.mark.parametrize("name", ["transformer", "transformer_scan", "resnet_eval"])
+@pytest.mark.parametrize("name", slow_but(["transformer"], ["transformer", "transformer_scan", "resnet_eval"]))
 def test_layers_and_channels_together(name: str):
     case, graph = traced(name)
     depth, width = one_each(graph)[-1], select_channels(graph, case.params, 0.5)

@@ -56,6 +56,7 @@ def test_gradient_by_hand_is_zero_at_a_zero_channel():
         np.testing.assert_allclose(grads[name], np.sqrt(6) * np.asarray(params[name]) / 5, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn_linen", "resnext", "shufflenet", "transformer", "gru"])
 def test_every_weight_of_every_member_counts(name: str):
     case = CASES[name]()
@@ -89,6 +90,7 @@ def test_sharded_parameters_give_the_same(kind: AxisType):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_training_empties_the_channels_that_are_of_no_use():
     """Three hidden units do the teacher's work; nine of like size do nothing that the labels need."""
     useful = jnp.array([1, 4, 9])

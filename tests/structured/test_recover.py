@@ -48,6 +48,7 @@ def test_widths_of_an_nnx_cnn():
     check(cut, {"image_shape": (8, 8, 1), "features": [3, 4], "hidden": 5})
 
 
+@pytest.mark.slow
 def test_a_residual_network_with_batch_statistics():
     widths = [{"inner": 6, "outer": 4}, {"inner": 10, "outer": 8}]
     cut = Cut(ResNet, IMAGES, {"stem": 4, "widths": widths}, 0.5)
@@ -78,16 +79,19 @@ HIDDEN = ["Dense_2", "Dense_4"]  # the layer around each was made first
 SIZES = {"width": 12, "heads": (4, 2), "qkv": (16, 12), "hidden": (10, 12)}
 
 
+@pytest.mark.slow
 def test_heads_and_hidden_units_of_a_transformer():
     cut = Cut(Transformer, TOKENS, SIZES, {f"params/{layer}": 0.5 for layer in ATTENTION + HIDDEN})
     check(cut, {"width": 12, "heads": (2, 1), "qkv": (8, 6), "hidden": (5, 6)})
 
 
+@pytest.mark.slow
 def test_a_number_of_heads_that_does_not_divide_the_old_width():
     """Three heads cannot share 16 units, so that both must change at once; the stream is cut as well."""
     check(Cut(Transformer, TOKENS, SIZES, 0.25), {"width": 9, "heads": (3, 1), "qkv": (12, 6), "hidden": (7, 9)})
 
 
+@pytest.mark.slow
 def test_heads_as_wide_as_the_stream_lets_them():
     cut = Cut(Transformer, TOKENS, {**SIZES, "qkv": None}, 0.5)
     check(cut, {"width": 6, "heads": (2, 1), "qkv": None, "hidden": (5, 6)})
@@ -97,11 +101,13 @@ def test_heads_as_wide_as_the_stream_lets_them():
         heads.recovered()
 
 
+@pytest.mark.slow
 def test_heads_of_nnx_attention():
     cut = Cut(NnxBlock, normal(2, 5, 6), {"width": 6, "heads": 4, "qkv": 20, "hidden": 10}, 0.25)
     check(cut, {"width": 6, "heads": 3, "qkv": 15, "hidden": 7})
 
 
+@pytest.mark.slow
 def test_dimensions_of_heads_are_found_but_scores_are_scaled_otherwise():
     """The module divides scores by the root of the dimensions that stay; with that undone it is the same."""
     hyperparameters = {"width": 6, "heads": 2, "qkv": 16, "hidden": 10}
@@ -307,6 +313,7 @@ class _Residual(nn.Module):
         return nn.Dense(2, name="out")(x)
 
 
+@pytest.mark.slow
 def test_a_network_that_lost_a_block_and_channels():
     x, net = normal(4, 6), _Residual(3, 8)
     params = jax.tree.map(lambda leaf: normal(*leaf.shape), net.init(KEY, x)["params"])

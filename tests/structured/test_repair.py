@@ -17,6 +17,7 @@ def mlp(params: Any, x: Any) -> Any:
     return jnp.tanh(x @ params["up"] + params["bias"][None]) @ params["down"]
 
 
+@pytest.mark.slow
 def test_consumers_make_up_for_the_channels_they_lost():
     params = {"up": normal(6, 16), "bias": normal(16), "down": normal(16, 3)}
     x = normal(200, 6)
@@ -37,6 +38,7 @@ def test_consumers_make_up_for_the_channels_they_lost():
     assert error(repaired) < 0.5 * error(shrink(plan, params))
 
 
+@pytest.mark.slow
 def test_convolutions_are_repaired_too():
     case = CASES["cnn_linen"]()
     graph = trace(case.fn, case.params, *case.inputs)
@@ -64,6 +66,7 @@ def test_batch_norms_of_the_smaller_function_are_measured_anew():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), update(found, x), found)
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_stays_as_it_is():
     params = {"embed": normal(13, 16), "up": normal(16, 32), "down": normal(32, 16)}
 

@@ -65,6 +65,7 @@ def test_scores_take_the_place_of_parameters():
     assert plan.kept["b"] == {0: (1, 3)}
 
 
+@pytest.mark.slow
 def test_parameters_without_a_score_count_for_nothing():
     """Activation norms: the bias multiplies no data; the consumer's inputs tell which channels are dead."""
     graph, params = two_layers()

@@ -47,6 +47,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_state_goes_on(name: str):
     """Steps of the smaller function with the smaller state are the masked one's steps, cut."""
@@ -250,6 +251,7 @@ def test_a_batch_that_is_tied_or_one_cannot_change():
         rebuild(graph, plan)(shrink(plan, params), normal(6, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_parameters_are_cut_alike_and_their_masks_sharded_as_they_are(kind):
     rng = np.random.default_rng(0)

@@ -22,9 +22,11 @@ from jaxprune.structured import (
 )
 from jaxprune.structured._axes._replay import Replay
 from jaxprune.structured._rebuild import evaluate
+from tests.support.slow import slow_but
 from tests.support.structured_cases import CASES
 from tests.support.structured_zoo import Case
 
+QUICK = ["cnn_linen", "resnet_train", "transformer", "gru"]
 PRUNABLE = [name for name in CASES if name != "weird"]
 # Each part of the machinery once: convolutions, statistics as results, loops, derivatives of one's own, attention.
 DIFFERENTIATED = ["cnn_linen", "resnet_train", "transformer_scan", "gru", "derivatives"]
@@ -57,7 +59,7 @@ def test_the_channels_are_those_found_by_hand(name: str):
     assert found == case.groups
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize("name", slow_but(QUICK, PRUNABLE))
 def test_the_smaller_function_equals_the_masked_one(name: str):
     case, graph = traced(name)
     plan = half(case, graph)
@@ -67,14 +69,14 @@ def test_the_smaller_function_equals_the_masked_one(name: str):
     assert all(output.difference < 1e-5 for output in result.outputs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_replay_of_everything_equals_the_function(name: str):
     case, graph = traced(name)
     replay = jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, graph.shapes, inputs, {}))
     close(replay(case.params, *case.inputs), jax.jit(case.fn)(case.params, *case.inputs), 1e-6)
 
 
-@pytest.mark.parametrize("name", PRUNABLE)
+@pytest.mark.parametrize("name", slow_but(QUICK, PRUNABLE))
 def test_what_is_coupled_cannot_be_moved_alone(name: str):
     """Rolling the channels of one member must change the result, unless nothing depends on it."""
     case, graph = traced(name)
@@ -114,7 +116,7 @@ def _differs(found: Any, expected: Any) -> bool:
     return any(float(jnp.abs(a - b).max()) > 1e-5 * float(jnp.abs(b).max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATED)
+@pytest.mark.parametrize("name", slow_but(["gru"], DIFFERENTIATED))
 def test_gradients_equal_those_of_the_masked_function(name: str):
     case, graph = traced(name)
     plan = half(case, graph)

@@ -27,6 +27,9 @@ from tests.support.one_layer import (
     step,
     train,
 )
+from tests.support.slow import slow_but
+
+pytestmark = pytest.mark.optimised
 
 # --- Promise 6: exact zeros with every optimizer of optax. ---
 
@@ -97,7 +100,7 @@ def test_the_enumeration_of_optimizers_is_complete():
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings('ignore:"seed" is deprecated:DeprecationWarning')
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(["sgd", "adam", "adamw", "lion"], OPTIMIZERS))
 def test_promise_6_exact_zeros_for_200_steps_of_every_optimizer(name, dtype):
     tx = optax.chain(build(OPTIMIZERS[name]), keep_pruned(MASKS))
 

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import apply_masks, keep_pruned, make_masks, masks_in, prune, rigl
 from jaxprune.transforms import keep_zeros, prune_and_regrow, sparse_evolution, static_sparse
+from tests.support.slow import slow_but
 
 STEPS = 6
 
@@ -62,7 +63,7 @@ WRAPPERS: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
 }
 
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS)
-every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+every_wrapper = pytest.mark.parametrize("wrapper", slow_but(["chain", "MultiSteps", "inject_hyperparams"], WRAPPERS))
 
 
 def dense_params(dtype: Any = jnp.float32) -> Any:
@@ -190,6 +191,7 @@ def test_tree_map_params_treats_masks_as_parameters(transform, wrapper):
         assert set(jax.tree.leaves(masks_in(marked))) == {"params"}
 
 
+@pytest.mark.slow
 @every_wrapper
 @every_transform
 def test_second_step_compiles_nothing_and_donation_spares_the_masks(transform, wrapper):
@@ -211,6 +213,7 @@ def test_second_step_compiles_nothing_and_donation_spares_the_masks(transform, w
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(masks))
 
 
+@pytest.mark.slow
 @every_transform
 def test_apply_if_finite_rejects_and_goes_on(transform):
     params, masks = pruned_params()
@@ -224,6 +227,7 @@ def test_apply_if_finite_rejects_and_goes_on(transform):
         assert np.array_equal(kernel_of(before), kernel_of(params)) == (factor != 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("params_dtype", "grads_dtype"),
     [
@@ -246,6 +250,7 @@ def test_dtypes(transform, params_dtype, grads_dtype):
     chex.assert_trees_all_equal_dtypes(result.final_params, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @every_transform
 def test_shardings_on_eight_devices(transform, axis_type):

@@ -20,6 +20,8 @@ from tests.support import resumable
 from tests.support.one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step
 from tests.support.resumable import RUNS, STEPS, advance, begin
 
+pytestmark = pytest.mark.optimised
+
 
 def save_and_restore(folder: Path, saved: Any, like: Any) -> Any:
     """Write a tree and read it back, knowing shapes and dtypes only, as another process would."""
@@ -51,7 +53,7 @@ def test_a_killed_process_is_resumed_by_another_bit_for_bit(tmp_path):
 
     def start() -> subprocess.Popen[bytes]:
         root = Path(resumable.__file__).parents[2]
-        environment = os.environ | {"PYTHONPATH": str(root), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+        environment = os.environ | {"PYTHONPATH": str(root)}
         return subprocess.Popen([sys.executable, resumable.__file__, str(folder)], env=environment)
 
     def newest() -> int:

@@ -136,6 +136,7 @@ def shapes_of(draw: st.DrawFn, total: int) -> tuple[int, ...]:
     return tuple(draw(st.permutations(shape))) or (1,)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_layouts_agree_with_numpy(data: st.DataObject):

@@ -1,0 +1,16 @@
+"""Programs as users have them, where a test reads one: the tests' own are compiled fast, as `conftest.py` says."""
+
+from typing import Any
+
+import jax
+
+_AS_FOR_USERS = {
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+
+
+def compiled_for_users(jitted: Any, *arguments: Any) -> jax.stages.Compiled:
+    """The program of these arguments, with the text and the memory that users get."""
+    return jitted.lower(*arguments).compile(_AS_FOR_USERS)
