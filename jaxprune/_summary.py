@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._dtypes import widen
 from jaxprune._printing import Printable, as_json
 from jaxprune._selection import _moments
 from jaxprune._selection._counts import count_kept
@@ -254,7 +255,7 @@ def _dead_units(layer: Layer, mask: Any) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="axes")
 def _measure(leaf: jax.Array, mask: jax.Array, *, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     return (
-        jnp.min(jnp.where(mask, jnp.abs(leaf), jnp.inf), axes),
+        jnp.min(jnp.where(mask, jnp.abs(widen(leaf)), jnp.inf), axes),
         jnp.squeeze(_moments.std(leaf, axes), axes),
     )
 

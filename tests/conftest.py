@@ -9,3 +9,4 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._dtypes import widen
 from jaxprune._tree._axes import output_axes
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
@@ -84,7 +85,7 @@ def _of_leaf(layer: Layer, param: jax.Array, old: jax.Array, new: jax.Array) -> 
         "changed": _count(old ^ new),
         "dead_units": _count(~jnp.any(new, inputs)),
         "escaped": _count(~old & (param != 0)),
-        "threshold": jnp.min(jnp.where(old & new, jnp.abs(layer.values), jnp.inf)),
+        "threshold": jnp.min(jnp.where(old & new, jnp.abs(widen(layer.values)), jnp.inf)),
     }
 
 
