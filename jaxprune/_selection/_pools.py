@@ -286,7 +286,9 @@ class Pools:
         low = jnp.full_like(found.low, FIRST_POSITION)
         return Border(
             stage=border.stage + 1,
-            cuts=jnp.where(_along(np.arange(self.stages, dtype=np.int32), dims) == border.stage, found.low[None], border.cuts),
+            cuts=jnp.where(
+                _along(np.arange(self.stages, dtype=np.int32), dims) == border.stage, found.low[None], border.cuts
+            ),
             member=member,
             left=left,
             bracket=found._replace(

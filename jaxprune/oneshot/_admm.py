@@ -116,9 +116,11 @@ def admm_matrix(
     def tighten(scores: jax.Array, step: jax.Array) -> jax.Array:
         """Remove the smallest of what the rule would remove: more in every step, and at last all."""
         # The share is cubic in time, as in gradual pruning while training.
-        share = jnp.where(step + 1 < gradual, 1 - (1 - (step + 1) / gradual) ** 3, 1.0)
+        share = jnp.where(step + 1 < gradual, 1 - (1 - (step + 1).astype(jnp.float32) / gradual) ** 3, 1.0)
         if pattern.counts:
-            fewer = jnp.where(share < 1, jnp.floor(share * strength).astype(strength.dtype), strength)
+            fewer = jnp.where(
+                share < 1, jnp.floor(share * strength.astype(jnp.float32)).astype(strength.dtype), strength
+            )
             return pattern.choose(scores, fewer, 0, inputs)
         mask = pattern.choose(scores, strength, 0, inputs)
         removed = jnp.floor(share * _counts.to_float(_counts.count_true(~mask, (0, 1))))

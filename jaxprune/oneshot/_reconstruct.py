@@ -71,7 +71,9 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
             dense, leaf = leaf, jnp.where(mask, leaf, jnp.zeros_like(leaf))
             for site in sites:
                 weights = as_matrices(site, dense)
-                found = _reconstruct(weights, grams.of(site), site.matrices(mask), damping, steps=steps)
+                found = _reconstruct(
+                    weights, grams.of(site).astype(jnp.float32), site.matrices(mask), damping, steps=steps
+                )
                 report(found, name, damping)
                 leaf = site.put(leaf, found.weights)
         leaves.append(leaf)

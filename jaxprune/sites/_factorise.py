@@ -43,7 +43,7 @@ def factorise(gram: jax.Array, damping: jax.Array) -> Factor:
     """
     diagonal = jnp.diagonal(gram)
     dead = diagonal <= 0
-    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)
+    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead, dtype=gram.dtype), 1)
     gram = gram / jnp.where(dead.all(), 1.0, mean)
     lives = jnp.where(dead, 0.0, 1.0)
     on_diagonal = jnp.eye(len(gram), dtype=bool)

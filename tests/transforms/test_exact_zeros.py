@@ -27,6 +27,7 @@ from tests.support.one_layer import (
     step,
     train,
 )
+
 # Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
 from tests.support.promotion import standard_promotion as standard_promotion
 
