@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from jaxprune._dtypes import widen
 
@@ -24,7 +25,7 @@ def _careful_variance(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.maximum(_finite_mean(jnp.square(centred), finite, axes) - jnp.square(rest), 0)
 
 
-def std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def std(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*kept"]:
     """Population standard deviation of the finite entries along `axes`, kept as axes of size 1, in float32.
 
     A variance as the mean square less the squared mean is half a pass cheaper than the centred one and as good as
@@ -38,7 +39,7 @@ def std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.sqrt(lax.cond(jnp.all(sound), lambda: variance, lambda: _careful_variance(widen(x), axes)))
 
 
-def mean(x: jax.Array, axes: tuple[int, ...], *, magnitude: bool = False) -> jax.Array:
+def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
     """Mean of the finite entries, or of their magnitudes, along `axes`, kept as axes of size 1, in float32."""
     rough = jnp.mean(widen(_signless(x, magnitude)), axes, keepdims=True)
     # The rounding errors of a sum of equal signs do not cancel; those of its remainder are a million times smaller.
@@ -51,7 +52,7 @@ def mean(x: jax.Array, axes: tuple[int, ...], *, magnitude: bool = False) -> jax
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
 
 
-def largest(x: jax.Array, axes: tuple[int, ...], *, magnitude: bool = False) -> jax.Array:
+def largest(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
     """Largest finite entry, or magnitude, along `axes`, kept as axes of size 1, in float32; NaN where none is finite."""
     plain = widen(jnp.max(_signless(lax.optimization_barrier(x), magnitude), axes, keepdims=True))
 
