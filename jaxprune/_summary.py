@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._dtypes import widen
 from jaxprune._printing import Printable, as_json
 from jaxprune._rows import Row
 from jaxprune._selection import _counts, _moments
@@ -238,7 +239,7 @@ def _dead_units(mask: Any, axes: tuple[int, ...], roles: Axes) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="axes")
 def _measure(leaf: jax.Array, mask: jax.Array, *, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     return (
-        jnp.min(jnp.where(mask, jnp.abs(leaf), jnp.inf), axes),
+        jnp.min(jnp.where(mask, jnp.abs(widen(leaf)), jnp.inf), axes),
         jnp.squeeze(_moments.std(leaf, axes), axes),
     )
 

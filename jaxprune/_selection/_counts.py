@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float32, UInt32
 
 _WORD = 32
 _MANTISSA = 23  # stored bits of a float32's significand
@@ -17,8 +18,8 @@ _MANTISSA = 23  # stored bits of a float32's significand
 class Count(NamedTuple):
     """The whole number `high * 2**32 + low`; both words are uint32 arrays of one shape."""
 
-    high: jax.Array
-    low: jax.Array
+    high: UInt32[Array, "*shape"]
+    low: UInt32[Array, "*shape"]
 
 
 def from_int(value: int | Sequence[int]) -> Count:
@@ -30,33 +31,33 @@ def from_int(value: int | Sequence[int]) -> Count:
     )
 
 
-def to_float(a: Count) -> jax.Array:
+def to_float(a: Count) -> Float32[Array, "..."]:
     """The nearest float32 or next to it: for estimates only."""
     return a.high.astype(jnp.float32) * jnp.float32(2.0**_WORD) + a.low.astype(jnp.float32)
 
 
-def from_float(number: jax.Array) -> Count:
+def from_float(number: Float32[Array, "..."]) -> Count:
     """The whole part of a non-negative float32 below 2**64, exactly."""
     high = jnp.floor(number / jnp.float32(2.0**_WORD))
     return Count(high.astype(jnp.uint32), (number - high * jnp.float32(2.0**_WORD)).astype(jnp.uint32))
 
 
-def less(a: Count, b: Count) -> jax.Array:
+def less(a: Count, b: Count) -> Bool[Array, "..."]:
     """Whether `a < b`, elementwise."""
     return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
 
 
-def less_equal(a: Count, b: Count) -> jax.Array:
+def less_equal(a: Count, b: Count) -> Bool[Array, "..."]:
     """Whether `a <= b`, elementwise."""
     return ~less(b, a)
 
 
-def equal(a: Count, b: Count) -> jax.Array:
+def equal(a: Count, b: Count) -> Bool[Array, "..."]:
     """Whether `a == b`, elementwise."""
     return (a.high == b.high) & (a.low == b.low)
 
 
-def where(condition: jax.Array, a: Count, b: Count) -> Count:
+def where(condition: Bool[Array, "..."], a: Count, b: Count) -> Count:
     """`a` where the condition holds, else `b`."""
     return Count(jnp.where(condition, a.high, b.high), jnp.where(condition, a.low, b.low))
 
@@ -96,7 +97,7 @@ def total(parts: Count, axes: tuple[int, ...], bound: int) -> Count:
     return add(Count(high, _up(upper, split)), Count(jnp.zeros_like(lower), lower))
 
 
-def count_true(mask: jax.Array, axes: tuple[int, ...]) -> Count:
+def count_true(mask: Bool[Array, "..."], axes: tuple[int, ...]) -> Count:
     """How many entries of a mask are True along `axes`."""
     # The last axes fit one word, the sums over the others two.
     inner, size = len(axes), 1

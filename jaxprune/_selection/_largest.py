@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from jaxprune._selection._counts import Count
 from jaxprune._selection._order import MOST
 from jaxprune._selection._pools import Operand, Pools, Sums
 
 
-def keep_largest(values: jax.Array, removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool) -> jax.Array:
+def keep_largest(
+    values: Float[Array, "*shape"], removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool
+) -> Bool[Array, "*shape"]:
     """Mask the `removed` smallest entries of each pool.
 
     Exactly `removed` entries are masked, whatever the ties: among equals the lower row-major index is kept. A NaN ranks
@@ -38,12 +41,12 @@ def keep_largest(values: jax.Array, removed: Count, *, batch: tuple[int, ...] = 
 
 
 def keep_largest_jointly(
-    values: Sequence[jax.Array],
+    values: Sequence[Float[Array, "..."]],
     removed: Count,
     *,
     magnitude: bool,
-    protected: Sequence[jax.Array] | None = None,
-) -> list[jax.Array]:
+    protected: Sequence[Bool[Array, "..."]] | None = None,
+) -> list[Bool[Array, "..."]]:
     """Mask the `removed` smallest entries of the one pool that all arrays make up.
 
     As `keep_largest`; among equals the earlier array, then the lower row-major index is kept. Arrays of several dtypes
@@ -71,7 +74,9 @@ def _with_empty(values: Sequence[jax.Array], masks: Sequence[jax.Array]) -> list
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "magnitude"))
-def _keep_largest(values: jax.Array, removed: Count, *, batch: tuple[int, ...], magnitude: bool) -> jax.Array:
+def _keep_largest(
+    values: Float[Array, "*shape"], removed: Count, *, batch: tuple[int, ...], magnitude: bool
+) -> Bool[Array, "*shape"]:
     return _by_platform([(values,)], removed, magnitude, batch=batch)[0]
 
 

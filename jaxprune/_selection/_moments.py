@@ -5,10 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+from jaxprune._dtypes import widen
 
 
 def _finite_mean(x: jax.Array, finite: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -26,41 +25,41 @@ def _careful_variance(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.maximum(_finite_mean(jnp.square(centred), finite, axes) - jnp.square(rest), 0)
 
 
-def std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def std(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*kept"]:
     """Population standard deviation of the finite entries along `axes`, kept as axes of size 1, in float32.
 
     A variance as the mean square less the squared mean is half a pass cheaper than the centred one and as good as
     long as the mean is small; layers where it is not, or with a NaN or infinity, take the centred way.
     """
-    mean = jnp.mean(_wide(x), axes, keepdims=True)
+    mean = jnp.mean(widen(x), axes, keepdims=True)
     # Without the barrier XLA's CPU backend computes both sums in one loop that it cannot vectorise.
-    square = jnp.mean(jnp.square(_wide(lax.optimization_barrier(x))), axes, keepdims=True)
+    square = jnp.mean(jnp.square(widen(lax.optimization_barrier(x))), axes, keepdims=True)
     variance = square - jnp.square(mean)
     sound = jnp.isfinite(variance) & (jnp.square(mean) <= variance)
-    return jnp.sqrt(lax.cond(jnp.all(sound), lambda: variance, lambda: _careful_variance(_wide(x), axes)))
+    return jnp.sqrt(lax.cond(jnp.all(sound), lambda: variance, lambda: _careful_variance(widen(x), axes)))
 
 
-def mean(x: jax.Array, axes: tuple[int, ...], *, magnitude: bool = False) -> jax.Array:
+def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
     """Mean of the finite entries, or of their magnitudes, along `axes`, kept as axes of size 1, in float32."""
-    rough = jnp.mean(_wide(_signless(x, magnitude)), axes, keepdims=True)
+    rough = jnp.mean(widen(_signless(x, magnitude)), axes, keepdims=True)
     # The rounding errors of a sum of equal signs do not cancel; those of its remainder are a million times smaller.
-    plain = rough + jnp.mean(_wide(_signless(x, magnitude)) - rough, axes, keepdims=True)
+    plain = rough + jnp.mean(widen(_signless(x, magnitude)) - rough, axes, keepdims=True)
 
     def careful() -> jax.Array:
-        values = _wide(_signless(x, magnitude))
+        values = widen(_signless(x, magnitude))
         return _finite_mean(values, jnp.isfinite(values), axes)
 
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
 
 
-def largest(x: jax.Array, axes: tuple[int, ...], *, magnitude: bool = False) -> jax.Array:
-    """Largest finite entry, or magnitude, along `axes`, kept as axes of size 1, in x's dtype; NaN where none is finite."""
-    plain = jnp.max(_signless(lax.optimization_barrier(x), magnitude), axes, keepdims=True)
+def largest(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
+    """Largest finite entry, or magnitude, along `axes`, kept as axes of size 1, in float32; NaN where none is finite."""
+    plain = widen(jnp.max(_signless(lax.optimization_barrier(x), magnitude), axes, keepdims=True))
 
     def careful() -> jax.Array:
-        values = _signless(x, magnitude)
+        values = widen(_signless(x, magnitude))
         found = jnp.max(jnp.where(jnp.isfinite(values), values, -jnp.inf), axes, keepdims=True)
-        return jnp.where(found == -jnp.inf, jnp.nan, found).astype(x.dtype)
+        return jnp.where(found == -jnp.inf, jnp.nan, found)
 
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 WORD = 2**32
 FIRST_POSITION = -(2**31)
@@ -38,7 +39,7 @@ class Order:
         """The key of a number that is not negative."""
         return int(np.asarray(number, self.dtype).view(self.bits))
 
-    def keys(self, values: jax.Array) -> jax.Array:
+    def keys(self, values: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
         """The key of every entry."""
         bits = lax.bitcast_convert_type(values.astype(self.dtype), self.bits).astype(self.key)
         size = bits & np.iinfo(self.bits).max
@@ -69,8 +70,8 @@ def words(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[tuple[int, ...]
 
 
 def from_end(
-    shape: tuple[int, ...], axes: tuple[int, ...], one: jax.Array, index: Callable[[int], jax.Array]
-) -> jax.Array:
+    shape: tuple[int, ...], axes: tuple[int, ...], one: UInt32[Array, ""], index: Callable[[int], jax.Array]
+) -> Int32[Array, "..."]:
     """Return the row-major position along `axes` counted from the end, `FIRST_POSITION` for the last entry.
 
     Args:

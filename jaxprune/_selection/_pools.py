@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune._dtypes import common
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
 from jaxprune._selection._order import FIRST_POSITION, WORD, Order, from_end, trailing, words
@@ -83,7 +84,7 @@ class Pools:
         blocks: bool = False,
     ):
         self.operands = operands
-        self.order = Order(jnp.result_type(*(operand[0].dtype for operand in operands)), magnitude)
+        self.order = Order(common(operand[0].dtype for operand in operands), magnitude)
         self.sums = sums
         self.batch = batch
         self.rows = rows
@@ -277,7 +278,7 @@ class Pools:
         left = _counts.subtract(border.left, self._of_pools(found.below_low))
         tied = _counts.subtract(found.below_high, found.below_low)
         member = jnp.where(border.stage == 0, self._last_member(left, tied), border.member)
-        index = _along(np.arange(self.members), dims)
+        index = _along(np.arange(self.members, dtype=np.int32), dims)
         if self.members > 1:
             later = Count(*(jnp.where(index > member[None], word, 0) for word in tied))
             left = _counts.subtract(left, self._of_pools(later))
@@ -285,7 +286,9 @@ class Pools:
         low = jnp.full_like(found.low, FIRST_POSITION)
         return Border(
             stage=border.stage + 1,
-            cuts=jnp.where(_along(np.arange(self.stages), dims) == border.stage, found.low[None], border.cuts),
+            cuts=jnp.where(
+                _along(np.arange(self.stages, dtype=np.int32), dims) == border.stage, found.low[None], border.cuts
+            ),
             member=member,
             left=left,
             bracket=found._replace(
@@ -309,7 +312,7 @@ class Pools:
 
     def _positions(self, stage: jax.Array, member: jax.Array) -> jax.Array:
         """How many values the stage's word of the position has, as uint32 [*pools]."""
-        index = _along(np.arange(self.members), member.ndim)
+        index = _along(np.arange(self.members, dtype=np.int32), member.ndim)
         positions = jnp.zeros_like(member, jnp.uint32)
         for number in range(1, self.stages):
             table = self._table(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float32, UInt32
 
 from jaxprune import rules
 from jaxprune._selection import _counts
@@ -94,19 +95,24 @@ def _prune(
 
 
 def admm_matrix(
-    weights: jax.Array, gram: jax.Array, strength: jax.Array, *, pattern: Pattern, steps: int
-) -> tuple[jax.Array, jax.Array]:
+    weights: Float32[Array, "inputs outputs"],
+    gram: Float32[Array, "inputs inputs"],
+    strength: UInt32[Array, ""],
+    *,
+    pattern: Pattern,
+    steps: int,
+) -> tuple[Float32[Array, "inputs outputs"], Bool[Array, "inputs outputs"]]:
     """Minimise ``(V - W)^T H (V - W)`` over sparse matrices V, and choose their mask on the way.
 
     Args:
-        weights: [inputs, outputs], float32: W.
-        gram: [inputs, inputs], H, positive definite.
-        strength: (), from `pattern.strength`.
+        weights: W.
+        gram: H, positive definite.
+        strength: from `pattern.strength`.
         pattern: which weights go (static).
         steps: how many (static).
 
     Returns:
-        V, [inputs, outputs], and its mask, True = keep.
+        V and its mask, True = keep.
     """
     inputs = len(gram)
     # Inputs scaled to norm 1: magnitudes then rank as Wanda's scores do, and one penalty suits all layers.
@@ -121,9 +127,11 @@ def admm_matrix(
     def tighten(scores: jax.Array, step: jax.Array) -> jax.Array:
         """Remove the smallest of what the rule would remove: more in every step, and at last all."""
         # The share is cubic in time, as in gradual pruning while training.
-        share = jnp.where(step + 1 < gradual, 1 - (1 - (step + 1) / gradual) ** 3, 1.0)
+        share = jnp.where(step + 1 < gradual, 1 - (1 - (step + 1).astype(jnp.float32) / gradual) ** 3, 1.0)
         if pattern.counts:
-            fewer = jnp.where(share < 1, jnp.floor(share * strength).astype(strength.dtype), strength)
+            fewer = jnp.where(
+                share < 1, jnp.floor(share * strength.astype(jnp.float32)).astype(strength.dtype), strength
+            )
             return pattern.choose(scores, fewer, 0, inputs)
         mask = pattern.choose(scores, strength, 0, inputs)
         removed = jnp.floor(share * _counts.to_float(_counts.count_true(~mask, (0, 1))))

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
 
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
@@ -46,7 +46,7 @@ class Pattern(NamedTuple):
         """Whether the strength is a sparsity and becomes a count."""
         return self.rule.counts
 
-    def strength(self, k: Any, name: str, weights: jax.Array) -> jax.Array:
+    def strength(self, k: Any, name: str, weights: Float[Array, "n inputs outputs"]) -> UInt32[Array, " n"]:
         """Turn the strength k of matrices [N, inputs, outputs] into what `choose` takes: a number for each.
 
         That is how many weights go of the whole matrix (or of each unit), never the last; or how many stay of a group.
@@ -76,17 +76,19 @@ class Pattern(NamedTuple):
             number = jnp.asarray(k).astype(jnp.uint32)
         return jnp.broadcast_to(number, (matrices,))
 
-    def choose(self, scores: jax.Array, strength: jax.Array, first: Any, inputs: int) -> jax.Array:
+    def choose(
+        self, scores: Float[Array, "rows outputs"], strength: UInt32[Array, ""], first: Any, inputs: int
+    ) -> Bool[Array, "rows outputs"]:
         """Mask the lowest scores of some rows of a matrix, so that all blocks of rows together remove the exact count.
 
         Args:
-            scores: [rows, outputs], larger = keep; infinite in rows beyond the last input, which are never masked.
-            strength: of the matrix, (), from `strength`.
+            scores: larger = keep; infinite in rows beyond the last input, which are never masked.
+            strength: of the matrix, from `strength`.
             first: the index of the first row within the matrix, a multiple of `group`; may be traced.
             inputs: the number of rows of the whole matrix.
 
         Returns:
-            A bool mask like scores, True = keep.
+            A mask of the scores, True = keep.
         """
         rows, _ = scores.shape
         if not self.counts:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float32
 
 from jaxprune._tree._leaves import is_floating, is_known
 from jaxprune._tree._masks import align_masks
@@ -71,7 +72,9 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
             dense, leaf = leaf, jnp.where(mask, leaf, jnp.zeros_like(leaf))
             for site in sites:
                 weights = as_matrices(site, dense)
-                found = _reconstruct(weights, grams.of(site), site.matrices(mask), damping, steps=steps)
+                found = _reconstruct(
+                    weights, grams.of(site).astype(jnp.float32), site.matrices(mask), damping, steps=steps
+                )
                 report(found, name, damping)
                 leaf = site.put(leaf, found.weights)
         leaves.append(leaf)
@@ -91,22 +94,27 @@ def _reconstruct(weights: jax.Array, grams: jax.Array, masks: jax.Array, damping
 
 
 def reconstruct_matrix(
-    weights: jax.Array, mask: jax.Array, gram: jax.Array, *, steps: int, start: jax.Array | None = None
-) -> jax.Array:
+    weights: Float32[Array, "inputs outputs"],
+    mask: Bool[Array, "inputs outputs"],
+    gram: Float32[Array, "inputs inputs"],
+    *,
+    steps: int,
+    start: Float32[Array, "inputs outputs"] | None = None,
+) -> Float32[Array, "inputs outputs"]:
     """Minimise ``(V - W)^T H (V - W)`` over matrices V with zeros where the mask says so.
 
     Conjugate gradients on the equations of the kept weights, ``H_SS v_S = (H w)_S`` for each unit with its own S,
     preconditioned by the diagonal of H.
 
     Args:
-        weights: [inputs, outputs], float32: the dense W, whose outputs are to be matched.
-        mask: [inputs, outputs], True = keep.
-        gram: [inputs, inputs], H, positive definite.
+        weights: the dense W, whose outputs are to be matched.
+        mask: True = keep.
+        gram: H, positive definite.
         steps: how many steps at most (static).
-        start: [inputs, outputs], the V to start from; None starts from the kept weights of W.
+        start: the V to start from; None starts from the kept weights of W.
 
     Returns:
-        V, [inputs, outputs].
+        V.
     """
     inverse_diagonal = 1 / jnp.diagonal(gram)[:, None]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float32, Shaped
 
 from jaxprune._tree._leaves import is_known
 from jaxprune._tree._masks import all_true
@@ -33,16 +34,16 @@ class Solution(NamedTuple):
     """What a method finds for the matrices of one site.
 
     Attributes:
-        weights: [N, inputs, outputs], float32.
-        mask: [N, inputs, outputs], True = keep.
-        damping: [N], the share of the mean diagonal that was added to each Gram matrix.
-        condition: [N], a lower bound of the condition number before more than asked for was added.
+        weights: the weights found.
+        mask: True = keep.
+        damping: the share of the mean diagonal that was added to each Gram matrix.
+        condition: a lower bound of the condition number before more than asked for was added.
     """
 
-    weights: jax.Array
-    mask: jax.Array
-    damping: jax.Array
-    condition: jax.Array
+    weights: Float32[Array, "*n inputs outputs"]
+    mask: Bool[Array, "*n inputs outputs"]
+    damping: Float32[Array, "*n"]
+    condition: Float32[Array, "*n"]
 
 
 # (weights [N, I, O], grams [N, I, I], a third array for each matrix or weight) -> Solution
@@ -150,10 +151,10 @@ def report(found: Solution, name: str, damping: float) -> None:
 
 def solve_each(
     solve: Callable[[jax.Array, Factor, jax.Array], tuple[jax.Array, jax.Array]],
-    weights: jax.Array,
-    grams: jax.Array,
-    others: jax.Array,
-    damping: jax.Array,
+    weights: Float32[Array, "n inputs outputs"],
+    grams: Float32[Array, "n inputs inputs"],
+    others: Shaped[Array, "n *other"],
+    damping: Float32[Array, ""],
 ) -> Solution:
     """Solve for each of N matrices by itself; small ones side by side.
 
@@ -162,10 +163,10 @@ def solve_each(
     Args:
         solve: (weights [inputs, outputs], the factorised Gram matrix, the matrix's entry of `others`) -> weights, mask.
             It sees weights of dead features as zeros, which go first; those it keeps stay what they were.
-        weights: [N, inputs, outputs], float32.
-        grams: [N, inputs, inputs], float32.
-        others: [N, ...].
-        damping: ().
+        weights: the matrices.
+        grams: their Gram matrices.
+        others: an array for each matrix, which `solve` takes.
+        damping: the share of the mean diagonal to add.
     """
 
     def of_one(weights: jax.Array, gram: jax.Array, other: jax.Array) -> Solution:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float32, UInt32
 
 from jaxprune import rules
 from jaxprune._tree._prunable import Prunable
@@ -132,21 +133,27 @@ def _prune(
 
 
 def prune_matrix(
-    weights: jax.Array, root: jax.Array, strength: jax.Array, *, pattern: Pattern, mask_block: int, block: int
-) -> tuple[jax.Array, jax.Array]:
+    weights: Float32[Array, "inputs outputs"],
+    root: Float32[Array, "inputs inputs"],
+    strength: UInt32[Array, ""],
+    *,
+    pattern: Pattern,
+    mask_block: int,
+    block: int,
+) -> tuple[Float32[Array, "inputs outputs"], Bool[Array, "inputs outputs"]]:
     """Choose the weights of a matrix block by block, and spread the error of those that go over those still to come.
 
     Args:
-        weights: [inputs, outputs], float32.
-        root: [inputs, inputs], the upper triangular U of ``H^-1 = U^T U``, with H the damped Gram matrix.
-        strength: (), from `pattern.strength`.
+        weights: W.
+        root: the upper triangular U of ``H^-1 = U^T U``, with H the damped Gram matrix.
+        strength: from `pattern.strength`.
         pattern: what to choose (static).
         mask_block: rows whose masks are chosen together, a divisor of `block` and a multiple of the pattern's group
             (static).
         block: rows after which errors are handed on to all later blocks by one product of matrices (static).
 
     Returns:
-        The weights [inputs, outputs] and their bool mask, True = keep.
+        The weights and their mask, True = keep.
     """
     inputs, _ = weights.shape
     padding = -inputs % block
@@ -175,15 +182,15 @@ def _nested(rows: int, block: int, mask_block: int) -> tuple[int, ...]:
 
 
 def _eliminate(
-    weights: jax.Array,
-    root: jax.Array,
-    pivots: jax.Array,
-    mask: jax.Array | None,
+    weights: Float32[Array, "rows outputs"],
+    root: Float32[Array, "all_before rows"],
+    pivots: Float32[Array, " rows"],
+    mask: Bool[Array, "rows outputs"] | None,
     choose: Any,
     first: Any,
     sizes: tuple[int, ...],
     mask_block: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float32[Array, "rows outputs"], Float32[Array, "rows outputs"], Bool[Array, "rows outputs"]]:
     """Prune some rows in order, the errors of all rows before them having been handed on already.
 
     Returns the rows, their errors and their mask.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune._dtypes import with_infinities
 from jaxprune._tree._axes import Axes
 from jaxprune._tree._sharding import sharded_as, without_explicit_axes
 from jaxprune.rules._layers import Layer, read_layers, strengths
@@ -92,7 +93,7 @@ def _keep_n(values: jax.Array, n: Any, *, m: int, axis: int, magnitude: bool) ->
         n = jnp.expand_dims(n, axis) if n.ndim else n
         return jnp.concatenate([place < n for place in places], axis + 1).reshape(shape)
 
-    values = jax.lax.stop_gradient(values)
+    values = with_infinities(jax.lax.stop_gradient(values))
     if values.size == 0:
         return jnp.ones_like(values, dtype=bool)
     n = jnp.asarray(n).astype(jnp.uint8 if m < 256 else jnp.int32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
+from jaxprune._dtypes import widen
 from jaxprune._tree._axes import Axes, conventional
 from jaxprune._tree._paths import flatten, spread
 from jaxprune.rules._rule import Rule
@@ -62,8 +63,7 @@ class Layer:
     @property
     def score(self) -> jax.Array:
         """The scores in float32 (float64 stays), larger = keep."""
-        values = jnp.asarray(self.values)
-        values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+        values = widen(jnp.asarray(self.values))
         return jnp.abs(values) if self.magnitude else values
 
     @property

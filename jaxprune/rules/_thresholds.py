@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._dtypes import wide
 from jaxprune._selection import _counts, _moments
 from jaxprune._selection._largest import keep_largest
 from jaxprune._tree._leaves import is_known
@@ -29,14 +30,13 @@ def _mean(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Arra
 
 
 def _max(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
-    found = _moments.largest(values, axes, magnitude=magnitude)
-    return found.astype(jnp.promote_types(found.dtype, jnp.float32))
+    return _moments.largest(values, axes, magnitude=magnitude)
 
 
 def _one(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
     del magnitude
     shape = [1 if axis in axes else n for axis, n in enumerate(values.shape)]
-    return jnp.ones(shape, jnp.promote_types(values.dtype, jnp.float32))
+    return jnp.ones(shape, wide(values.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("magnitude", "axes", "statistic"))

@@ -122,7 +122,7 @@ def snip(params: Any, grads: Any) -> Any:
     section 4.1.
     """
     products = saliency(params, grads)
-    total = sum(map(_finite_sum, jax.tree.leaves(products)), jnp.zeros(()))
+    total = sum(map(_finite_sum, jax.tree.leaves(products)), 0.0)
     return jax.tree.map(lambda product: product / jnp.where(total > 0, total, 1.0), products)
 
 

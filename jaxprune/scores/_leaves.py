@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._dtypes import wide
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import Tree
 
@@ -17,7 +18,7 @@ def widen(x: jax.typing.ArrayLike) -> jax.Array:
     dtype = jnp.result_type(x)
     if dtype == jax.dtypes.float0:  # what jax.grad(..., allow_int=True) returns for integers
         return jnp.zeros(np.shape(x), jnp.float32)
-    return jnp.asarray(x, jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.asarray(x, wide(dtype))
 
 
 def nan_lowest(scores: jax.Array, *where: jax.Array) -> jax.Array:

@@ -48,7 +48,9 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
     def score(path: str, leaf: Any) -> jax.Array:
         found = jnp.zeros(np.shape(leaf), jnp.float32)
         for site in sites_of(grams, path, "scores.obs"):
-            found = site.put(found, _obs(as_matrices(site, leaf), grams.of(site), jnp.float32(damping)))
+            found = site.put(
+                found, _obs(as_matrices(site, leaf), grams.of(site).astype(jnp.float32), jnp.float32(damping))
+            )
         return nan_lowest(found, leaf)
 
     return flat.build(

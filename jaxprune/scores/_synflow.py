@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._dtypes import wide
 from jaxprune._tree._leaves import is_floating, is_known
 from jaxprune._tree._paths import flatten, read_arrays
 from jaxprune.scores._leaves import floats, leaf_score, map_leaves, widen, with_floats
@@ -61,11 +62,11 @@ def synflow(fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
                 f"synflow feeds ones, but {name} holds {jnp.result_type(leaf)}; pass a function that begins behind "
                 "the embedding, and an x for it."
             )
-    ones = inputs.treedef.unflatten([jnp.ones(np.shape(leaf), jnp.result_type(leaf)) for leaf in inputs.leaves])
+    ones = inputs.treedef.unflatten([jnp.ones(np.shape(leaf), wide(jnp.result_type(leaf))) for leaf in inputs.leaves])
 
     def total(magnitudes: list[jax.Array]) -> jax.Array:
         outputs = jax.tree.leaves(fn(flat.build(with_floats(flat, magnitudes)), ones))
-        return sum((jnp.sum(widen(output)) for output in outputs), jnp.zeros(()))
+        return jnp.asarray(sum((jnp.sum(widen(output)) for output in outputs), 0.0))
 
     flow, slopes = jax.value_and_grad(total)([_magnitude(leaf) for leaf in floats(flat)])
     if is_known(flow) and not jnp.isfinite(flow):

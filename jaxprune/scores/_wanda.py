@@ -94,7 +94,7 @@ def _score(
         weights = widen(leaf)
         total = jnp.zeros_like(weights)
         for site in sites:
-            found = of_site(site.matrices(weights), norms.of(site))
+            found = of_site(site.matrices(weights), norms.of(site).astype(weights.dtype))
             total = site.put(total, site.matrices(total) + found)
         return nan_lowest(of_leaf(total), weights)
 

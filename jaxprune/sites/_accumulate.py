@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxprune._dtypes import wide, widen
 from jaxprune.sites._contractions import Contraction, Window
 
 # Most entries of the patches of a convolution that are written down at once.
@@ -50,10 +51,6 @@ def _whole(function: Any, contraction: Contraction, operands: Sequence[Any]) -> 
     return function(contraction, operands)
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _part(contraction: Contraction, x: jax.Array) -> jax.Array:
     if contraction.part is None:
         return x
@@ -76,7 +73,7 @@ def _dot_squares(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax
     x = _part(contraction, operands[0])
     b, t, i = _samples(contraction, x)
     kept = (*contraction.batch, *contraction.contract)
-    sums = jnp.sum(jnp.square(_wide(x)), axis=[axis for axis in range(x.ndim) if axis not in kept])
+    sums = jnp.sum(jnp.square(widen(x)), axis=[axis for axis in range(x.ndim) if axis not in kept])
     # The sum keeps the order of the axes.
     order = sorted(kept)
     return jnp.transpose(sums, [order.index(axis) for axis in kept]).reshape(b, i), _count(b, t)
@@ -106,7 +103,7 @@ def _dot_products(contraction: Contraction, left: jax.Array, right: jax.Array) -
 
 
 def _outer(left: jax.Array, right: jax.Array, batch: Sequence[int], summed: Sequence[int]) -> jax.Array:
-    dtype = jnp.promote_types(left.dtype, jnp.float32)
+    dtype = wide(left.dtype)
     if not jnp.issubdtype(left.dtype, jnp.floating):
         left, right = left.astype(dtype), right.astype(dtype)
     axes = tuple(summed), tuple(batch)
@@ -139,7 +136,7 @@ def _conv_squares(contraction: Contraction, operands: Sequence[Any]) -> tuple[ja
     assert window is not None
     x = jnp.transpose(operands[0], window.axes)
     # Squares add up over the samples before the windows are cut, which then costs as much as for one sample.
-    patches = _patches(window, jnp.sum(jnp.square(_wide(x)), axis=0, keepdims=True))
+    patches = _patches(window, jnp.sum(jnp.square(widen(x)), axis=0, keepdims=True))
     sums = jnp.sum(patches, axis=range(2, patches.ndim)).reshape(window.groups, -1)
     return sums, _count(window.groups, x.shape[0] * math.prod(patches.shape[2:]))
 
@@ -157,7 +154,7 @@ def _conv_products(contraction: Contraction, left: jax.Array, right: jax.Array) 
     assert window is not None
     pair = [jnp.transpose(x, window.axes) for x in ([left] if left is right else [left, right])]
     if not jnp.issubdtype(left.dtype, jnp.floating):
-        pair = [_wide(x) for x in pair]
+        pair = [widen(x) for x in pair]
     n, groups = pair[0].shape[0], window.groups
     shape = jax.eval_shape(lambda x: _patches(window, x), pair[0]).shape
     i = shape[1] // groups
@@ -169,7 +166,7 @@ def _conv_products(contraction: Contraction, left: jax.Array, right: jax.Array) 
     # Patches are larger than the data by the size of the window: a few samples at a time.
     size = max(1, min(n, _PATCHES // max(math.prod(shape[1:]), 1)))
     whole = n // size * size
-    sums = jnp.zeros((groups, i, i), jnp.promote_types(pair[0].dtype, jnp.float32))
+    sums = jnp.zeros((groups, i, i), wide(pair[0].dtype))
     if whole:
         chunks = [x[:whole].reshape(-1, size, *x.shape[1:]) for x in pair]
         sums = lax.scan(lambda total, chunk: (total + products(chunk), None), sums, chunks)[0]
@@ -193,7 +190,7 @@ def _members(contraction: Contraction, x: jax.Array, sizes: jax.Array) -> tuple[
 def _ragged_squares(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
     x, sizes = operands
     groups, counts = _members(contraction, x, sizes)
-    return jax.ops.segment_sum(jnp.square(_wide(x)), groups, contraction.rows), counts
+    return jax.ops.segment_sum(jnp.square(widen(x)), groups, contraction.rows), counts
 
 
 def _ragged_gram(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float
 
 # A float32 factorisation whose pivots have a larger range of squares holds rounding errors only.
 _MAX_CONDITION = 1e6
@@ -29,21 +30,21 @@ class Factor(NamedTuple):
         condition: (), a lower bound of the condition number with the damping asked for, by its pivots.
     """
 
-    gram: jax.Array
-    root: jax.Array
-    dead: jax.Array
-    damping: jax.Array
-    condition: jax.Array
+    gram: Float[Array, "inputs inputs"]
+    root: Float[Array, "inputs inputs"]
+    dead: Bool[Array, " inputs"]
+    damping: Float[Array, ""]
+    condition: Float[Array, ""]
 
 
-def factorise(gram: jax.Array, damping: jax.Array) -> Factor:
-    """Factorise a Gram matrix [inputs, inputs], damped by ``damping * mean(diag)``.
+def factorise(gram: Float[Array, "inputs inputs"], damping: Float[Array, ""]) -> Factor:
+    """Factorise a Gram matrix, damped by ``damping * mean(diag)``.
 
     The damping grows tenfold for as long as float32 cannot factorise the sum.
     """
     diagonal = jnp.diagonal(gram)
     dead = diagonal <= 0
-    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead), 1)
+    mean = jnp.sum(jnp.where(dead, 0.0, diagonal)) / jnp.maximum(jnp.sum(~dead, dtype=gram.dtype), 1)
     gram = gram / jnp.where(dead.all(), 1.0, mean)
     lives = jnp.where(dead, 0.0, 1.0)
     on_diagonal = jnp.eye(len(gram), dtype=bool)
@@ -74,13 +75,13 @@ def factorise(gram: jax.Array, damping: jax.Array) -> Factor:
     return Factor(damped(share), root, dead, share, first)
 
 
-def inverse_root(root: jax.Array) -> jax.Array:
+def inverse_root(root: Float[Array, "inputs inputs"]) -> Float[Array, "inputs inputs"]:
     """The upper triangular U of ``gram^-1 = U^T U``."""
     identity = jnp.eye(len(root), dtype=root.dtype)
     return lax.linalg.triangular_solve(root, identity, left_side=True, lower=False)
 
 
-def _reverse(matrix: jax.Array) -> jax.Array:
+def _reverse(matrix: Float[Array, "inputs inputs"]) -> Float[Array, "inputs inputs"]:
     """The matrix with its rows and columns in reverse order, which makes upper triangles of lower ones."""
     return matrix[::-1, ::-1]
 

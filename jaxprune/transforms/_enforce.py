@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._dtypes import common
 from jaxprune._tree._leaves import is_floating, is_function, is_nothing
 from jaxprune._tree._masks import align_masks, check_masks
 from jaxprune._tree._paths import Tree, flatten
@@ -69,5 +70,5 @@ def _land_on_zero(update: Any, param: Any, mask: Any) -> Any:
     if mask is None or not is_floating(param):
         return update
     # Never narrower than the parameter: -param rounded would not cancel it.
-    dtype = jnp.promote_types(update.dtype, param.dtype)
+    dtype = common((update.dtype, param.dtype))
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))

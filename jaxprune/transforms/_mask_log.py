@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._dtypes import widen
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
 from jaxprune._tree._axes import Axes, Stacked, read_axes
@@ -91,7 +92,7 @@ def _of_leaf(roles: Axes, weight: jax.Array, param: jax.Array, old: jax.Array, n
         "changed": _count(old ^ new),
         "dead_units": _count(~jnp.any(new, inputs)),
         "escaped": _count(~old & (param != 0)),
-        "threshold": jnp.min(jnp.where(old & new, jnp.abs(weight), jnp.inf)),
+        "threshold": jnp.min(jnp.where(old & new, jnp.abs(widen(weight)), jnp.inf)),
     }
 
 

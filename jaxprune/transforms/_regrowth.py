@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune._dtypes import with_infinities
 from jaxprune._selection import _counts
 from jaxprune._selection._largest import keep_largest
 from jaxprune._tree._leaves import is_floating
@@ -37,7 +38,7 @@ def drop_and_grow(
     removed = _counts.subtract(size, kept)
     dropped = _counts.minimum(_counts.from_float(jnp.clip(fraction, 0, 1) * _counts.to_float(kept)), kept)
     # Pruned weights rank below all others (NaN), then the smallest ones go.
-    standing = jnp.where(mask, weight, jnp.full_like(weight, jnp.nan))
+    standing = jnp.where(mask, with_infinities(weight), jnp.nan)
     survivors = mask & keep_largest(standing, _counts.add(removed, dropped), batch=stack, magnitude=True)
     # Survivors rank above all others, infinitely wanted ones included.
     finite = jnp.nan_to_num(wanted, posinf=jnp.finfo(jnp.float32).max)

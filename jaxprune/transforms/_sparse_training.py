@@ -242,7 +242,7 @@ def _drop_and_grow(
     steps.check(title)
     until = steps.until or 0
     # Equation 1 of the paper: alpha / 2 * (1 + cos(pi * t / T_end)).
-    fraction = optax.cosine_decay_schedule(0.3, max(1, until)) if drop_fraction is None else drop_fraction
+    fraction = _cosine(max(1, until)) if drop_fraction is None else drop_fraction
     if not callable(fraction):
         _check_fraction(title, steps.range_of(title, fraction))
     inner = optax.with_extra_args_support(inner)
@@ -280,6 +280,12 @@ def _drop_and_grow(
         return held, SparseTrainingState(optax.safe_increment(state.count), masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _cosine(until: int) -> optax.Schedule:
+    schedule = optax.cosine_decay_schedule(0.3, until)
+    # Optax multiplies the count by pi, which strict promotion of dtypes refuses for whole numbers.
+    return lambda count: schedule(jnp.asarray(count, jnp.float32))
 
 
 def _check_fraction(title: str, bounds: tuple[float, float] | None) -> None:

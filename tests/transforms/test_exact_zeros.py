@@ -27,9 +27,13 @@ from tests.support.one_layer import (
     step,
     train,
 )
+
+# Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
+from tests.support.promotion import standard_promotion as standard_promotion
 from tests.support.slow import slow_but
 
 pytestmark = pytest.mark.optimised
+
 
 # --- Promise 6: exact zeros with every optimizer of optax. ---
 

@@ -20,6 +20,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import apply_masks, keep_pruned, make_masks, masks_in, prune, rigl
 from jaxprune.transforms import keep_zeros, prune_and_regrow, sparse_evolution, static_sparse
+
+# Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
+from tests.support.promotion import standard_promotion as standard_promotion
 from tests.support.slow import slow_but
 
 STEPS = 6

@@ -17,6 +17,9 @@ from jaxprune import apply_masks, keep_pruned, make_masks, masks_in
 from jaxprune.transforms import keep_zeros
 from tests.support.one_layer import KEEP, KERNEL, MASKS, assert_positive_zeros, dense_params, loss, step, train
 
+# Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
+from tests.support.promotion import standard_promotion as standard_promotion
+
 # --- Bad input: errors name the leaf (promise 9). ---
 
 

@@ -16,6 +16,9 @@ from jaxprune.transforms import sparse_evolution
 from jaxprune.transforms._regrowth import refresh
 from tests.support.one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step, train
 
+# Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
+from tests.support.promotion import standard_promotion as standard_promotion
+
 GROWING = {
     "rigl": functools.partial(rigl, every=3, until=150),
     "sparse_evolution": functools.partial(sparse_evolution, key=jax.random.key(7), every=3, until=150),

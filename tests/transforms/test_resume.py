@@ -18,6 +18,9 @@ import pytest
 from jaxprune import keep_pruned, masks_in, prune
 from tests.support import resumable
 from tests.support.one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step
+
+# Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
+from tests.support.promotion import standard_promotion as standard_promotion
 from tests.support.resumable import RUNS, STEPS, advance, begin
 
 pytestmark = pytest.mark.optimised

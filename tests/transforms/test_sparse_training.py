@@ -17,6 +17,9 @@ from jaxprune.transforms import sparse_evolution, static_sparse
 from jaxprune.transforms._regrowth import drop_and_grow
 from tests.support.one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step, train
 
+# Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
+from tests.support.promotion import standard_promotion as standard_promotion
+
 STEPS = 200
 KEY = jax.random.key(7)
 
