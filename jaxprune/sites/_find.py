@@ -149,8 +149,8 @@ def find_sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Sites:
         *inputs: what fn takes besides; trees of arrays or of ``jax.ShapeDtypeStruct``. Only shapes and dtypes matter.
 
     Returns:
-        The `Sites`, to print, to iterate over, and to ask: `prunable` is a predicate for `make_masks`, and `input_axis`
-        gives the axis for `rules.n_m`.
+        The `Sites`, to print, to iterate over, and to give to whatever takes ``sites=``: `make_masks` then knows which
+        leaves multiply data, along which axes their inputs and outputs lie, and which axes count layers.
 
     Raises:
         TypeError: a leaf of params is no array.
