@@ -55,6 +55,14 @@ class Rule:
             object.__setattr__(self, attribute, getattr(self.function, attribute, getattr(Rule, attribute)))
         object.__setattr__(self, "__wrapped__", self.function)
 
+    def __repr__(self) -> str:
+        """Return its name, and the settings that the name does not say."""
+        said = ("m", "rule", "norm", "reduce", "shape")
+        settings = ", ".join(
+            f"{name}={value!r}" for name, value in self.settings if name not in said and value is not None
+        )
+        return f"{self.name}[{settings}]" if settings else self.name
+
     def __call__(self, scores: Any, k: Any, **settings: Any) -> Any:
         """Make masks; settings given here go before those of the rule."""
         return self.function(scores, k, **{**dict(self.settings), **settings})

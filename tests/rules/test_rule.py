@@ -47,6 +47,7 @@ def test_a_rule_says_what_it_is(rule, scope, bounds, rises, counts):
     assert copy.deepcopy(rule) == rule
     assert pickle.loads(pickle.dumps(rule)) == rule
     assert hash(rule) == hash(copy.deepcopy(rule))
+    assert repr(rule) == rule.name
 
 
 def test_equal_rules_are_equal_and_compile_once():
