@@ -124,6 +124,7 @@ def test_a_standard_deviation_added_up_in_another_order_moves_no_weight_but_thos
     assert np.mean(decided) > 0.999
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_scores_are_those_of_one_device_and_sharded_as_the_parameters(kind, jitted):

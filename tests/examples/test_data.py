@@ -158,6 +158,7 @@ def remove_all(files: Path) -> None:
 DAMAGES = [truncate, empty, flip_a_byte, remove_record, remove_json, garble_json, remove_all]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_copy_is_rebuilt_and_said_in_one_line(
     damage: Callable[[Path], None], prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

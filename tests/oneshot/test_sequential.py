@@ -104,6 +104,7 @@ def test_dense_target_is_the_least_squares_solution() -> None:
     np.testing.assert_array_equal(targets["a/kernel"], params["a"]["kernel"])
 
 
+@pytest.mark.slow
 def test_dense_target_makes_up_for_earlier_layers() -> None:
     params, fresh = weights(), normal(512, 6, salt=9)
     dense = perceptron(params, fresh)

@@ -149,6 +149,7 @@ def test_derivatives_of_ones_own_are_kept():
 BATCHED = ["cnn_linen", "cnn_equinox", "transformer", "vit", "lstm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BATCHED)
 def test_the_batch_may_differ(name: str):
     case, graph = traced(name)
@@ -161,6 +162,7 @@ def test_the_batch_may_differ(name: str):
     close(found[2], expected[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn_linen", "vit", "gru"])
 def test_export_with_a_symbolic_batch(name: str):
     case, graph = traced(name)

@@ -66,7 +66,7 @@ WRAPPERS: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
 }
 
 every_transform = pytest.mark.parametrize("transform", TRANSFORMS)
-every_wrapper = pytest.mark.parametrize("wrapper", slow_but(["chain", "MultiSteps", "inject_hyperparams"], WRAPPERS))
+every_wrapper = pytest.mark.parametrize("wrapper", slow_but(["chain", "MultiSteps"], WRAPPERS))
 
 
 def dense_params(dtype: Any = jnp.float32) -> Any:
