@@ -300,8 +300,7 @@ def test_grasp_keeps_what_the_gradient_flow_needs():
 def test_grasp_ignores_integers_and_takes_boxes():
     params = boxed({"w": np.float32([2.0, 3.0]), "n": np.int32(2)})
     found = scores.grasp(lambda p: jnp.sum(p["w"][...] ** 4) / 4 * jnp.float32(p["n"][...]) / 2, params)
-    assert jax.tree.structure(found) == jax.tree.structure(params)
-    n, w = jax.tree.leaves(found)
+    (w,) = jax.tree.leaves(found)  # the integer has no score
     close(w, [2 * 12 * 8, 3 * 27 * 27])
 
 
