@@ -19,6 +19,7 @@ import safetensors.numpy
 import jaxprune
 from jaxprune import load_sparse, rules, save_sparse, storage
 from jaxprune.storage import StorageError
+from jaxprune.storage._container import TensorFile
 from tests.support.storage_models import W, random_model, raw, torch_like
 
 # Whole or not at all
@@ -87,6 +88,24 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
         assert run(int(at)).returncode == -9
         outcomes.add("/".join(load_sparse(path)[0]))
     assert outcomes == {"old", "w0/w1/w2"}
+
+
+@pytest.mark.parametrize("gigabytes", [1, 3, 40, 600])
+def test_a_file_of_any_size_opens(tmp_path, gigabytes):
+    """The file is sparse, so that it takes no space."""
+    size = gigabytes * 10**9
+    header = {
+        "big": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]},
+        "small": {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]},
+    }
+    text = json.dumps(header).encode()
+    with (tmp_path / "m").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(size, os.SEEK_CUR)
+        file.write(np.float32([1.5, -2.0]).tobytes())
+    with TensorFile(tmp_path / "m") as file:
+        assert (file.entries["big"].shape, file.entries["big"].size) == ((size // 4,), size)
+        assert file.read("small").tolist() == [1.5, -2.0]
 
 
 # Models on disk
