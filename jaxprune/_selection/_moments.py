@@ -9,12 +9,26 @@ from jaxtyping import Array, Float
 
 from jaxprune._dtypes import widen
 
+# Squares of magnitudes above this, and of their inverses, are far from the ends of float32.
+_SMALL = 1e-15
+
 
 def _finite_mean(x: jax.Array, finite: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     # Counting what is missing keeps the count exact in float32 for any layer that is nearly finite.
     missing = jnp.sum(jnp.where(finite, 0.0, 1.0).astype(x.dtype), axes, keepdims=True)
     size = float(functools.reduce(lambda n, axis: n * x.shape[axis], axes, 1))
     return jnp.sum(jnp.where(finite, x, jnp.zeros_like(x)), axes, keepdims=True) / (size - missing)
+
+
+def _unit(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """What to divide by so that sums and squares neither overflow nor vanish: 1, or the largest finite magnitude."""
+    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), axes, keepdims=True)
+    return jnp.where((largest == 0) | ((largest > _SMALL) & (largest < 1 / _SMALL)), jnp.ones_like(largest), largest)
+
+
+def _careful_std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    unit = _unit(x, axes)
+    return unit * jnp.sqrt(_careful_variance(x / unit, axes))
 
 
 def _careful_variance(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -29,14 +43,15 @@ def std(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*kept
     """Population standard deviation of the finite entries along `axes`, kept as axes of size 1, in float32.
 
     A variance as the mean square less the squared mean is half a pass cheaper than the centred one and as good as
-    long as the mean is small; layers where it is not, or with a NaN or infinity, take the centred way.
+    long as the mean is small; layers where it is not, with a NaN or infinity, or of numbers whose squares leave the range
+    of the dtype, take the centred way.
     """
     mean = jnp.mean(widen(x), axes, keepdims=True)
     # Without the barrier XLA's CPU backend computes both sums in one loop that it cannot vectorise.
     square = jnp.mean(jnp.square(widen(lax.optimization_barrier(x))), axes, keepdims=True)
     variance = square - jnp.square(mean)
-    sound = jnp.isfinite(variance) & (jnp.square(mean) <= variance)
-    return jnp.sqrt(lax.cond(jnp.all(sound), lambda: variance, lambda: _careful_variance(widen(x), axes)))
+    sound = jnp.isfinite(variance) & (jnp.square(mean) <= variance) & (variance > _SMALL**2)
+    return lax.cond(jnp.all(sound), lambda: jnp.sqrt(variance), lambda: _careful_std(widen(x), axes))
 
 
 def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
@@ -47,7 +62,8 @@ def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = 
 
     def careful() -> jax.Array:
         values = widen(_signless(x, magnitude))
-        return _finite_mean(values, jnp.isfinite(values), axes)
+        unit = _unit(values, axes)
+        return unit * _finite_mean(values / unit, jnp.isfinite(values), axes)
 
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
 

@@ -51,7 +51,7 @@ def _keep(
     largest = _max(values, magnitude, axes)
     score = (jnp.abs(values) if magnitude else values).astype(found.dtype)
     # A layer without one finite weight has no largest one (NaN): it is left as it is.
-    mask = (score >= jnp.minimum(asked, largest)) | jnp.isnan(largest)
+    mask = (score >= jnp.fmin(asked, largest)) | jnp.isnan(largest)
     return mask, asked, largest
 
 
