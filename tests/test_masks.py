@@ -213,6 +213,7 @@ def test_masks_carry_no_gradient_and_pruned_weights_get_none() -> None:
 BITS = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BITS)
 @given(data=st.data())
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)

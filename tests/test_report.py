@@ -66,6 +66,7 @@ def test_the_page_shows_the_summary_and_loads_nothing(tmp_path):
     assert summary.remarks[0].replace("<", "&lt;") in text
 
 
+@pytest.mark.slow
 def test_a_model_with_nan_has_a_page(tmp_path):
     params = {"kernel": jnp.array([[1.0, jnp.nan], [3.0, -2.0]])}
     masks = jaxprune.make_masks(params, 0.5, rule=jaxprune.rules.layer_sparsity)

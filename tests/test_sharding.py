@@ -84,6 +84,7 @@ def test_masks_are_bit_for_bit_those_of_one_device_and_sharded_as_the_parameters
     assert_sharded_as(masks, params)
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("name", slow_but(("std", "n_m"), RULES))
 def test_masks_are_the_same_without_jit(name, kind):
@@ -93,6 +94,7 @@ def test_masks_are_the_same_without_jit(name, kind):
     assert_sharded_as(masks, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spec"),
     [

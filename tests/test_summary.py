@@ -156,6 +156,7 @@ def test_extremes_are_json_too(weights: list, mask: list) -> None:
     assert "kernel" in str(summary)
 
 
+@pytest.mark.slow
 def test_counts_are_exact_beyond_the_float32_integers() -> None:
     mask = jnp.ones((4097, 4096), bool).at[-1, -1].set(False)
     row = summarize({"kernel": jnp.ones((4097, 4096), jnp.bfloat16)}, {"kernel": mask}).rows[0]

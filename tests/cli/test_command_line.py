@@ -142,6 +142,7 @@ def test_report_writes_a_page(model, tmp_path, capsys):
     assert run("report", model, page, "--force") == 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_shards_goes_in_and_comes_out(model, tmp_path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()

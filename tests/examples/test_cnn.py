@@ -245,6 +245,7 @@ def test_linen_and_nnx_agree_for_the_same_weights(dense: dict[Any, Any]) -> None
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 @pytest.mark.parametrize("network", [cnn, cnn_nnx])
 def test_a_restored_state_trains_on_bit_for_bit(network: Any, dense: dict[Any, Any], tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_histograms_name_the_layers_and_the_finding() -> None:
     assert "±0.5" in [text.get_text() for text in figure.axes[0].texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 7])
 def test_histograms_have_one_panel_per_layer_and_are_written(layers: int, tmp_path: Path) -> None:
     weights = {f"layer_{index}": np.linspace(-1, 1, 50) for index in range(layers)}
@@ -73,6 +74,7 @@ EDGE_CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "threshold", "counts"), [case[1:] for case in EDGE_CASES])
 def test_histograms_lose_no_weight_at_the_edges(
     values: np.ndarray, threshold: float, counts: list[int], tmp_path: Path

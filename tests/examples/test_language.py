@@ -15,6 +15,7 @@ from _support.data import DataError
 from _support.language_figure import bits_per_byte
 
 
+@pytest.mark.slow
 def test_text_is_the_same_every_time_and_no_file_is_in_two_parts():
     first, second = text.load(), text.load()
     for one, other in zip(first, second, strict=True):

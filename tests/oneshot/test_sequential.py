@@ -75,6 +75,7 @@ def test_equals_calibrating_anew_before_every_layer(method: Any) -> None:
     assert all(bool((found[name]["kernel"][~masks[name]["kernel"]] == 0).all()) for name in "abc")
 
 
+@pytest.mark.slow
 def test_dense_target_is_the_least_squares_solution() -> None:
     params = weights()
     targets: dict[str, np.ndarray] = {}

@@ -150,6 +150,7 @@ def test_leaves_that_are_not_prunable_stay_as_they_are():
     assert masks["step"].dtype == bool
 
 
+@pytest.mark.slow
 def test_the_dtype_stays():
     weights, gram = oracles.problem(32, 16, 9)
     narrow = jnp.asarray(weights, jnp.bfloat16)
@@ -254,6 +255,7 @@ def on_mesh(kind, weights, gram):
 SHARDED = {"half": (rules.layer_sparsity, 0.5), "by unit": (rules.row_sparsity, 0.5), "2:4": (rules.n_m(4), 2)}
 
 
+@pytest.mark.slow
 @KINDS
 @pytest.mark.parametrize("name", slow_but(["half"], SHARDED))
 def test_sharded_over_outputs_the_masks_are_those_of_one_device(name, kind):

@@ -24,6 +24,7 @@ def n_m_oracle(weights, n, m, axis):
     return np.moveaxis(keep.reshape(moved.shape), -1, axis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2), (4, 4)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 6), (3, 3, 16, 4)])
@@ -96,6 +97,7 @@ def test_one_leaf_that_does_not_divide_may_stay_dense():
     assert int(masks["a"]["kernel"].sum()) == 8
 
 
+@pytest.mark.slow
 def test_channels_go_whole_and_by_their_norm():
     weights = jax.random.normal(KEY, (3, 3, 4, 10))
     mask = jaxprune.make_masks({"kernel": weights}, 0.3, rule=rules.channels(rules.layer_sparsity))["kernel"]

@@ -34,6 +34,7 @@ def test_an_initialisation_keeps_its_largest_weight(weights: jax.Array, k: float
     np.testing.assert_array_equal(mask, np.abs(weights) == np.max(np.abs(weights)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "dtype"),
     [(rule, jnp.float32) for rule in RULES] + [(rules.std_threshold, d) for d in (jnp.bfloat16, jnp.float16)],

@@ -178,6 +178,7 @@ def test_std_is_idempotent_on_symmetric_layers(seed: int, k: float, shape: tuple
     check_idempotence(np.concatenate([half, -half]), k, rules.std_threshold)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), k=st.floats(0.25, 3))
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 def test_std_is_idempotent_on_layers_of_small_mean(seed: int, k: float) -> None:

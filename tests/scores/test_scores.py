@@ -281,6 +281,7 @@ def gradient_flow(weights):
     return sum(np.sum(g**2) for g in net_loss_and_grads(weights)[1])
 
 
+@pytest.mark.slow
 def test_grasp_is_half_the_slope_of_the_gradient_flow():
     slopes = slope_in_gates(gradient_flow)  # d(g.g)/d gate = 2 w (H g)
     for found, slope in zip(scores.grasp(net_loss, as_float32(NET)), slopes, strict=True):

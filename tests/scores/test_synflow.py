@@ -30,6 +30,7 @@ def flow_oracle(kernels):
     return before[-1].sum(), [b[:, None] * k * a for b, k, a in zip(before, kernels, behind, strict=False)]
 
 
+@pytest.mark.slow
 def test_synflow_is_the_sum_over_paths():
     params = random_net((3, 4, 5, 2))
     total, expected = flow_oracle(params)

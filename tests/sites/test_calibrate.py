@@ -42,6 +42,7 @@ def observed(name: str) -> Any:
     return results, *stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_stay_bit_equal(name: str) -> None:
     case = built(name)
@@ -70,6 +71,7 @@ def test_statistics_equal_those_of_the_inputs_themselves(name: str) -> None:
                 assert found.of(site).dtype == found.count(site).dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linen_scan", "used_twice", "nnx_tied"])
 def test_calibration_adds_up_what_is_observed(name: str) -> None:
     case = built(name)
@@ -163,6 +165,7 @@ def test_statistics_add_up_by_psum() -> None:
     assert summed.count(site).tolist() == [32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_batches_may_be_sharded(kind: Any) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))

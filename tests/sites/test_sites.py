@@ -55,6 +55,7 @@ def linear(site: Any, leaf: Any, x: Any) -> np.ndarray:
     return np.asarray(jnp.einsum("nti,nio->nto", x, site.matrices(leaf)))
 
 
+@pytest.mark.slow
 def test_matrices_multiply_as_the_function_does() -> None:
     for name in ("linen_dense_general_swapped", "linen_conv_grouped", "equinox_conv", "experts_einsum", "ragged"):
         case, (site,) = built(name), sites_of(name)
@@ -68,6 +69,7 @@ def test_matrices_multiply_as_the_function_does() -> None:
         np.testing.assert_allclose(np.sort(mine[mine != 0]), np.sort(theirs[theirs != 0]), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_matrices_go_back_to_where_they_came_from(name: str) -> None:
     for site in sites_of(name):

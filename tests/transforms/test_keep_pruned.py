@@ -142,6 +142,7 @@ class CNN(nn.Module):
         return nn.Dense(3)(x.reshape(x.shape[0], -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [keep_pruned, lambda masks: keep_zeros()], ids=["keep_pruned", "keep_zeros"])
 def test_promise_10_a_training_step_exports_for_every_platform(transform):
     rng = np.random.default_rng(0)

@@ -55,6 +55,7 @@ def changes(masks: np.ndarray) -> list[int]:
 # --- When: at steps that can be told beforehand. ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "until", "due"),
     [
@@ -86,6 +87,7 @@ def gradual(dtype: str) -> Any:
     return cubic, *steps_of(tx, small_params(dtype), noise(STEPS, dtype=dtype))
 
 
+@pytest.mark.slow
 def test_gradual_pruning_against_numpy():
     cubic, history, masks, _ = gradual("float32")
     weights, keep = KERNEL.copy(), np.ones((8, 10), bool)
@@ -114,6 +116,7 @@ def test_gradual_pruning_keeps_exact_counts_nested_masks_and_zeros(dtype):
     assert int(state[1].count) == STEPS
 
 
+@pytest.mark.slow
 def test_every_layer_of_a_stack_is_pruned_exactly():
     make = functools.partial(exactly, stacked="kernel")
     tx = prune(make, optax.linear_schedule(0.0, 0.75, 20), every=7, until=20)

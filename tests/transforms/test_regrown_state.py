@@ -86,6 +86,7 @@ def test_a_bare_array_and_a_tuple_have_their_state_found():
         assert int(found[0].count) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROWING)
 @pytest.mark.parametrize("inner", OPTIMIZERS)
 def test_a_step_keeps_all_types_with_every_optimizer(name, inner):
@@ -97,6 +98,7 @@ def test_a_step_keeps_all_types_with_every_optimizer(name, inner):
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "MultiSteps"])
 def test_rigl_trains(name):
     tx = rigl(optimizer(name)[0], MASKS, every=4, until=12)

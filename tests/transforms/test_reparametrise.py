@@ -176,6 +176,7 @@ def sigmoid(s: Any) -> Any:
     return 1 / (1 + np.exp(-s))
 
 
+@pytest.mark.slow
 def test_soft_threshold_against_the_equations():
     """The value is that of equation 3, sign(W) relu(|W| - g(s)); so the derivatives are 1 and -g'(s) sign(W), or 0."""
     s = -0.4

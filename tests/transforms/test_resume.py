@@ -34,6 +34,7 @@ def save_and_restore(folder: Path, saved: Any, like: Any) -> Any:
         return checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
     take_step = jax.jit(advance(RUNS[name]))
@@ -91,6 +92,7 @@ PRUNING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRUNING)
 def test_a_dense_checkpoint_goes_on_as_a_pruned_run(name, tmp_path):
     """The dense optimizer's state stands first in the chain; that of the transform is initialised."""

@@ -67,6 +67,7 @@ def drop_and_grow_in_numpy(weight: Any, keep: Any, wanted: Any, fraction: float)
 one_layer = jax.jit(drop_and_grow, static_argnames="stack")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(data=st.data(), fraction=st.floats(0, 1, width=32))
 def test_drop_and_grow_against_numpy(data, fraction):
@@ -116,6 +117,7 @@ def test_layers_of_a_stack_are_treated_one_by_one():
 # --- RigL, step by step. ---
 
 
+@pytest.mark.slow
 def test_rigl_against_numpy():
     """Algorithm 1 with momentum, whose state is zero for new weights; cosine-decayed drop fraction (equation 1)."""
     shape, steps, until = (4, 5), 14, 10
@@ -171,6 +173,7 @@ GROWING = {
 every_growing = pytest.mark.parametrize("name", GROWING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("rigl", jnp.float32), ("sparse_evolution", jnp.bfloat16)])
 def test_counts_are_exact_in_every_layer_and_zeros_hold_for_200_steps(name, dtype):
     params, masks = pair(dtype)
@@ -212,6 +215,7 @@ def test_set_drops_the_smallest_and_grows_the_same_ones_for_a_key():
     assert (one[0] != one[1]).any()  # another update, other weights
 
 
+@pytest.mark.slow
 def test_set_grows_anywhere_in_bfloat16():
     """bfloat16 has few values between 0 and 1: were the noise so coarse, ties would fill the first rows."""
     masks = {"kernel": jnp.asarray(np.arange(40_000).reshape(200, 200) % 100 == 0)}
@@ -305,6 +309,7 @@ def test_bad_arguments(name):
 # --- The log. ---
 
 
+@pytest.mark.slow
 def test_log_of_rigl_by_hand():
     told = []
     masks = {"kernel": jnp.array([[True, True], [True, False], [True, False]])}
@@ -328,6 +333,7 @@ def test_log_of_rigl_by_hand():
     assert params["kernel"].tolist() == [[4.0, 0.0], [3.0, 0.0], [2.0, 0.0]]
 
 
+@pytest.mark.slow
 def test_log_counts_dead_units_of_every_layer_of_a_stack():
     told = []
     masks = {"b": {"kernel": jnp.array([[[True, False], [True, False]], [[True, True], [False, False]]])}}

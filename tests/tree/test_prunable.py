@@ -125,6 +125,7 @@ EQX_ATTENTION = [f"parts/5/{name}_proj/weight" for name in ("query", "key", "val
 HAIKU_ATTENTION = [f"multi_head_attention/{name}/w" for name in ("query", "key", "value", "linear")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "stacked", "kernels"),
     [
