@@ -24,6 +24,7 @@ def stored_bytes(params: Any, masks: Any, *, bits: int | None = None) -> int:
     Returns:
         Bytes.
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((2, 16)), "bias": jnp.ones(16)}
     >>> masks = {"kernel": jnp.arange(32).reshape(2, 16) < 4, "bias": jnp.ones(16, bool)}
     >>> stored_bytes(params, masks)  # 4 floats, 2 rows of 2 bytes, 2 row offsets, the shape; 16 floats

@@ -24,6 +24,7 @@ def masks_in(opt_state: Any) -> Any:
         ValueError: no masks are there.
 
     >>> import jax.numpy as jnp, optax
+    >>> from jaxprune import keep_pruned
     >>> tx = optax.chain(optax.adam(0.1), keep_pruned([jnp.array([True, False])]))
     >>> masks_in(tx.init([jnp.array([1.0, 2.0])]))[0].tolist()
     [True, False]

@@ -230,22 +230,24 @@ def test_a_larger_k_keeps_a_subset(rule: Rule) -> None:
 # Scale.
 
 
-@pytest.mark.parametrize("exponent", [-130, -76, -66, -50, 50, 63, 66, 100, 125])
+@pytest.mark.parametrize("exponent", [-110, -76, -66, -50, 50, 63, 66, 100, 125])
 @pytest.mark.parametrize("rule", [rules.std_threshold, rules.mean_threshold, rules.max_threshold])
 def test_masks_do_not_depend_on_the_scale_of_the_weights(rule, exponent):
     weights = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
     scaled = np.ldexp(weights, exponent)
     for k in (0.5, 1.0, 1.5) if rule is not rules.max_threshold else (0.1, 0.5):
-        expected = jaxprune.make_masks({"kernel": jnp.asarray(weights)}, k, rule=rule)["kernel"]
-        found = jaxprune.make_masks({"kernel": jnp.asarray(scaled)}, k, rule=rule)["kernel"]
+        expected = make_masks({"kernel": jnp.asarray(weights)}, k, rule=rule)["kernel"]
+        found = make_masks({"kernel": jnp.asarray(scaled)}, k, rule=rule)["kernel"]
         np.testing.assert_array_equal(found, expected)
 
 
 def test_sums_that_overflow_empty_no_layer():
     """Fifteen weights of 1e38 and one of 2e38: their mean is 1.0625e38, their deviation 0.242e38."""
     weights = jnp.full((4, 4), 1e38).at[0, 0].set(2e38)
-    assert jaxprune.make_masks({"kernel": weights}, 1.0)["kernel"].all()
-    masks = jaxprune.make_masks({"kernel": weights}, 5.0)["kernel"]  # asks for 1.21e38
-    assert masks.sum() == 1 and bool(masks[0, 0])
-    masks = jaxprune.make_masks({"kernel": weights}, 1.5, rule=rules.mean_threshold)["kernel"]  # 1.59e38
-    assert masks.sum() == 1 and bool(masks[0, 0])
+    assert make_masks({"kernel": weights}, 1.0)["kernel"].all()
+    masks = make_masks({"kernel": weights}, 5.0)["kernel"]  # asks for 1.21e38
+    assert masks.sum() == 1
+    assert bool(masks[0, 0])
+    masks = make_masks({"kernel": weights}, 1.5, rule=rules.mean_threshold)["kernel"]  # 1.59e38
+    assert masks.sum() == 1
+    assert bool(masks[0, 0])
