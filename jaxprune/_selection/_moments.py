@@ -1,6 +1,7 @@
 """Statistics of a layer's weights: accurate at any size, blind to NaN and infinity, two passes over the array."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +21,13 @@ def _finite_mean(x: jax.Array, finite: jax.Array, axes: tuple[int, ...]) -> jax.
     return jnp.sum(jnp.where(finite, x, jnp.zeros_like(x)), axes, keepdims=True) / (size - missing)
 
 
-def _unit(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """What to divide by so that sums and squares neither overflow nor vanish: 1, or the largest finite magnitude."""
+def _scaled(x: jax.Array, axes: tuple[int, ...], statistic: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Take a statistic of numbers brought near to 1 by an exact power of two, so that no sum or square overflows or vanishes."""
     largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), axes, keepdims=True)
-    return jnp.where((largest == 0) | ((largest > _SMALL) & (largest < 1 / _SMALL)), jnp.ones_like(largest), largest)
-
-
-def _careful_std(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    unit = _unit(x, axes)
-    return unit * jnp.sqrt(_careful_variance(x / unit, axes))
+    one = jnp.ones_like(largest)
+    down = jnp.where(largest > 1 / _SMALL, 2.0**-100 * one, jnp.where(largest < _SMALL, 2.0**80 * one, one))
+    back = jnp.where(largest > 1 / _SMALL, 2.0**100 * one, jnp.where(largest < _SMALL, 2.0**-80 * one, one))
+    return back * statistic(x * down)
 
 
 def _careful_variance(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -51,7 +50,11 @@ def std(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*kept
     square = jnp.mean(jnp.square(widen(lax.optimization_barrier(x))), axes, keepdims=True)
     variance = square - jnp.square(mean)
     sound = jnp.isfinite(variance) & (jnp.square(mean) <= variance) & (variance > _SMALL**2)
-    return lax.cond(jnp.all(sound), lambda: jnp.sqrt(variance), lambda: _careful_std(widen(x), axes))
+
+    def careful(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(_careful_variance(x, axes))
+
+    return lax.cond(jnp.all(sound), lambda: jnp.sqrt(variance), lambda: _scaled(widen(x), axes, careful))
 
 
 def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
@@ -62,8 +65,7 @@ def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = 
 
     def careful() -> jax.Array:
         values = widen(_signless(x, magnitude))
-        unit = _unit(values, axes)
-        return unit * _finite_mean(values / unit, jnp.isfinite(values), axes)
+        return _scaled(values, axes, lambda scaled: _finite_mean(scaled, jnp.isfinite(scaled), axes))
 
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
 
