@@ -6,6 +6,15 @@ import math
 from typing import Any
 
 
+def printable(text: str) -> str:
+    r"""Return a text with escapes in place of what a terminal would obey; lines stay.
+
+    >>> printable("a\x1b[31mb\u202e")
+    'a\\x1b[31mb\\u202e'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class Printable:
     """A result with a method ``__rich__``: prints as that in a terminal, as text and in notebooks."""
 

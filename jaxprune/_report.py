@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxprune._printing import printable
 from jaxprune._summary import LayerRow, Summary, amount, summarize
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._paths import flatten
@@ -79,9 +80,9 @@ def report(
     if history:
         parts += _of_history(history)
     page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(printable(title))}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{html.escape(title)}</h1>\n{chr(10).join(parts)}\n</body></html>\n"
+        f"<body><h1>{html.escape(printable(title))}</h1>\n{chr(10).join(parts)}\n</body></html>\n"
     )
     with _atomic.replacing(Path(path)) as file:
         file.write(page.encode())
@@ -102,7 +103,7 @@ def _overview(summary: Summary) -> Iterator[str]:
         f"against {amount(dense)}B dense.</p>"
     )
     for remark in summary.remarks:
-        yield f'<p class="remark">{html.escape(remark)}</p>'
+        yield f'<p class="remark">{html.escape(printable(remark))}</p>'
     layers = sum(row.prunable for row in rows)
     yield _figure("Sparsity by layer", lambda axes: plot.sparsity_by_layer(summary, axes), height=1.2 + 0.32 * layers)
     yield "<h2>Layers</h2>"
@@ -146,7 +147,9 @@ def _layers(params: Any, masks: Any, summary: Summary) -> Iterator[str]:
             plot.weights(values, cut, left)
             plot.mask(by_path[path], right)
 
-        yield f"<h3>{html.escape(path)}</h3>" + _figure(f"Weights and mask of {path}", draw, columns=2, height=3.2)
+        yield f"<h3>{html.escape(printable(path))}</h3>" + _figure(
+            f"Weights and mask of {path}", draw, columns=2, height=3.2
+        )
 
 
 def _of_sensitivity(curves: Sensitivity) -> Iterator[str]:
@@ -167,7 +170,7 @@ def _of_sensitivity(curves: Sensitivity) -> Iterator[str]:
     yield f"<p>The metric (dense {curves.dense:.4g}) with one layer pruned, and the sparsity of that layer.</p>"
     yield _table(heads, [*body[:-1], ("total", body[-1][1])])
     for remark in curves.remarks(MAX_DROP):
-        yield f'<p class="remark">{html.escape(remark)}</p>'
+        yield f'<p class="remark">{html.escape(printable(remark))}</p>'
 
 
 def _of_history(history: Sequence[Mapping[str, float]]) -> Iterator[str]:
@@ -180,7 +183,7 @@ def _of_history(history: Sequence[Mapping[str, float]]) -> Iterator[str]:
 def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "\n".join(
-        f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+        f'<tr class="{kind}">' + "".join(f"<td>{html.escape(printable(cell))}</td>" for cell in cells) + "</tr>"
         for kind, cells in rows
     )
     return f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
@@ -194,4 +197,4 @@ def _figure(alt: str, draw: Callable[..., Any], *, columns: int = 1, width: floa
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     code = base64.b64encode(picture.getvalue()).decode()
-    return f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{code}"></figure>'
+    return f'<figure><img alt="{html.escape(printable(alt))}" src="data:image/png;base64,{code}"></figure>'

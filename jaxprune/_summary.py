@@ -22,7 +22,7 @@ from jaxprune.sites._sites import Sites
 from jaxprune.storage._sizes import leaf_bytes
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from jaxprune._tables import Table
 
 
 # A layer that loses more than this is said to be nearly empty.
@@ -82,7 +82,7 @@ class Summary(Printable):
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
-        from rich.table import Table
+        from jaxprune._tables import Table
 
         table = Table(title="Sparsity by layer", caption="\n".join(self.remarks) or None, caption_justify="left")
         table.add_column("layer", overflow="fold")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from jaxprune import rules
 from jaxprune._printing import as_json
+from jaxprune._tables import Table
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.storage import _files
 from jaxprune.storage._checkpoint import Checkpoint, Writing

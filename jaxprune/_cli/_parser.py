@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from jaxprune._cli import _actions as actions
+from jaxprune._printing import printable
 
 OK, DIFFERENT, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        return printable(f"{error.filename}: {error.strerror}")
+    return printable(" ".join(str(error).split()))
 
 
 def _show_warning(
@@ -76,7 +77,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"jaxprune: warning: {message}", file=sys.stderr)
+    print(f"jaxprune: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

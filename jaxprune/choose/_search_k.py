@@ -20,7 +20,7 @@ from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.sites._sites import Sites
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from jaxprune._tables import Table
 
 # Of a Gaussian layer, four standard deviations leave one weight in 16,000.
 _DEVIATIONS = 4.0
@@ -60,7 +60,7 @@ class Strength(Printable, float):
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
-        from rich.table import Table
+        from jaxprune._tables import Table
 
         table = Table(title=f"k = {float(self):.6g}: {self.asked}", caption="\n".join(self.remarks) or None)
         for column in ("k", "sparsity", "found", ""):

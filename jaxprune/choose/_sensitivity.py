@@ -22,7 +22,7 @@ from jaxprune.rules._rule import AnyRule
 from jaxprune.sites._sites import Sites
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from jaxprune._tables import Table
 
 # Parameters to one number, larger = better.
 Evaluate = Callable[[Any], Any]
@@ -96,7 +96,7 @@ class Sensitivity(Printable):
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print: the metric, and below it the sparsity."""
-        from rich.table import Table
+        from jaxprune._tables import Table
 
         title = f"Metric with one layer pruned by k (dense {self.dense:.4g}), and the sparsity of that layer"
         table = Table(title=title, padding=(0, 0, 0, 1))

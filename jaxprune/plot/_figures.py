@@ -17,6 +17,7 @@ from jaxprune.plot._style import (
     LINES,
     RED,
     frame,
+    literal,
     sparsity_axis,
 )
 
@@ -94,7 +95,7 @@ def sparsity_by_layer(summary: Summary, axes: "Axes") -> "Axes":
             xytext=(-4 if inside else 4, 0), textcoords="offset points", ha="right" if inside else "left",
             va="center", color="white" if inside else INK, fontsize="small",
         )  # fmt: skip
-    axes.set_yticks(places, [_short(row.path) for row in rows])
+    axes.set_yticks(places, [literal(_short(row.path)) for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the layer's weights that is kept", color=INK)
@@ -165,7 +166,7 @@ def accuracy(
         )  # fmt: skip
     sparsity_axis(axes, fewer)
     _name_ends(axes, ends)
-    axes.set_ylabel(label, color=INK)
+    axes.set_ylabel(literal(label), color=INK)
     return frame(axes)
 
 
@@ -237,7 +238,7 @@ def _name_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> N
     for y, x, name, color in sorted(ends):
         height = max(y, height + gap)
         axes.annotate(
-            name, (x, y), (1.01, height), textcoords=("axes fraction", "data"), va="center", color=color,
+            literal(name), (x, y), (1.01, height), textcoords=("axes fraction", "data"), va="center", color=color,
             fontsize="small", fontweight="bold", annotation_clip=False,
         )  # fmt: skip
 

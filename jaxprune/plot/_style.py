@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxprune._printing import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -17,6 +19,11 @@ LINES = (BLUE, RED, GREEN, PURPLE, SKY, ORANGE, "#999933", "#666666")
 
 # What an axis of sparsities is labelled with.
 SPARSITIES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+
+
+def literal(name: str) -> str:
+    """Return a name that matplotlib draws as it is, without reading formulas in it."""
+    return printable(name).replace("$", r"\$")
 
 
 def sparsity_axis(axes: "Axes", fewer: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.sites._views import Axes, Each, Entry, Step, apply_steps, restore_steps
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from jaxprune._tables import Table
 
 Operation = Literal["dot", "conv", "gather"]
 
@@ -231,7 +231,7 @@ class Sites(Printable):
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
-        from rich.table import Table
+        from jaxprune._tables import Table
 
         table = Table(title="Parameters that multiply data")
         table.add_column("path", overflow="fold")

@@ -15,7 +15,7 @@ from jaxprune.storage._tensors import Stored
 from jaxprune.storage._trees import TensorRow
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from jaxprune._tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class FileOverview(Printable):
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
-        from rich.table import Table
+        from jaxprune._tables import Table
 
         table = Table(title=self.path, title_justify="left")
         table.add_column("tensor", overflow="fold")

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 def tables(groups: Sequence[ChannelGroup], blocks: Sequence[Block], frozen: Sequence[FrozenAxis]) -> "RichGroup":
     """Return a table of the coupled groups, one of what can be dropped, and one of the axes that stay."""
     from rich.console import Group as RichGroup
-    from rich.markup import escape
-    from rich.table import Table
+
+    from jaxprune._tables import Table
 
     coupled = Table(title="Channels that are cut together", title_justify="left", show_lines=True)
     coupled.add_column("group", overflow="fold")
     coupled.add_column("channels", justify="right")
-    coupled.add_column(escape("members: parameter[axis]"), overflow="fold")
+    coupled.add_column("members: parameter[axis]", overflow="fold")
     coupled.add_column("part of", overflow="fold")
     for group in groups:
         members = "\n".join(
@@ -34,7 +34,7 @@ def tables(groups: Sequence[ChannelGroup], blocks: Sequence[Block], frozen: Sequ
     for block in blocks:
         dropped.add_row(block.name, str(block.size) if block.members else "a branch", "\n".join(block.paths))
     stays = Table(title="Axes that stay", title_justify="left")
-    stays.add_column(escape("parameter[axis]"), overflow="fold")
+    stays.add_column("parameter[axis]", overflow="fold")
     stays.add_column("size", justify="right")
     stays.add_column("because", overflow="fold")
     for axis in frozen:

@@ -18,7 +18,7 @@ from jaxprune.structured._rebuild import evaluate, masked, rebuild
 from jaxprune.structured._shrink import channel_masks, shrink
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from jaxprune._tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Verification(Printable):
 
     def __rich__(self) -> "Table":
         """Return the table for rich to print."""
-        from rich.table import Table
+        from jaxprune._tables import Table
 
         verdict = "equals" if self.passed else "does NOT equal"
         table = Table(title=f"{self.found} {verdict} {self.expected} (to {self.tolerance:g})")

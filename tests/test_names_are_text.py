@@ -1,0 +1,102 @@
+"""Names are printed, never interpreted: no markup, no emoji codes, no formulas, no control characters."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import jaxprune
+from jaxprune import plot, rules, storage, structured
+from jaxprune._cli._parser import main
+from jaxprune.choose import Sensitivity
+
+# Markup that closes nothing, colours, emoji, links, formulas that are none, format strings, scripts of other directions.
+NAMES = [
+    "[/]", "[red]", "[bold]x[/bold]", ":smile:", "[link=\"><svg/onload=alert(1)>]x", r"$\frac$", "$", "a$b$c", "{0}", "%s",
+    "<b>", "&amp;", "\\", "[@click=app.quit]x", "\u05d0\u05d1", "\u540d\u524d", "[", "]]", "[[", "\\[red]",
+]  # fmt: skip
+CONTROL = ["\x1b[31mred", "bell\x07", "\u202eright", "zero\u200bwidth", "tab\there"]
+
+
+def shown(result) -> str:
+    """What a terminal of some width would show, without its colours."""
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
+    console.print(result)
+    return console.file.getvalue()
+
+
+def model(name):
+    return {name: {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)}}
+
+
+def apply(params, x):
+    (leaf,) = [value["kernel"] for value in params.values()]
+    return jnp.tanh(x @ leaf) @ leaf.T
+
+
+@pytest.mark.parametrize("name", [*NAMES, *CONTROL])
+def test_every_table_shows_a_name_as_it_is(name):
+    params = model(name)
+    masks = jaxprune.make_masks(params, 0.5, rule=rules.layer_sparsity, prunable=lambda path, leaf: True)
+    everything = lambda path, leaf: True  # noqa: E731
+    curves = jaxprune.sensitivity(
+        lambda p: jnp.float32(1), params, [0.5], rule=rules.layer_sparsity, prunable=everything
+    )
+    results = [
+        jaxprune.summarize(params, masks, prunable=everything),
+        jaxprune.find_sites(apply, params, jnp.ones((2, 8))),
+        structured.trace(apply, params, jnp.ones((2, 8))),
+        curves,
+    ]
+    wanted = name if name.isprintable() else name.encode("unicode_escape").decode()
+    for result in results:
+        for text in (shown(result), str(result)):
+            assert wanted in text, type(result).__name__
+            assert "\x1b" not in text
+            assert "\x07" not in text
+        page = result._repr_html_()
+        assert "<svg" not in page
+        assert "href" not in page
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_and_the_page_draw_a_name_as_it_is(name, tmp_path):
+    params = model(name)
+    everything = lambda path, leaf: True  # noqa: E731
+    masks = jaxprune.make_masks(params, 0.5, rule=rules.layer_sparsity, prunable=everything)
+    curves = Sensitivity(
+        ks=(0.5,), groups=(name,), paths=((f"{name}/kernel",),), sizes=(64,), dense=1.0,
+        metric=np.array([[0.9]]), sparsity=np.array([[0.5]]), together=np.array([0.9]), together_sparsity=np.array([0.5]),
+    )  # fmt: skip
+    jaxprune.report(tmp_path / "page.html", params, masks, title=name, sensitivity=curves, prunable=everything)
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" not in page
+    figure = Figure()
+    axes = plot.accuracy([0.0, 0.5], {name: [1.0, 0.9]}, figure.subplots(), label=name)
+    figure.savefig(tmp_path / "figure.png")
+    assert axes.get_ylabel().replace(r"\$", "$") == name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "/" not in name])
+def test_commands_show_a_name_as_it_is(name, tmp_path, capsys):
+    source, target = str(tmp_path / "m"), str(tmp_path / "out")
+    safetensors.numpy.save_file({f"{name}.weight": np.eye(8, dtype=np.float32)}, source)
+    assert main(["summarize", source]) == 0
+    assert f"{name}.weight" in capsys.readouterr().out
+    assert main(["prune", source, target, "--rule", "layer_sparsity", "--k", "0.5", "--only", "*"]) == 0
+    assert f"{name}.weight" in capsys.readouterr().out
+    assert main(["diff", source, target]) == 0
+    assert main(["summarize", target, "--json"]) == 0
+    out = json.loads(capsys.readouterr().out.split("no differences\n")[-1])
+    assert [row["path"] for row in out["tensors"]] == [f"{name}.weight"]
+    other = str(tmp_path / "other")
+    safetensors.numpy.save_file({f"{name}.weight": np.ones((8, 8), np.float32)}, other)
+    assert main(["diff", source, other]) == 1
+    assert f"{name}.weight" in capsys.readouterr().out
+    assert storage.summarize_file(target).tensors[0].path == f"{name}.weight"
