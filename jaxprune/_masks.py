@@ -183,7 +183,7 @@ def sparsity(
     tree = read_params(masks, what="masks", prunable=prunable, stacked=stacked, sites=sites, eligible=lambda leaf: True)
     leaves = [leaf for leaf, fits in zip(tree.leaves, tree.prunable, strict=True) if fits]
     removed = sum(
-        (_counts.to_float(_counts.count_true(~leaf, tuple(range(leaf.ndim)))) for leaf in leaves),
+        (_counts.to_float(_counts.count_true(~jnp.asarray(leaf), tuple(range(leaf.ndim)))) for leaf in leaves),
         jnp.zeros((), jnp.float32),
     )
     return removed / max(1, sum(leaf.size for leaf in leaves))

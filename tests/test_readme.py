@@ -18,7 +18,8 @@ def test_python_blocks_run_in_order_and_keep_pruned_weights_at_zero(tmp_path, mo
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     names: dict = {}
-    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
+    # As users have it.
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         warnings.simplefilter("error")
         exec(blocks[0], names)
         kept = jaxprune.apply_masks(names["params"], names["masks"])

@@ -102,7 +102,7 @@ def test_reports_and_choices(dtype, tmp_path):
     weights = np.abs(VALUES[0])
     assert (row.kept, row.threshold) == (round(0.6 * 32), weights[np.asarray(masks["a"]["kernel"])].min())
     assert math.isclose(row.std, VALUES[0].std(), rel_tol=1e-6)
-    jaxprune.algebra.validate(kept, masks)
+    jaxprune.algebra.require_pruned(kept, masks)
     jaxprune.report(tmp_path / "page.html", params, masks)
 
     def total(params: Any) -> float:
@@ -132,7 +132,7 @@ def test_scores_are_float32(dtype):
 
     for of_gradient in (scores.gradient, scores.saliency, scores.fisher, scores.snip, scores.movement):
         both(of_gradient)
-    both(lambda p, g: scores.movement(p, g, scores.movement(p, g)))
+    both(lambda p, g: scores.movement(p, g, previous=scores.movement(p, g)))
     for of_weights in (scores.magnitude, scores.lamp, lambda p: scores.random(p, jax.random.key(0))):
         both(lambda p, g, score=of_weights: score(p))
     both(lambda p, g: scores.synflow(lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"].T, p, x[:1]))
@@ -254,7 +254,7 @@ def test_reparametrisations(dtype):
     assert_same(transforms.straight_through(params, masks), jaxprune.apply_masks(params, masks))
     shrunk = transforms.soft_threshold(params, 0.0)  # the sigmoid of 0 is one half
     assert_same(shrunk, jax.tree.map(lambda w: (np.sign(w) * np.maximum(np.abs(w) - 0.5, 0)).astype(dtype), params))
-    tx = transforms.decay_pruned(lambda params: masks, 0.5)
+    tx = transforms.decay_pruned(lambda params, k: masks, 1.0, rate=0.5)
     updates, _ = tx.update(params, tx.init(params), params)
     assert_same(updates, jax.tree.map(lambda w, m: jnp.where(m, w, 1.5 * w), params, masks))
     assert dtypes_of(updates) == dtypes_of(shrunk) == {dtype}

@@ -108,4 +108,4 @@ def count_kept(masks: Any, *, prunable: Prunable = None, stacked: Stacked = None
     """
     tree = read_params(masks, what="masks", prunable=prunable, stacked=stacked, sites=sites, eligible=lambda leaf: True)
     chosen = [leaf for leaf, fits in zip(tree.leaves, tree.prunable, strict=True) if fits]
-    return sum(int(_counts.to_numpy(_counts.count_true(leaf, tuple(range(leaf.ndim))))) for leaf in chosen)
+    return sum(int(_counts.to_numpy(_counts.count_true(jnp.asarray(leaf), tuple(range(leaf.ndim))))) for leaf in chosen)

@@ -212,7 +212,7 @@ def _aim(weights: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
     def one(weights: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
         factor = factorise(gram, jnp.float32(_DAMPING))
         live = ~factor.dead
-        mean = jnp.sum(jnp.where(live, jnp.diagonal(gram), 0.0)) / jnp.maximum(jnp.sum(live), 1)
+        mean = jnp.sum(jnp.where(live, jnp.diagonal(gram), 0.0)) / jnp.maximum(jnp.sum(live, dtype=gram.dtype), 1)
         missing = jnp.matmul(cross - gram, weights, precision="highest") / jnp.where(mean > 0, mean, 1.0)
         half = jax.lax.linalg.triangular_solve(factor.root, missing, left_side=True, lower=False)
         change = jax.lax.linalg.triangular_solve(factor.root, half, left_side=True, lower=False, transpose_a=True)

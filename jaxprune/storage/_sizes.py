@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._selection import _counts
@@ -37,7 +38,7 @@ def stored_bytes(params: Any, masks: Any, *, bits: int | None = None) -> int:
         kept = (
             math.prod(shape)
             if mask is None
-            else int(_counts.to_numpy(_counts.count_true(mask, tuple(range(mask.ndim)))))
+            else int(_counts.to_numpy(_counts.count_true(jnp.asarray(mask), tuple(range(mask.ndim)))))
         )
         total += leaf_bytes(shape, itemsize, kept, bits if is_floating(leaf) else None)
     return total

@@ -74,7 +74,7 @@ def prune(
     >>> import functools, jax.numpy as jnp, optax
     >>> from jaxprune import make_masks, rules
     >>> make = functools.partial(make_masks, rule=rules.layer_sparsity)
-    >>> tx = optax.chain(optax.sgd(0.0), prune(make, lambda count: 0.25 * (1 + count), every=1, until=1))
+    >>> tx = optax.chain(optax.sgd(0.0), prune(make, lambda count: jnp.where(count < 1, 0.25, 0.5), until=1))
     >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
     >>> state = tx.init(params)
     >>> for _ in range(3):

@@ -103,14 +103,14 @@ def cost_and_share(ks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("total", [0.0, 0.1, 0.125, 0.425, 0.6, 0.8, 0.825])
-def test_allocate_reaches_the_total_at_the_least_cost(total):
-    prefix = jaxprune.choose.allocate(CURVES, total)
+@pytest.mark.parametrize("k", [0.0, 0.1, 0.125, 0.425, 0.6, 0.8, 0.825])
+def test_allocate_reaches_the_total_at_the_least_cost(k):
+    prefix = jaxprune.choose.allocate(CURVES, k)
     cost, share = cost_and_share((prefix["a"]["kernel"], prefix["b"]["kernel"]))
-    assert share == pytest.approx(total)
+    assert share == pytest.approx(k)
     # No pair of a fine grid removes as much for less. (The curves' hulls are the curves but for a's first point.)
     grid = [cost_and_share((a, b)) for a in np.linspace(0, 2, 161) for b in np.linspace(0, 2, 161)]
-    assert cost <= min(c for c, s in grid if s >= total - 1e-9) + 0.006
+    assert cost <= min(c for c, s in grid if s >= k - 1e-9) + 0.006
 
 
 def test_allocate_takes_what_is_free_first():
@@ -126,10 +126,10 @@ def test_allocated_strengths_are_a_prefix_for_make_masks():
     assert float(jaxprune.sparsity(masks)) == pytest.approx(0.5, abs=1 / 44)
 
 
-@pytest.mark.parametrize("total", [-0.1, 1.5, "half", True])
-def test_allocate_refuses_what_is_no_sparsity(total):
-    with pytest.raises(ValueError, match="0 <= total <= 1"):
-        jaxprune.choose.allocate(CURVES, total)
+@pytest.mark.parametrize("k", [-0.1, 1.5, "half", True])
+def test_allocate_refuses_what_is_no_sparsity(k):
+    with pytest.raises(ValueError, match="0 <= k <= 1"):
+        jaxprune.choose.allocate(CURVES, k)
 
 
 def test_allocate_says_what_is_reachable():

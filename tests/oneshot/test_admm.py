@@ -106,7 +106,7 @@ def test_stacks_traced_strengths_and_bad_entries():
     [
         ({"steps": 0}, "a whole number of steps"),
         ({"damping": -0.1}, "admm takes damping >= 0"),
-        ({"rule": rules.std_threshold}, "admm chooses weights within one matrix.*not by std_threshold"),
+        ({"rule": rules.std_threshold}, "admm chooses weights within one matrix.*not by rules.std_threshold"),
         ({"k": jnp.nan}, "0 <= k <= 1"),
     ],
 )

@@ -217,9 +217,9 @@ def test_a_sparsity_of_one_keeps_a_weight_and_warns():
 REFUSED = [
     ({"k": 1.5}, r"rules.layer_sparsity takes 0 <= k <= 1.*params\['a'\]\['kernel'\]"),
     ({"k": 5, "rule": rules.n_m(4)}, r"rules.n_m\(4\) takes 1 <= k <= 4.*params\['a'\]\['kernel'\]"),
-    ({"k": 1.5, "rule": rules.n_m(4)}, "a whole number of every 4"),
+    ({"k": 1.5, "rule": rules.n_m(4)}, r"rules.n_m\(4\) takes a whole number, not k = 1.5"),
     ({"k": 2, "rule": rules.n_m(5)}, r"groups weights by 5 along the inputs, but params\['a'\]\['kernel'\] has 16"),
-    ({"k": 0.5, "rule": rules.global_sparsity}, "not by global_sparsity"),
+    ({"k": 0.5, "rule": rules.global_sparsity}, "not by rules.global_sparsity"),
     ({"k": 0.5, "damping": -1.0}, "damping >= 0"),
     ({"k": 0.5, "mask_block": 256}, "1 <= mask_block <= block; got 256 and 128"),
     ({"k": 2, "rule": rules.n_m(4), "mask_block": 2}, "whole groups of rules.n_m"),

@@ -205,7 +205,7 @@ def test_an_axis_too_long_is_refused():
 
 
 def test_whole_numbers_are_refused():
-    with pytest.raises(TypeError, match="int32"):
+    with pytest.raises(TypeError, match="i(nt)?32"):
         keep_largest(jnp.arange(3), _counts.from_int(1), magnitude=True)
 
 

@@ -29,6 +29,9 @@ from jaxprune.structured import (
     verify,
 )
 from jaxprune.structured._plan import plan_of
+
+# Adam raises a float to the count of steps, which is a whole number.
+from tests.support.promotion import standard_promotion as standard_promotion
 from tests.support.slow import slow_but
 from tests.support.structured_depth import (
     STACK,

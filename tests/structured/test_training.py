@@ -8,6 +8,9 @@ import numpy as np
 import optax
 
 import jaxprune
+
+# Adam raises a float to the count of steps, which is a whole number.
+from tests.support.promotion import standard_promotion as standard_promotion
 from tests.support.structured_zoo import normal
 
 

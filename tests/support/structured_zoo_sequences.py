@@ -282,7 +282,7 @@ def derivatives() -> Case:
     def binary(x: Any) -> Any:
         return jnp.sign(x)
 
-    binary.defvjp(lambda x: (binary(x), x), lambda x, g: (g * (jnp.abs(x) < 1),))
+    binary.defvjp(lambda x: (binary(x), x), lambda x, g: (g * (jnp.abs(x) < 1).astype(g.dtype),))
     params = {"a": normal(3, 8), "b": normal(8, 6), "tie": jnp.zeros((3, 8)), "c": normal(6, 2)}
 
     def fn(params: Any, x: Any) -> Any:
@@ -299,7 +299,7 @@ def closed_over() -> Case:
 
     def fn(params: Any, x: Any) -> Any:
         h = x @ params["a"] + jnp.arange(8.0)[None] / 8
-        h = h * jax.random.bernoulli(key, 0.5, (4, 8))
+        h = h * jax.random.bernoulli(key, 0.5, (4, 8)).astype(h.dtype)
         return jnp.tanh(h @ weight) @ params["b"]
 
     return Case(

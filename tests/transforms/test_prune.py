@@ -291,7 +291,7 @@ def test_updates_without_params(transform):
 def test_injected_schedule_and_strength():
     schedule = optax.linear_schedule(0.0, 1.0, 4)
     plain = prune(at_least, schedule, every=2, until=5)
-    injected = optax.inject_hyperparams(prune, static_args=("make", "every", "until", "log"))
+    injected = optax.inject_hyperparams(prune, static_args=("make", "every", "begin", "until", "log"))
     (_, masks, _), (_, same, _) = (
         steps_of(tx, small_params(), noise(8)) for tx in (plain, injected(at_least, schedule, every=2, until=5))
     )

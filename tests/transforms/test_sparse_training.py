@@ -108,7 +108,7 @@ def test_drop_and_grow_by_hand(fraction, weight, keep, wanted, expected):
 def test_layers_of_a_stack_are_treated_one_by_one():
     weight, wanted = draws(1, 3, 4, 5), np.abs(draws(2, 3, 4, 5))
     keep = np.stack([half_kept(3, (4, 5)), np.ones((4, 5), bool), np.arange(20).reshape(4, 5) % 4 == 0])
-    found = one_layer(weight, keep, wanted, jnp.float32(0.3), stack=1)
+    found = one_layer(weight, keep, wanted, jnp.float32(0.3), stack=(0,))
     for i in range(3):
         expected = drop_and_grow_in_numpy(weight[i], keep[i], wanted[i], 0.3)
         np.testing.assert_array_equal(found[i].ravel(), expected)
