@@ -175,7 +175,7 @@ class Scatter(NamedTuple):
         )
 
 
-class Slice(NamedTuple):
+class StaticSlice(NamedTuple):
     """Where a slice begins and ends along each axis, and its steps."""
 
     start: _Axes

@@ -8,7 +8,7 @@ from typing import Any
 from jaxprune._jaxpr import _records
 from jaxprune._jaxpr._equations import Equation
 from jaxprune._jaxpr._primitives import CONTRACTIONS, COPIES, ELEMENTWISE, JOINS, LAYOUT
-from jaxprune._jaxpr._records import Gather, Slice
+from jaxprune._jaxpr._records import Gather
 from jaxprune.sites._views import Axes, View
 
 
@@ -129,7 +129,7 @@ def _layout(equation: Equation, origins: Sequence[Origin]) -> list[Origin]:
         order = _records.axes(equation)
         return [_mapped(origin, name, lambda view: view.transpose(order), order)]
     if name == "slice":
-        return [_mapped(origin, name, lambda view: view.slice(*Slice.of(equation)))]
+        return [_mapped(origin, name, lambda view: view.slice(*StaticSlice.of(equation)))]
     if name == "rev":
         return [_mapped(origin, name, lambda view: view.reverse(_records.axes(equation)))]
     if math.prod(result) == math.prod(shape):

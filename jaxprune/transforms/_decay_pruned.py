@@ -41,26 +41,17 @@ def decay_pruned(make: Callable[[Any, Any], Any], k: Any, *, rate: float) -> opt
     if isinstance(rate, int | float) and rate < 0:
         raise ValueError(f"decay_pruned takes rate >= 0; got {rate}.")
 
-    def init_fn(params: Any) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: Any, state: optax.EmptyState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, optax.EmptyState]:
-        del extra_args
+    def decay(updates: Any, params: Any) -> Any:
         require_params(params, "decay_pruned")
-        flat = flatten(updates, "updates")
-        pruned = flatten(params, "params")
-        masks = dict(
-            zip(pruned.paths, zip(pruned.leaves, align_masks(make(params, k), pruned), strict=True), strict=True)
-        )
+        flat, pruned = flatten(updates, "updates"), flatten(params, "params")
+        masks = dict(zip(pruned.paths, align_masks(make(params, k), pruned), strict=True))
 
-        def add(update: Any, param: Any, mask: Any) -> Any:
+        def add(path: str, update: Any) -> Any:
+            param, mask = pruned.by_path[path], masks[path]
             if mask is None or not is_floating(param):
                 return update
             return update + jnp.where(mask, jnp.zeros_like(param), rate * param).astype(update.dtype)
 
-        return flat.build([add(leaf, *masks[path]) for leaf, path in zip(flat.leaves, flat.paths, strict=True)]), state
+        return flat.build([add(path, leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)])
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.with_extra_args_support(optax.stateless(decay))

@@ -90,17 +90,10 @@ def keep_zeros(
     [[0.8999999761581421, 0.0]]
     """
 
-    def init_fn(params: Any) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: Any, state: optax.EmptyState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, optax.EmptyState]:
-        del extra_args
+    def hold(updates: Any, params: Any) -> Any:
         require_params(params, "keep_zeros")
         flat = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
         masks = [leaf != 0 if fits else None for leaf, fits in zip(flat.leaves, flat.prunable, strict=True)]
-        return enforce_masks(updates, flat, masks), state
+        return enforce_masks(updates, flat, masks)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.with_extra_args_support(optax.stateless(hold))

@@ -57,20 +57,23 @@ def changes(masks: np.ndarray) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("every", "until", "due"),
+    ("every", "begin", "until", "due"),
     [
-        (1, 3, [0, 1, 2, 3]),
-        (3, 6, [0, 3, 6]),
-        (3, 7, [0, 3, 6, 7]),
-        (10, 4, [0, 4]),
-        (3, 0, [0]),
-        (4, None, [0, 4, 8]),
+        (1, 0, 3, [0, 1, 2, 3]),
+        (3, 0, 6, [0, 3, 6]),
+        (3, 0, 7, [0, 3, 6, 7]),
+        (10, 0, 4, [0, 4]),
+        (3, 0, 0, [0]),
+        (4, 0, None, [0, 4, 8]),
+        (4, 3, None, [3, 7, 11]),
+        (3, 5, 9, [5, 8, 9]),
+        (5, 4, 4, [4]),
     ],
 )
-def test_steps_at_which_masks_change(every, until, due):
-    assert [count for count in range(12) if Steps(every, 0, until).due(jnp.int32(count))] == due
+def test_steps_at_which_masks_change(every, begin, until, due):
+    assert [count for count in range(12) if Steps(every, begin, until).due(jnp.int32(count))] == due
     told = []
-    tx = prune(at_least, 0.0, every=every, until=until, log=lambda numbers: told.append(numbers["step"]))
+    tx = prune(at_least, 0.0, every=every, begin=begin, until=until, log=lambda numbers: told.append(numbers["step"]))
     steps_of(tx, small_params(), noise(12))
     jax.effects_barrier()
     assert sorted(told) == due

@@ -342,3 +342,19 @@ def test_log_counts_dead_units_of_every_layer_of_a_stack():
     step(tx, params, tx.init(params), params)
     jax.effects_barrier()
     assert [numbers["dead_units"] for numbers in told] == [1]  # the second unit of the first layer alone
+
+
+def test_rigl_changes_nothing_before_it_begins():
+    masks = {"kernel": jnp.asarray(half_kept(2, (4, 5))), "bias": jnp.ones(5, bool)}
+    params = {"kernel": jnp.asarray(draws(0, 4, 5)), "bias": jnp.zeros(5)}
+    tx = rigl(optax.sgd(0.1), masks, every=2, begin=3, until=7, drop_fraction=0.5)
+    state, changed = tx.init(params), []
+    for count, grad in enumerate(draws(1, 9, 4, 5)):
+        before = state.masks["kernel"]
+        _, state = tx.update({"kernel": jnp.asarray(grad), "bias": jnp.ones(5)}, state, params)
+        if (before != state.masks["kernel"]).any():
+            changed.append(count)
+    assert changed == [3, 5, 7]
+    for begin, until in ((-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="rigl takes (begin >= 0|until >= 6)"):
+            rigl(optax.sgd(0.1), masks, begin=begin, until=until)

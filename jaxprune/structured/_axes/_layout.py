@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxprune._jaxpr import _records
-from jaxprune._jaxpr._records import Slice, axes
+from jaxprune._jaxpr._records import axes
 from jaxprune.structured._axes._dims import Dim, concatenation, freeze, fresh, product, size, unify
 from jaxprune.structured._axes._program import Node, Rule, free, together
 
@@ -88,7 +88,7 @@ def _unstack(node: Node) -> list[list[Dim]]:
 
 def _slice(node: Node) -> list[list[Dim]]:
     (value,) = node.ins
-    along = zip(value.dims, *Slice.of(node.equation), node.shapes[0], strict=True)
+    along = zip(value.dims, *StaticSlice.of(node.equation), node.shapes[0], strict=True)
     pieces = [_piece(*axis) for axis in along]
     node.notes.before = [before for before, _ in pieces]
     return [[piece for _, piece in pieces]]

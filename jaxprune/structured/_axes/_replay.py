@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune._jaxpr import _equations
 from jaxprune._jaxpr._primitives import CUSTOM, GENERATED, REMAT
-from jaxprune._jaxpr._records import Convolution, Dot, Remat, Slice, axes, edges, resized, window_sizes
+from jaxprune._jaxpr._records import Convolution, Dot, Remat, axes, edges, resized, window_sizes
 from jaxprune.structured._axes._dims import (
     Cat,
     Dim,
@@ -227,7 +227,7 @@ Length = Callable[[Dim], Any]
 
 
 def _slice(node: Node, length: Length) -> tuple[Any, ...]:
-    (out,), (start, _, stride) = node.outs, Slice.of(node.equation)
+    (out,), (start, _, stride) = node.outs, StaticSlice.of(node.equation)
     starts, limits = [], []
     for axis, (dim, before, step) in enumerate(zip(out.dims, node.notes.before, stride, strict=True)):
         starts.append(start[axis] if before is None else length(before))
