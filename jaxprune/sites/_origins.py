@@ -8,7 +8,7 @@ from typing import Any
 from jaxprune._jaxpr import _records
 from jaxprune._jaxpr._equations import Equation
 from jaxprune._jaxpr._primitives import CONTRACTIONS, COPIES, ELEMENTWISE, JOINS, LAYOUT
-from jaxprune._jaxpr._records import Gather
+from jaxprune._jaxpr._records import Gather, StaticSlice
 from jaxprune.sites._views import Axes, View
 
 

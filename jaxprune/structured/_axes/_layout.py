@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxprune._jaxpr import _records
-from jaxprune._jaxpr._records import axes
+from jaxprune._jaxpr._records import StaticSlice, axes
 from jaxprune.structured._axes._dims import Dim, concatenation, freeze, fresh, product, size, unify
 from jaxprune.structured._axes._program import Node, Rule, free, together
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune._jaxpr import _equations
 from jaxprune._jaxpr._primitives import CUSTOM, GENERATED, REMAT
-from jaxprune._jaxpr._records import Convolution, Dot, Remat, axes, edges, resized, window_sizes
+from jaxprune._jaxpr._records import Convolution, Dot, Remat, StaticSlice, axes, edges, resized, window_sizes
 from jaxprune.structured._axes._dims import (
     Cat,
     Dim,
