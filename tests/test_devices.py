@@ -76,6 +76,7 @@ def test_sharded_masks_equal_and_keep_their_sharding(
     assert float(sparsity(masks)) == pytest.approx(float(sparsity(expected)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_a_nan_on_one_device_leaves_the_others_alone(axis_type: AxisType) -> None:
     """Promise 8, where the statistics are sums over devices."""

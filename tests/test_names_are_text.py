@@ -14,6 +14,7 @@ import jaxprune
 from jaxprune import plot, rules, storage, structured
 from jaxprune._cli._parser import main
 from jaxprune.choose import Sensitivity
+from tests.support.slow import slow_but
 
 # Markup that closes nothing, colours, emoji, links, formulas that are none, format strings, scripts of other directions.
 NAMES = [
@@ -39,7 +40,7 @@ def apply(params, x):
     return jnp.tanh(x @ leaf) @ leaf.T
 
 
-@pytest.mark.parametrize("name", [*NAMES, *CONTROL])
+@pytest.mark.parametrize("name", slow_but(["[/]", ":smile:", "\x1b[31mred"], [*NAMES, *CONTROL]))
 def test_every_table_shows_a_name_as_it_is(name):
     params = model(name)
     masks = jaxprune.make_masks(params, 0.5, rule=rules.layer_sparsity, prunable=lambda path, leaf: True)
@@ -65,7 +66,7 @@ def test_every_table_shows_a_name_as_it_is(name):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but([r"$\frac$"], NAMES))
 def test_figures_and_the_page_draw_a_name_as_it_is(name, tmp_path):
     params = model(name)
     everything = lambda path, leaf: True  # noqa: E731

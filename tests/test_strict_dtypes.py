@@ -13,6 +13,7 @@ import pytest
 import jaxprune
 from jaxprune import choose, oneshot, rules, scores, structured, transforms
 from tests.support.one_layer import step
+from tests.support.slow import slow_but
 
 NARROW = ("bfloat16", "float16", "float32")
 TINY = ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")
@@ -62,8 +63,8 @@ def data_in(dtype: Any) -> jax.Array:
 
 
 @pytest.mark.filterwarnings("ignore:rules.std_threshold kept more than k says")
-@pytest.mark.parametrize("dtype", [*NARROW[:2], *TINY])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], [*NARROW[:2], *TINY]))
+@pytest.mark.parametrize("name", slow_but(["std", "layer", "n_m"], RULES))
 def test_masks_are_those_of_float32(name, dtype):
     rule, k = RULES[name]
     params = params_in(dtype)
@@ -75,6 +76,7 @@ def test_masks_are_those_of_float32(name, dtype):
     assert_same(jaxprune.algebra.masks_of(pruned), jax.tree.map(lambda w: w != 0, pruned))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [rules.global_sparsity, rules.std_threshold])
 def test_leaves_of_several_dtypes(rule):
     params = {**params_in("float8_e4m3fn"), "c": params_in("bfloat16")["a"], "d": params_in("float32")["b"]}
@@ -93,7 +95,8 @@ def test_a_nan_weight_goes_first(name, dtype):
     assert_same(mask, jaxprune.make_masks({"kernel": kernel.astype(jnp.float32)}, k, rule=rule)["kernel"])
 
 
-@pytest.mark.parametrize("dtype", [*NARROW, *TINY])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], [*NARROW, *TINY]))
 def test_reports_and_choices(dtype, tmp_path):
     params = params_in(dtype)
     masks = jaxprune.make_masks(params, 0.4, rule=rules.layer_sparsity)
@@ -120,7 +123,8 @@ def test_reports_and_choices(dtype, tmp_path):
 # --- Scores: float32, those of the same values. ---
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 def test_scores_are_float32(dtype):
     params, wide, x = params_in(dtype), params_in("float32"), data_in(dtype)
     grads = jax.tree.map(lambda w: w[::-1], params)
@@ -173,18 +177,21 @@ def assert_solvers(dtype: str) -> None:
     both(lambda p, g: structured.repair(plan, p, g))
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 def test_solvers(dtype):
     assert_solvers(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_solvers_with_64_bits(dtype):
     with jax.enable_x64(True):
         assert_solvers(dtype)
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 def test_synflow_masks(dtype):
     def apply(params: Any, x: Any) -> Any:
         return x @ params["a"]["kernel"] @ params["b"]["kernel"].T
@@ -196,7 +203,8 @@ def test_synflow_masks(dtype):
 # --- Transforms. ---
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 @pytest.mark.parametrize(
     "name", ["keep_pruned", "keep_zeros", "prune", "prune_and_regrow", "rigl", "sparse_evolution", "static_sparse"]
 )
@@ -232,6 +240,7 @@ def test_transforms(name, dtype):
     assert_same(*ends)
 
 
+@pytest.mark.slow
 def test_the_schedule_of_rigl_is_optax_own():
     counts = jnp.arange(6, dtype=jnp.int32)
     masks = jaxprune.make_masks(params_in("float32"), 0.5, rule=rules.layer_sparsity)
@@ -247,7 +256,7 @@ def test_the_schedule_of_rigl_is_optax_own():
     assert sorted(numbers["drop_fraction"] for numbers in told) == sorted(expected.tolist())
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 def test_reparametrisations(dtype):
     params = params_in(dtype)
     masks = jaxprune.make_masks(params, 0.5, rule=rules.layer_sparsity)
@@ -263,7 +272,7 @@ def test_reparametrisations(dtype):
 # --- Smaller networks and files. ---
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 def test_structured(dtype):
     params, x = params_in(dtype), data_in(dtype)
     graph = structured.trace(layered, params, x)

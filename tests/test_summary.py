@@ -163,6 +163,7 @@ def test_counts_are_exact_beyond_the_float32_integers() -> None:
     assert (row.size, row.kept) == (4097 * 4096, 4097 * 4096 - 1)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), k=st.floats(0, 1.5))
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
 def test_the_report_agrees_with_the_masks(seed: int, k: float) -> None:

@@ -33,6 +33,7 @@ def by_hand(params, k, names, rule=rules.std_threshold):
     return float(energy({name: (pruned if name in names else params)[name] for name in params}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
 @pytest.mark.parametrize("rule", [rules.std_threshold, rules.layer_sparsity])
 def test_each_layer_alone_and_all_together(rule, batch_size):
@@ -65,6 +66,7 @@ def test_the_whole_sweep_compiles_the_evaluation_once():
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_an_nnx_state_and_groups():
     model = nnx.Dict(a=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), b=nnx.Linear(4, 5, rngs=nnx.Rngs(1)))
     params = nnx.state(model, nnx.Param)
@@ -120,6 +122,7 @@ def test_allocate_takes_what_is_free_first():
     assert jaxprune.choose.allocate(CURVES, 0.825) == {"a": {"kernel": 2.0}, "b": {"kernel": 2.0}}
 
 
+@pytest.mark.slow
 def test_allocated_strengths_are_a_prefix_for_make_masks():
     found = jaxprune.sensitivity(energy, PARAMS, np.linspace(0.1, 0.9, 9), rule=rules.layer_sparsity)
     masks = jaxprune.make_masks(PARAMS, jaxprune.choose.allocate(found, 0.5), rule=rules.layer_sparsity)

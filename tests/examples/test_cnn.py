@@ -226,6 +226,7 @@ def test_dense_training_and_every_k_share_one_compilation(network: Any, dense: d
     assert jax.tree.all(jax.tree.map(lambda mask: mask.all(), masks_of(dense[network])))  # untouched by pruning
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_agree_for_the_same_weights(dense: dict[Any, Any]) -> None:
     linen, twin = dense[cnn], cnn_nnx.prune(dense[cnn_nnx], 0.0, SGD)  # a copy, to be overwritten
     names = {"conv_1": "Conv_0", "conv_2": "Conv_1", "dense_1": "Dense_0", "dense_2": "Dense_1"}

@@ -51,6 +51,7 @@ def test_its_loss_is_never_above_that_of_sparsegpt(name):
         assert losses[0] <= losses[1], (seed, losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_are_the_rules_and_the_weights_the_best_under_the_mask(name):
     rule, k = PATTERNS[name]

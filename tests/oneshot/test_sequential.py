@@ -167,6 +167,7 @@ def test_parts_of_a_fused_parameter_casts_and_calls() -> None:
     assert jax.tree.all(jax.tree.map(lambda w, m: bool(((w != 0) == m).all()), found, masks))
 
 
+@pytest.mark.slow
 def test_recurrent_and_tied_weights_are_pruned_at_once() -> None:
     params = {"first": {"kernel": normal(6, 8)}, "cell": {"kernel": normal(8, 8) / 3}, "tied": {"kernel": normal(8, 8)}}
 
@@ -196,6 +197,7 @@ def test_stops_behind_the_last_layer_and_keeps_what_is_not_pruned() -> None:
     assert jax.tree.structure(found) == jax.tree.structure(masks) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_strengths_may_be_a_tree() -> None:
     strengths = {"a": 0.25, "b": 0.5, "c": 0.75}
     _, masks = sequential(perceptron, weights(), BATCHES, functools.partial(sparsegpt, k=strengths))

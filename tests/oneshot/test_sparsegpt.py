@@ -47,6 +47,7 @@ CASES = {
 QUICK = ("inputs that fill no block", "by unit in blocks", "2:4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_small_matrices_are_pruned_as_the_paper_says(case):
     inputs, outputs, rule, k, choose, mask_block, block = CASES[case]
@@ -182,6 +183,7 @@ def test_weights_that_are_not_numbers_do_not_spread():
     assert not mask[[4, 9], [2, 9]].any()
 
 
+@pytest.mark.slow
 def test_singular_gram_matrices_are_damped_until_they_are_not_and_it_is_said():
     weights, gram = oracles.problem(32, 16, 12, samples=8)
     with pytest.warns(DampingWarning, match=r"params\['a'\]\['kernel'\] is singular .* raised from 0 to"):

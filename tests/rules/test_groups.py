@@ -115,6 +115,7 @@ def test_channels_by_geometric_median():
     assert mask.tolist() == [[False, True, True]]  # sums of distances: 3.5, 5, 5.5
 
 
+@pytest.mark.slow
 def test_channels_of_stacked_layers_are_chosen_layer_by_layer():
     stack = jax.random.normal(KEY, (3, 4, 10))
     masks = jaxprune.make_masks({"kernel": stack}, 0.3, rule=rules.channels(rules.layer_sparsity), stacked="kernel")

@@ -66,6 +66,7 @@ def test_equal_rules_are_equal_and_compile_once():
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_settings_of_a_partial_are_those_of_the_call():
     capped = functools.partial(rules.global_sparsity, max_sparsity=0.75)
     expected = jaxprune.make_masks(PARAMS, 0.5, rule=lambda s, k: rules.global_sparsity(s, k, max_sparsity=0.75))
@@ -109,6 +110,7 @@ def test_one_shot_methods_ask_the_rule():
             oneshot.admm(params, grams, 0.5, rule=rule)
 
 
+@pytest.mark.slow
 def test_the_search_ends_where_the_rule_does():
     evaluate = lambda params: jnp.float32(1)  # noqa: E731
     ends = {rules.layer_sparsity: 1.0, rules.std_threshold: 4.0, functools.partial(rules.global_sparsity): 1.0}
@@ -121,6 +123,7 @@ def test_the_search_ends_where_the_rule_does():
 # A model whose class has ``__call__`` is data.
 
 
+@pytest.mark.slow
 def test_masks_and_verdicts_of_a_callable_model_are_read_and_not_called():
     model = eqx.filter(eqx.nn.MLP(4, 4, 8, 2, key=jax.random.key(0)), eqx.is_inexact_array)
     masks = jaxprune.make_masks(model, 0.5, rule=rules.layer_sparsity)
@@ -134,6 +137,7 @@ def test_masks_and_verdicts_of_a_callable_model_are_read_and_not_called():
     assert float(jaxprune.sparsity(masks, prunable=verdicts)) == 0.5
 
 
+@pytest.mark.slow
 def test_scores_of_a_callable_model_rank_it():
     model = eqx.filter(eqx.nn.MLP(4, 4, 8, 2, key=jax.random.key(0)), eqx.is_inexact_array)
     by_score = jaxprune.make_masks(model, 0.5, scores=scores.magnitude(model), rule=rules.layer_sparsity)

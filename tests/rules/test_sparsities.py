@@ -42,6 +42,7 @@ def oracle(arrays, count):
     return [part.reshape(np.shape(a)) for part, a in zip(np.split(keep, ends[:-1]), arrays, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("k", [0.0, 0.3, 0.5, 0.9])
 def test_layer_sparsity_equals_a_stable_sort(k, dtype):
@@ -97,6 +98,7 @@ class _quiet:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [rules.layer_sparsity, rules.global_sparsity])
 def test_a_higher_sparsity_removes_a_superset(rule):
     params = model()

@@ -68,6 +68,7 @@ def layers(draw: st.DrawFn, dtype: jnp.dtype) -> jax.Array:
         return jnp.asarray(jnp.asarray(scale * (ratio + spread)), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "dtype"),
     [(rules.std_threshold, dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)]

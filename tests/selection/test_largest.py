@@ -74,6 +74,7 @@ def test_by_hand(values, removed, magnitude, kept):
     assert mask.tolist() == [bool(k) for k in kept]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_stable_sort(dtype, magnitude):
@@ -129,12 +130,14 @@ def test_jointly_equals_stable_sort(magnitude):
     check()
 
 
+@pytest.mark.slow
 def test_jointly_the_earlier_array_is_kept():
     ones = [jnp.ones(3), jnp.ones((2, 2)), jnp.ones(2)]
     masks = keep_largest_jointly(ones, _counts.from_int(4), magnitude=True)
     assert [mask.tolist() for mask in masks] == [[True] * 3, [[True, True], [False, False]], [False, False]]
 
 
+@pytest.mark.slow
 def test_jointly_in_the_common_dtype():
     # In float32, which bfloat16 and float16 promote to, 1.0078125 < 1.0087890625.
     arrays = [jnp.asarray([1.0078125, 3.0], jnp.bfloat16), jnp.asarray([1.0087890625, 2.0], jnp.float16)]
@@ -243,6 +246,7 @@ def test_permuting_distinct_values_permutes_the_mask():
         np.testing.assert_array_equal(permuted.ravel(), mask.ravel()[order])
 
 
+@pytest.mark.slow
 def test_traced_counts():
     values = jnp.asarray(draw(0, (20, 30)), jnp.float32)
 

@@ -110,6 +110,7 @@ def views(draw: Any) -> tuple[tuple[int, ...], View]:
     return shape, view
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(views())
 def test_any_view_is_restored_and_knows_its_axes(drawn: tuple[tuple[int, ...], View]) -> None:
@@ -230,6 +231,7 @@ def test_what_is_not_understood_is_listed(fn: Any, reason: str) -> None:
     assert not sites.prunable("w", params["w"])
 
 
+@pytest.mark.slow
 def test_every_leaf_is_accounted_for() -> None:
     for name in CASES:
         case, sites = built(name), sites_of(name)

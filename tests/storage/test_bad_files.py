@@ -218,6 +218,7 @@ def a_model(folder: Path, **options) -> bytes:
     return (folder / "good").read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_a_damaged_file_loads_or_is_refused_in_little_memory(tmp_path, data):

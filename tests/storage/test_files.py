@@ -111,6 +111,7 @@ def test_a_file_of_any_size_opens(tmp_path, gigabytes):
 # Models on disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "k"),
     [
@@ -141,6 +142,7 @@ def test_a_model_on_disk_is_pruned_as_the_whole_tree_would_be(tmp_path, rule, k)
     assert [row.kept for row in saved.tensors] == [int(np.sum(masks[name])) for name in sorted(flat)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [rules.global_sparsity, rules.erk_sparsity], ids=["global", "erk"])
 @pytest.mark.parametrize(("k", "most"), [(0.9, 0.95), (0.7, 0.75), (0.5, 0.9)])
 def test_a_rule_with_other_settings_ranks_over_all_tensors_as_on_the_whole_model(rule, k, most, tmp_path):
@@ -279,6 +281,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
 # Compressed rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (1,), (3,), (2, 5), (40,)])
 def test_compressed_rows_multiply_as_the_masked_matrix_does(batch):
     rng = np.random.default_rng(0)

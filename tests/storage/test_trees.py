@@ -84,6 +84,7 @@ def leaf_and_mask(draw):
     return values, mask
 
 
+@pytest.mark.slow
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pair=leaf_and_mask(), compress=st.booleans())
 def test_what_is_kept_comes_back_bit_for_bit_and_the_rest_is_zero(tmp_path, pair, compress):

@@ -57,6 +57,7 @@ def test_branches_by_hand():
 SUBSETS = [subset for n in range(4) for subset in itertools.combinations(["f", "g/adapter", "g"], n)]
 
 
+@pytest.mark.slow
 def test_every_choice_of_branches():
     fn, params, x = mlp()
     graph = trace(fn, params, x)
@@ -222,6 +223,7 @@ def test_parts_of_layers_are_layers():
         assert verify(graph, plan, params, x).passed
 
 
+@pytest.mark.slow
 def test_two_scans_over_one_stack_and_scans_in_scans():
     def halves(params: Any, x: Any) -> Any:
         first = {**params, "layers": params["layers"][:2], "out": params["in"].T}

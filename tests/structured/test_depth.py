@@ -53,7 +53,8 @@ from tests.support.structured_zoo_sequences import _Transformer
 NETWORKS = ["resnet_eval", "resnet_train", "mobilenet", "transformer", "transformer_scan", "llama", "vit", "mixer"]
 
 
-@pytest.mark.parametrize("name", slow_but(["resnet_eval", "transformer"], NETWORKS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", slow_but(["transformer"], NETWORKS))
 def test_the_shallower_function_equals_the_masked_one(name: str):
     case, graph = traced(name)
     assert graph.blocks
@@ -91,6 +92,7 @@ def test_blocks_of_a_transformer():
     close(rebuild(graph, plan)(small, *case.inputs), native(small, *case.inputs), 1e-6)
 
 
+@pytest.mark.slow
 def test_scanned_layers_of_a_transformer():
     class Stack(nn.Module):
         @nn.compact
@@ -107,6 +109,7 @@ def test_scanned_layers_of_a_transformer():
     close(rebuild(graph, plan)(small, *case.inputs), jax.jit(Stack().apply)({"params": small}, *case.inputs), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_layers_with_dropout_keep_their_own_keys(make_key: Any):
     params = {"up": normal(4, 6, 8), "down": normal(4, 8, 6)}
@@ -132,6 +135,7 @@ def test_layers_with_dropout_keep_their_own_keys(make_key: Any):
     assert verify(graph, combine(plan, select_channels(graph, params, 0.5)), params, x)
 
 
+@pytest.mark.slow
 def test_a_block_of_a_resnet():
     case, graph = traced("resnet_eval")
     plan = dropping(graph, ["params/_Block_0"])
@@ -154,6 +158,7 @@ def test_a_block_of_a_resnet():
     assert rebuild(graph, plan)({**small, "batch_stats": outputs["batch_stats"]}, *case.inputs).shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["mixer"], ["resnet_train", "mixer", "transformer_scan"]))
 def test_gradients_equal_those_of_the_masked_function(name: str):
     case, graph = traced(name)
@@ -169,6 +174,7 @@ def test_gradients_equal_those_of_the_masked_function(name: str):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gone))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["transformer"], ["transformer", "transformer_scan", "resnet_eval"]))
 def test_layers_and_channels_together(name: str):
     case, graph = traced(name)
@@ -195,6 +201,7 @@ def test_a_dropped_branch_does_not_say_which_channels_of_the_stream_stay():
     close(masked(graph)(params, channel_masks(plan, params), x), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_channels_after_layers():
     """The shallower function is a function like any other."""
     case, graph = traced("mixer")
@@ -205,6 +212,7 @@ def test_channels_after_layers():
     assert verify(again, select_channels(again, small, 0.5), small, *case.inputs).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer_scan", "resnet_eval"])
 def test_export_with_a_symbolic_batch(name: str):
     case, graph = traced(name)
@@ -220,6 +228,7 @@ def test_export_with_a_symbolic_batch(name: str):
 # ---- trees of every kind
 
 
+@pytest.mark.slow
 def test_optimizer_state_goes_on():
     """Two steps of the smaller function are those of the masked one, cut; factored moments of what is dropped go too."""
     fn, params, x = mlp()
@@ -256,6 +265,7 @@ def test_optimizer_state_goes_on():
     )
 
 
+@pytest.mark.slow
 def test_modules_of_frameworks():
     keys = jax.random.split(jax.random.key(0), 2)
     model = [eqx.nn.MLP(3, 3, 5, 1, key=key) for key in keys]

@@ -78,6 +78,7 @@ def test_sums_are_in_float32_and_nan_shows():
     assert np.isnan(group_lasso(graph, {**params, "bias": jnp.array([jnp.nan, 0.0])}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_parameters_give_the_same(kind: AxisType):
     params = {"up": normal(6, 24), "bias": normal(24), "down": normal(24, 8)}

@@ -32,6 +32,7 @@ def check(cut: Cut, expected: dict[str, Any]) -> None:
 # ---- convolutions
 
 
+@pytest.mark.slow
 def test_widths_of_a_linen_cnn():
     cut = Cut(CNN, IMAGES, {"features": (6, 8), "hidden": 10, "activation": nn.tanh}, 0.5)
     check(cut, {"features": (3, 4), "hidden": 5, "activation": nn.tanh})
@@ -139,6 +140,7 @@ def test_dimensions_of_heads_are_found_but_scores_are_scaled_otherwise():
 # ---- what shapes do not tell
 
 
+@pytest.mark.slow
 def test_what_shows_in_no_shape_is_left_to_verification():
     class Normed(nn.Module):
         features: int

@@ -51,6 +51,7 @@ def test_convolutions_are_repaired_too():
     assert error(repaired) < 0.5 * error(shrink(plan, case.params))
 
 
+@pytest.mark.slow
 def test_batch_norms_of_the_smaller_function_are_measured_anew():
     case = CASES["resnet_train"]()
     graph = trace(case.fn, case.params, *case.inputs, prunable_outputs=case.outputs)

@@ -139,6 +139,7 @@ def test_shapes_shrink_like_arrays():
     assert small == jax.eval_shape(lambda: shrink(plan, case.params))
 
 
+@pytest.mark.slow
 def test_a_plan_moves_from_evaluation_to_training():
     case, graph, plan = traced("resnet_eval")
     train, train_graph, _ = traced("resnet_train")
@@ -195,6 +196,7 @@ def test_means_over_the_batch_follow_the_batch():
     np.testing.assert_allclose(found, fn(small, x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_verify_tells_where_masked_parameters_are_another_thing():
     case, graph, plan = traced("vgg_haiku")
     result = verify(graph, plan, case.params, *case.inputs)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jaxprune
 
@@ -18,6 +19,7 @@ def mlp(params: Any, x: Any) -> Any:
     return jnp.tanh(x @ params["up"] + params["bias"][None]) @ params["down"]
 
 
+@pytest.mark.slow
 def test_gradual_structured_pruning_ends_in_the_smaller_function():
     teacher = {"up": normal(6, 8), "bias": normal(8), "down": normal(8, 3)}
     x = normal(256, 6)

@@ -26,7 +26,7 @@ from tests.support.slow import slow_but
 from tests.support.structured_cases import CASES
 from tests.support.structured_zoo import Case
 
-QUICK = ["cnn_linen", "resnet_train", "transformer", "gru"]
+QUICK = ["cnn_linen"]
 PRUNABLE = [name for name in CASES if name != "weird"]
 # Each part of the machinery once: convolutions, statistics as results, loops, derivatives of one's own, attention.
 DIFFERENTIATED = ["cnn_linen", "resnet_train", "transformer_scan", "gru", "derivatives"]
@@ -50,7 +50,7 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
         assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but([*QUICK, "gru", "resnet_train"], CASES))
 def test_the_channels_are_those_found_by_hand(name: str):
     case, graph = traced(name)
     found = {
@@ -76,6 +76,7 @@ def test_replay_of_everything_equals_the_function(name: str):
     close(replay(case.params, *case.inputs), jax.jit(case.fn)(case.params, *case.inputs), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(QUICK, PRUNABLE))
 def test_what_is_coupled_cannot_be_moved_alone(name: str):
     """Rolling the channels of one member must change the result, unless nothing depends on it."""
@@ -116,6 +117,7 @@ def _differs(found: Any, expected: Any) -> bool:
     return any(float(jnp.abs(a - b).max()) > 1e-5 * float(jnp.abs(b).max()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["gru"], DIFFERENTIATED))
 def test_gradients_equal_those_of_the_masked_function(name: str):
     case, graph = traced(name)

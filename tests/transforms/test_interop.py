@@ -147,6 +147,7 @@ def run(transform: str, wrapper: str) -> Run:
     return scan(transform, optimizer(transform, wrapper, masks), params, masks)
 
 
+@pytest.mark.slow
 @every_wrapper
 @every_transform
 def test_pruned_weights_are_positive_zero_after_every_scanned_step(transform, wrapper):
@@ -277,6 +278,7 @@ def test_shardings_on_eight_devices(transform, axis_type):
         assert kernel.sharding.is_equivalent_to(params["dense"]["kernel"].sharding, 2)
 
 
+@pytest.mark.slow
 @every_transform
 def test_remat_and_gradient_accumulation(transform):
     params, masks = pruned_params()

@@ -107,6 +107,7 @@ def test_gradual_pruning_against_numpy():
     assert masks["bias"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradual_pruning_keeps_exact_counts_nested_masks_and_zeros(dtype):
     _, history, masks, state = gradual(dtype)

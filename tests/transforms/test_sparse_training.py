@@ -105,6 +105,7 @@ def test_drop_and_grow_by_hand(fraction, weight, keep, wanted, expected):
     assert found.astype(int).ravel().tolist() == expected
 
 
+@pytest.mark.slow
 def test_layers_of_a_stack_are_treated_one_by_one():
     weight, wanted = draws(1, 3, 4, 5), np.abs(draws(2, 3, 4, 5))
     keep = np.stack([half_kept(3, (4, 5)), np.ones((4, 5), bool), np.arange(20).reshape(4, 5) % 4 == 0])
@@ -192,6 +193,7 @@ def test_counts_are_exact_in_every_layer_and_zeros_hold_for_200_steps(name, dtyp
     assert state.count[-1] == STEPS
 
 
+@pytest.mark.slow
 def test_set_drops_the_smallest_and_grows_the_same_ones_for_a_key():
     masks = {"kernel": jnp.asarray(half_kept(2, (4, 5)))}
     params = apply_masks({"kernel": jnp.asarray(draws(0, 4, 5))}, masks)
@@ -344,6 +346,7 @@ def test_log_counts_dead_units_of_every_layer_of_a_stack():
     assert [numbers["dead_units"] for numbers in told] == [1]  # the second unit of the first layer alone
 
 
+@pytest.mark.slow
 def test_rigl_changes_nothing_before_it_begins():
     masks = {"kernel": jnp.asarray(half_kept(2, (4, 5))), "bias": jnp.ones(5, bool)}
     params = {"kernel": jnp.asarray(draws(0, 4, 5)), "bias": jnp.zeros(5)}

@@ -79,6 +79,7 @@ def test_groups_run_along_the_inputs_of_a_convolution_and_of_a_transposed_one_in
     assert masks["scale"].all()
 
 
+@pytest.mark.slow
 def test_rows_and_layers_are_those_of_the_function():
     rows = jaxprune.make_masks(PARAMS, 0.5, rule=rules.row_sparsity, sites=SITES)
     assert (np.asarray(rows["readout"]).sum(1) == 2).all()
@@ -108,6 +109,7 @@ def moved(rule, k, **options):
     return np.asarray(found), np.moveaxis(np.asarray(expected), 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "k"),
     [
@@ -131,6 +133,7 @@ def test_layers_may_be_counted_by_any_axis(rule, k):
     assert not found.all()
 
 
+@pytest.mark.slow
 def test_patterns_trees_predicates_and_sites_are_accepted_alike():
     named = [path for path in PARAMS if path != "scale"]
     expected = jaxprune.make_masks(PARAMS, 0.5, rule=rules.layer_sparsity, prunable=SITES, stacked=SITES)
