@@ -8,10 +8,12 @@ run. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles them as for users; `.ci/run` do
 import os
 from pathlib import Path
 
+from tests.support.emitters import HAS_OLDER_EMITTERS
+
 # Before jax is imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and HAS_OLDER_EMITTERS:
     # XLA's older code generator takes half as long as the one that users have.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))

@@ -4,8 +4,10 @@ from typing import Any
 
 import jax
 
-_AS_FOR_USERS = {
-    "xla_cpu_use_fusion_emitters": True,
+from tests.support.emitters import HAS_OLDER_EMITTERS
+
+_AS_FOR_USERS: dict[str, Any] = {
+    **({"xla_cpu_use_fusion_emitters": True} if HAS_OLDER_EMITTERS else {}),
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }
