@@ -3,7 +3,7 @@
     python -m benchmarks.sparse_step
 
 Adam on a CNN at batch 128 of 32x32x3 and on an MLP of 20 million weights at batch 8, as in `benchmarks.training_step`;
-masks change at no step, at every step, and at every tenth one. The step at which RigL changes masks moves no weight.
+masks change at no step, at every step, and at every tenth one..
 """
 
 import argparse

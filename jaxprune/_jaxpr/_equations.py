@@ -202,6 +202,17 @@ def evaluate_body(body: Body, values: Sequence[Any]) -> list[Any]:
     return list(jax.core.eval_jaxpr(body.jaxpr, body.consts, *values))
 
 
+def part(body: Body, result: int) -> Body:
+    """Return the jaxpr of one of the results, with the equations that it needs and all arguments."""
+    wanted = body.jaxpr.outvars[result]
+    needed, equations = {id(wanted)}, []
+    for eqn in reversed(body.jaxpr.eqns):
+        if any(id(var) in needed for var in eqn.outvars):
+            needed.update(map(id, eqn.invars))
+            equations.append(eqn)
+    return body._replace(jaxpr=body.jaxpr.replace(eqns=equations[::-1], outvars=[wanted]))
+
+
 def enclosing(body: Body, place: Sequence[int]) -> list[str]:
     """Name the loops and conditionals around an equation, from the outside."""
     names, rest = [], list(place)

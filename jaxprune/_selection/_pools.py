@@ -260,11 +260,14 @@ class Pools:
         return functools.partial(lax.broadcasted_iota, jnp.uint32, self.shapes[i])
 
     def _mask(self, i: int, border: Border) -> jax.Array:
-        operand, member = self.operands[i], self._spread(i, border.member)
+        # Behind the barrier positions depend on the values: in a loop around all this, such as a training loop, XLA would
+        # take them out of it and write them down in full.
+        operand, one = lax.optimization_barrier((self.operands[i], jnp.uint32(1)))
+        member = self._spread(i, border.member)
         cuts = [self._spread(i, cut) for cut in border.cuts]
         last = jnp.zeros_like(cuts[0], dtype=bool)
         for axes, cut in reversed(list(zip(self.words[i], cuts[1:], strict=False))):
-            position = self._position(i, axes, jnp.uint32(1), self._index(i))
+            position = self._position(i, axes, one, self._index(i))
             last = (position < cut) | ((position == cut) & last)
         keys = self.order.keys(operand[0])
         removed = (keys < cuts[0]) | ((keys == cuts[0]) & ((i > member) | ((i == member) & last)))

@@ -15,8 +15,10 @@ from jaxprune.transforms._mask_log import Log, tell
 from jaxprune.transforms._steps import Steps
 
 Make = Callable[[Any, Any], Any]
-# (weights as they will be, masks so far, k) -> masks.
+# (weights, masks so far, k) -> masks.
 _Remask = Callable[[Any, Any, Any], Any]
+# The weights that masks are made from: (params, updates) -> weights.
+_Judged = Callable[[Any, Any], Any]
 
 
 class PruneState(NamedTuple):
@@ -35,12 +37,13 @@ def prune(
     until: int | None = None,
     log: Log | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Prune gradually while training: new masks from the weights as they will be, at strengths from a schedule.
+    """Prune gradually while training: new masks from the weights as the step finds them, at strengths from a schedule.
 
-    At the updates begin, begin + every, ... and at `until`, the last one, masks become ``make(p + u, schedule(count))``;
-    in between, and after, they stay. They are enforced at every update: a pruned weight is exactly ``+0.0`` after every
-    ``optax.apply_updates``, as with `keep_pruned`. A pruned weight stays pruned: it enters `make` as zero, below any
-    weight that is kept, and comes back under no schedule (`prune_and_regrow` lets it).
+    At the updates begin, begin + every, ... and at `until`, the last one, masks become ``make(params, schedule(count))``
+    and hold from that update on; in between, and after, they stay. They are enforced at every update: a pruned weight
+    is exactly ``+0.0`` after every ``optax.apply_updates``, as with `keep_pruned`. A pruned weight stays pruned: it
+    enters `make` as zero, below any weight that is kept, and comes back under no schedule (`prune_and_regrow` lets it).
+    An update that changes no masks costs what it costs with `keep_pruned`.
 
     Placement: last in the chain, as `keep_pruned`. Inside ``optax.MultiSteps`` it counts the updates that are emitted
     (what it makes of the others is thrown away); after it, every mini-step.
@@ -92,7 +95,11 @@ def prune(
         made = _like(masks, make(_pruned_lowest(weights, masks), k), weights)
         return jax.tree.map(jnp.logical_and, made, masks)
 
-    return _scheduled("prune", remask, make, schedule, Steps(every, begin, until), log)
+    def judged(params: Any, updates: Any) -> Any:
+        del updates  # a conditional that reads them has XLA write them out at every step
+        return params
+
+    return _scheduled("prune", judged, remask, make, schedule, Steps(every, begin, until), log)
 
 
 def prune_and_regrow(
@@ -106,10 +113,14 @@ def prune_and_regrow(
 ) -> optax.GradientTransformationExtraArgs:
     """Prune as `prune` does, but let pruned weights come back: masks are made anew each time.
 
-    `make` sees ``p + u`` with pruned weights at what the optimizer's update would make of them, so a weight that the
+    `make` sees ``params + updates``, the weights as they would be without masks, pruned ones included: a weight that the
     optimizer wants far from zero returns; with a schedule that falls, weights return in any case, starting at that
     update. The optimizer's moments of pruned weights are left alone. A schedule that jumps between 0 and a sparsity is
     AC/DC (see `ac_dc_schedule`).
+
+    Cost: the updates are needed whole before masks are known, so that XLA cannot compute them while it applies them:
+    they are written to memory and read back at every step, also where no mask changes (about twice a dense step of Adam
+    where weights, not activations, take the time). `prune` does without.
 
     Placement, arguments, state and errors as in `prune`.
 
@@ -128,7 +139,7 @@ def prune_and_regrow(
     def remask(weights: Any, masks: Any, k: Any) -> Any:
         return _like(masks, make(weights, k), weights)
 
-    return _scheduled("prune_and_regrow", remask, make, schedule, Steps(every, begin, until), log)
+    return _scheduled("prune_and_regrow", optax.apply_updates, remask, make, schedule, Steps(every, begin, until), log)
 
 
 def ac_dc_schedule(k: float, *, every: int, begin: int = 0, until: int) -> optax.Schedule:
@@ -172,6 +183,7 @@ def ac_dc_schedule(k: float, *, every: int, begin: int = 0, until: int) -> optax
 
 def _scheduled(
     title: str,
+    judged: _Judged,
     remask: _Remask,
     make: Make,
     schedule: optax.ScalarOrSchedule,
@@ -190,15 +202,14 @@ def _scheduled(
         del extra_args
         require_params(params, title)
 
-        def change(masks: Any) -> Any:
+        def change(masks: Any, params: Any, weights: Any) -> Any:
             k = schedule(state.count) if callable(schedule) else schedule
-            weights = optax.apply_updates(params, updates)
             changed = remask(weights, masks, k)
             if log is not None:
                 tell(log, {"step": state.count, "k": k}, params, weights, masks, changed)
             return changed
 
-        masks = jax.lax.cond(steps.due(state.count), change, lambda masks: masks, state.masks)
+        masks = steps.when_due(state.count, change, state.masks, params, judged(params, updates))
         return enforce(updates, params, masks), PruneState(optax.safe_increment(state.count), masks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

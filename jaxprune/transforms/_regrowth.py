@@ -1,13 +1,14 @@
 """Drop and grow: which weights of a layer are replaced, and the optimizer's state of those that come."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune._dtypes import with_infinities
+from jaxprune._jaxpr._equations import evaluate_body, part, trace
 from jaxprune._selection import _counts
 from jaxprune._selection._largest import keep_largest
 from jaxprune._tree._leaves import is_floating
@@ -46,31 +47,50 @@ def drop_and_grow(
     return keep_largest(ranked, removed, batch=stack, magnitude=False)
 
 
-def refresh(state: Any, init: Callable[[], Any], grown: Any) -> Any:
-    """Give grown weights the optimizer state that they would have at the start, whatever the optimizer.
+class Moments:
+    """The optimizer's state, and which of its arrays belong to which parameter weight by weight.
 
-    A leaf of the state belongs to a parameter when its path ends in the parameter's path and it has its shape: so the
-    moments of Adam, the accumulators of MultiSteps and the branches of a partition are found alike. Statistics that
-    weights share (the row and column sums of Adafactor) stay. (Optax's own ``tree.map_params`` needs an ``init`` that
-    runs on a placeholder, which labels made by a function do not allow.)
-
-    Args:
-        state: the state of any optimizer.
-        init: makes a fresh state of the same tree.
-        grown: for each parameter, by path, True where a weight has grown.
-
-    Returns:
-        The state, in the same treedef, shapes and dtypes.
+    An array belongs to a parameter when its path ends in the parameter's path and it has its shape: so the moments of
+    Adam, the accumulators of MultiSteps and the branches of a partition are found alike. Statistics that weights share
+    (the row and column sums of Adafactor) are nobody's. (Optax's own ``tree.map_params`` needs an ``init`` that runs on
+    a placeholder, which labels made by a function do not allow.)
     """
-    masks = flatten(grown, "masks")
-    flat = flatten(state, "state")
-    fresh = flat.aligned(flatten(init(), "the fresh state"))
 
-    def start_anew(path: str, leaf: Any, start: Any) -> Any:
-        owner = masks.owner_of(path)
-        mask = None if owner is None else masks.by_path[owner]
-        if mask is None or jnp.shape(leaf) != mask.shape or not is_floating(leaf):
-            return leaf
-        return jnp.where(mask, start, leaf)
+    def __init__(self, state: Any, init: Callable[[Any], Any], params: Any):
+        """Take the state of any optimizer, what makes a fresh one, and the parameters."""
+        self._flat = flatten(state, "state")
+        self._leaves = list(self._flat.leaves)
+        tree = flatten(params, "params")
+        self._own: dict[str, list[int]] = {}
+        for i, (path, leaf) in enumerate(zip(self._flat.paths, self._leaves, strict=True)):
+            owner = tree.owner_of(path)
+            if owner is not None and jnp.shape(leaf) == tree.shapes[owner] and is_floating(leaf):
+                self._own.setdefault(owner, []).append(i)
+        self._arguments = jax.tree.leaves(params)
+        self._fresh, shapes = trace(init, params)
+        self._places = {path: i for i, path in enumerate(flatten(shapes, "the fresh state").paths)}
 
-    return flat.build([start_anew(*entry) for entry in zip(flat.paths, flat.leaves, fresh, strict=True)])
+    @property
+    def state(self) -> Any:
+        """The state as it is now."""
+        return self._flat.build(self._leaves)
+
+    def of(self, path: str) -> list[jax.Array]:
+        """The arrays of the parameter at a path."""
+        return [self._leaves[i] for i in self._own.get(path, [])]
+
+    def put(self, path: str, arrays: Sequence[jax.Array]) -> None:
+        """Replace the arrays of the parameter at a path."""
+        for i, array in zip(self._own.get(path, []), arrays, strict=True):
+            self._leaves[i] = array
+
+    def refreshed(self, path: str, arrays: Sequence[jax.Array], grown: jax.Array) -> list[jax.Array]:
+        """Return the arrays of the parameter at a path with what a fresh state has where a weight has grown."""
+        return [
+            jnp.where(grown, self._start(i), array) for i, array in zip(self._own.get(path, []), arrays, strict=True)
+        ]
+
+    def _start(self, i: int) -> jax.Array:
+        # Only what this one array needs, or a program for n leaves would hold n fresh states.
+        only = part(self._fresh, self._places[self._flat.paths[i]])
+        return evaluate_body(only, self._arguments)[0]

@@ -16,7 +16,7 @@ from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.sites._sites import Sites
 from jaxprune.transforms._enforce import enforce, masks_for, require_params
 from jaxprune.transforms._mask_log import Log, tell
-from jaxprune.transforms._regrowth import drop_and_grow, refresh
+from jaxprune.transforms._regrowth import Moments, drop_and_grow
 from jaxprune.transforms._steps import Steps
 
 # Where new weights grow: (gradient of a leaf, number of the leaf, number of the update) -> float32, larger = first.
@@ -85,10 +85,13 @@ def rigl(
 
     At the updates begin, begin + every, ... and at `until`, the last one, each layer loses the fraction `drop_fraction`
     of its weights (rounded down), those of the smallest magnitude, and gains as many at the positions of the largest
-    gradients; its number of weights never changes. Such an update changes masks only; at all others `inner` steps with
-    the masked gradient. New weights start at zero with the optimizer's state fresh, but for statistics that weights share
+    gradients; its number of weights never changes. At every update `inner` steps with the gradient under the masks as
+    they then are. New weights start from zero with the optimizer's state fresh, but for statistics that weights share
     (the row and column sums of a factored Adafactor), which stay. A weight that is dropped and grown at once just
-    stays. Pruned weights are exactly ``+0.0`` after every ``optax.apply_updates``.
+    stays. Pruned weights are exactly ``+0.0`` after every ``optax.apply_updates``. (Algorithm 1 of the paper takes no
+    step where masks change. Here it does, with the gradient that the new weights were chosen by: no update is lost to
+    schedules and accumulated gradients, and the optimizer's state stays where it is in memory, so that an update
+    without a change costs what it costs with `static_sparse`.)
 
     Placement: outermost, around the whole optimizer, since growing needs the gradient before the optimizer sees it; for
     accumulated gradients inside ``optax.MultiSteps``, where it counts the updates that are emitted. It needs the dense
@@ -120,7 +123,7 @@ def rigl(
     >>> params = {"kernel": jnp.array([[3.0, 1.0, 0.0]])}
     >>> updates, state = tx.update({"kernel": jnp.array([[0.0, 0.0, 5.0]])}, tx.init(params), params)
     >>> state.masks["kernel"].tolist(), optax.apply_updates(params, updates)["kernel"].tolist()
-    ([[True, False, True]], [[3.0, 0.0, 0.0]])
+    ([[True, False, True]], [[3.0, 0.0, -5.0]])
 
     Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020, algorithm 1.
     """
@@ -259,25 +262,16 @@ def _drop_and_grow(
     ) -> tuple[Any, SparseTrainingState]:
         require_params(params, title)
 
-        def change(masks: Any) -> Any:
-            share = jnp.asarray(fraction(state.count) if callable(fraction) else fraction, jnp.float32)
-            changed = _change(state, updates, params, share, growth, which)
-            if log is not None:
-                scalars = {"step": state.count, "drop_fraction": share}
-                tell(log, scalars, params, params, masks, changed, which["stacked"], which["sites"])
-            return changed
+        share = jnp.asarray(fraction(state.count) if callable(fraction) else fraction, jnp.float32)
+        now = _change(state, inner.init, updates, params, steps, share, growth, which)
+        if log is not None:
+            scalars = {"step": state.count, "drop_fraction": share}
 
-        due = steps.due(state.count)
-        masks = jax.lax.cond(due, change, lambda masks: masks, state.masks)
-        grown = jax.tree.map(lambda new, old: new & ~old, masks, state.masks)
-        # The optimizer steps in any case and is not heard when masks change: inside a conditional, its state and the
-        # updates would be copied at every step.
-        stepped, stepped_state = inner.update(_masked(updates, state.masks), state.inner_state, params, **extra_args)
-        still = jax.tree.map(jnp.zeros_like, stepped)
-        refreshed = refresh(state.inner_state, lambda: inner.init(params), grown)
-        inner_state = optax.tree.where(due, refreshed, stepped_state)
-        held = enforce(optax.tree.where(due, still, stepped), params, masks)
-        return held, SparseTrainingState(optax.safe_increment(state.count), masks, inner_state)
+            def tell_all() -> None:
+                tell(log, scalars, params, params, state.masks, now.masks, which["stacked"], which["sites"])
+
+            jax.lax.cond(steps.due(state.count), tell_all, lambda: None)
+        return _inner_update(inner, updates, now, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -295,20 +289,39 @@ def _check_fraction(title: str, bounds: tuple[float, float] | None) -> None:
 
 def _change(
     state: SparseTrainingState,
+    init: Callable[[Any], Any],
     updates: Any,
     params: Any,
+    steps: Steps,
     fraction: jax.Array,
     growth: _Growth,
     which: dict[str, Any],
-) -> Any:
-    """Return new masks, in the treedef of the old ones."""
+) -> SparseTrainingState:
+    """Return the state with new masks, and with the optimizer's state of grown weights fresh, where masks change now."""
     tree, gradients = read_params(params, **which), flatten(updates, "updates").by_path
     held = align_masks(state.masks, tree)
     changed = dict(zip(tree.paths, held, strict=True))
+    moments = Moments(state.inner_state, init, params)
+    # A loop for each leaf: one for all would need all gradients at once, which a training step otherwise does not.
     for i, (path, weight, mask, fits, stack) in enumerate(
         zip(tree.paths, tree.leaves, held, tree.prunable, tree.stacks, strict=True)
     ):
-        if fits and path in gradients:
-            changed[path] = drop_and_grow(weight, mask, growth(gradients[path], i, state.count), fraction, stack)
-    old = flatten(state.masks, "masks")
-    return old.build([changed[path] for path in old.paths])
+        if not fits or path not in gradients:
+            continue
+
+        def change(
+            kept: list[jax.Array],
+            weight: jax.Array,
+            gradient: jax.Array,
+            i: int = i,
+            path: str = path,
+            stack: tuple[int, ...] = stack,
+        ) -> list[jax.Array]:
+            old, *own = kept
+            new = drop_and_grow(weight, old, growth(gradient, i, state.count), fraction, stack)
+            return [new, *moments.refreshed(path, own, new & ~old)]
+
+        changed[path], *own = steps.when_due(state.count, change, [mask, *moments.of(path)], weight, gradients[path])
+        moments.put(path, own)
+    masks = flatten(state.masks, "masks")
+    return state._replace(masks=masks.build([changed[path] for path in masks.paths]), inner_state=moments.state)

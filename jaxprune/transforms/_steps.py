@@ -1,5 +1,6 @@
 """At which updates masks change, and what a schedule is there."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,20 @@ class Steps(NamedTuple):
         """Whether masks change at this update."""
         regular = ((count - self.begin) % self.every == 0) & (count >= self.begin)
         return regular if self.until is None else (regular & (count < self.until)) | (count == self.until)
+
+    def when_due(self, count: jax.Array, change: Callable[..., Any], masks: Any, *read: Any) -> Any:
+        """Return ``change(masks, *read)`` if masks change at this update, else the masks.
+
+        A loop of one turn or none: its state stays where it is in memory, where a conditional would copy the masks at
+        every update. Nothing of `read` is differentiated: such a loop has no gradient.
+        """
+
+        def turn(i: jax.Array, masks: Any) -> Any:
+            # What does not depend on the turn would be computed before the loop, at every update.
+            arrays, _ = jax.lax.optimization_barrier((jax.lax.stop_gradient(read), i))
+            return change(masks, *arrays)
+
+        return jax.lax.fori_loop(0, self.due(count).astype(np.int32), turn, masks)
 
     def range_of(self, title: str, schedule: optax.ScalarOrSchedule) -> tuple[float, float] | None:
         """Return the least and the largest value of a schedule where masks change; None where it is not known yet."""

@@ -95,12 +95,12 @@ def test_gradual_pruning_against_numpy():
     cubic, history, masks, _ = gradual("float32")
     weights, keep = KERNEL.copy(), np.ones((8, 10), bool)
     for t, grad in enumerate(np.asarray(noise(STEPS)["kernel"])):
-        weights = weights - np.float32(0.05) * grad
         if t in (0, 30, 60, 90, 110):
             size = np.where(keep, np.abs(weights), 0).ravel()
             keep = np.ones(80, bool)
             keep[np.argsort(size, kind="stable")[: round(float(cubic(t)) * 80)]] = False
             keep = keep.reshape(8, 10)
+        weights = weights - np.float32(0.05) * grad
         weights = np.where(keep, weights, 0)
         np.testing.assert_array_equal(masks["kernel"][t], keep, err_msg=f"step {t}")
         np.testing.assert_allclose(history["kernel"][t], weights, atol=1e-5)
@@ -154,17 +154,20 @@ def jitted_step(tx: Any, params: Any, state: Any, updates: Any) -> tuple[Any, An
     return step(tx, params, state, updates)
 
 
-def test_masks_are_made_from_the_weights_as_they_will_be():
-    tx = prune(at_least, 2.0)
-    params, state = take(tx, one_row(1.0, 3.0), tx.init(one_row(1.0, 3.0)), 4.0, -2.5)
-    assert row(params) == [5.0, 0.0]
-    assert row(state.masks) == [True, False]
+def test_masks_are_made_from_the_weights_that_the_step_begins_with_or_from_those_it_would_make():
+    results = []
+    for transform in prune, prune_and_regrow:
+        tx = transform(at_least, 2.0)
+        params, state = take(tx, one_row(1.0, 3.0), tx.init(one_row(1.0, 3.0)), 4.0, -2.5)
+        results.append((row(params), row(state.masks)))
+    assert results == [([0.0, 0.5], [False, True]), ([5.0, 0.0], [True, False])]
 
 
 def test_a_kept_weight_that_becomes_zero_is_not_taken_for_a_pruned_one():
     tx = prune(exactly, 0.25)
     params, state = take(tx, one_row(1.0, 2.0, 3.0, 4.0), tx.init(one_row(1.0, 2.0, 3.0, 4.0)), *[0.0] * 4)
     params, state = take(tx, params, state, 0.0, 0.0, -3.0, 0.0)
+    params, state = take(tx, params, state, *[0.0] * 4)
     assert row(params) == [0.0, 2.0, 0.0, 4.0]
     assert row(state.masks) == [False, True, True, True]
     assert row(take(tx, params, state, 9.0, 0.0, 1.0, 0.0)[0]) == [0.0, 2.0, 1.0, 4.0]
@@ -393,5 +396,5 @@ def test_log_on_eight_devices_is_called_once_each_time(axis_type):
         for _ in range(3):
             _, state = jax.jit(tx.update)(params, state, params)
     jax.effects_barrier()
-    # p + u is 2 p, so that below 6 lie 0, 2 and 4.
-    assert [(numbers["step"], numbers["sparsity"]) for numbers in told] == [(0, 3 / 16), (2, 3 / 16)]
+    # Below 6 lie 0 to 5.
+    assert [(numbers["step"], numbers["sparsity"]) for numbers in told] == [(0, 6 / 16), (2, 6 / 16)]

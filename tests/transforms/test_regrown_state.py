@@ -12,8 +12,9 @@ import pytest
 from optax import contrib
 
 from jaxprune import apply_masks, rigl
+from jaxprune._tree._paths import flatten
 from jaxprune.transforms import sparse_evolution
-from jaxprune.transforms._regrowth import refresh
+from jaxprune.transforms._regrowth import Moments
 from tests.support.one_layer import KEEP, MASKS, assert_positive_zeros, dense_params, loss, step, train
 
 # Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
@@ -57,6 +58,14 @@ def optimizer(name: str) -> tuple[Any, int]:
     return (made.gradient_transformation() if isinstance(made, optax.MultiSteps) else made), of_weights
 
 
+def refresh(state: Any, inner: Any, params: Any, grown: Any) -> Any:
+    """Make the state of all weights that have grown fresh."""
+    moments = Moments(state, inner.init, params)
+    for path, mask in flatten(grown, "masks").by_path.items():
+        moments.put(path, moments.refreshed(path, moments.of(path), mask))
+    return moments.state
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_grown_weights_have_fresh_state_and_nothing_else_changes(name):
     inner, of_weights = optimizer(name)
@@ -64,7 +73,7 @@ def test_grown_weights_have_fresh_state_and_nothing_else_changes(name):
     fresh = inner.init(params)
     used = jax.tree.map(lambda leaf: leaf + jnp.asarray(7, leaf.dtype), fresh)
     grown = {"kernel": jnp.asarray(KEEP), "bias": jnp.zeros(3, bool)}
-    found = refresh(used, lambda: inner.init(params), grown)
+    found = refresh(used, inner, params, grown)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, used)
     seen = 0
     for new, old, start in zip(*map(jax.tree.leaves, (found, used, fresh)), strict=True):
@@ -80,7 +89,7 @@ def test_a_bare_array_and_a_tuple_have_their_state_found():
     inner, grown = optax.adam(0.1), jnp.array([[True, False]])
     for params, masks in (jnp.ones((1, 2)), grown), ((jnp.ones((1, 2)),), (grown,)):
         used = jax.tree.map(lambda leaf: leaf + 7, inner.init(params))
-        found = refresh(used, lambda params=params: inner.init(params), masks)
+        found = refresh(used, inner, params, masks)
         for moment in jax.tree.leaves((found[0].mu, found[0].nu)):
             assert moment.tolist() == [[0.0, 7.0]]
         assert int(found[0].count) == 7
@@ -110,7 +119,7 @@ def test_rigl_trains(name):
     assert_positive_zeros(np.asarray(params["kernel"])[~keep])
 
 
-def test_a_change_of_masks_moves_no_weight_and_keeps_other_state():
+def test_where_masks_change_the_optimizer_steps_under_the_new_ones():
     tx = rigl(optax.adam(0.1), MASKS, every=2, until=2, drop_fraction=0.5)
     grads = {"kernel": jnp.asarray(draws(1, 3, 4, 3)), "bias": jnp.ones((3, 3))}
 
@@ -122,9 +131,22 @@ def test_a_change_of_masks_moves_no_weight_and_keeps_other_state():
     params, state = jax.tree.map(np.asarray, jax.lax.scan(body, (start, tx.init(start)), grads)[1])
     old, new = state.masks["kernel"][1:]
     assert (new & ~old).any()
-    np.testing.assert_array_equal(params["kernel"][2], np.where(new & old, params["kernel"][1], 0))
-    np.testing.assert_array_equal(params["bias"][2], params["bias"][1])
     adam = state.inner_state[0]
-    assert adam.count.tolist() == [0, 1, 1]
-    for moment in adam.mu, adam.nu:
-        np.testing.assert_array_equal(moment["kernel"][2], np.where(new & ~old, 0, moment["kernel"][1]))
+    assert adam.count.tolist() == [1, 2, 3]
+    gradient = np.where(new, grads["kernel"][2], 0)
+    first = 0.9 * np.where(new & ~old, 0, adam.mu["kernel"][1]) + 0.1 * gradient
+    second = 0.999 * np.where(new & ~old, 0, adam.nu["kernel"][1]) + 0.001 * gradient**2
+    np.testing.assert_allclose(adam.mu["kernel"][2], first, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(adam.nu["kernel"][2], second, rtol=1e-5, atol=1e-9)
+    moved = params["kernel"][1] - 0.1 * first / (1 - 0.9**3) / (np.sqrt(second / (1 - 0.999**3)) + 1e-8)
+    np.testing.assert_allclose(params["kernel"][2], np.where(new, moved, 0), rtol=1e-4, atol=1e-6)
+    assert (params["bias"][2] != params["bias"][1]).all()
+
+
+def test_a_fresh_state_that_depends_on_the_parameters():
+    """Schedule-free keeps the weights themselves in its state: where one grows, the weight as it stands."""
+    inner, params = optimizer("schedule_free")[0], {"kernel": jnp.asarray(draws(0, 4, 3)), "bias": jnp.ones(3)}
+    used = jax.tree.map(lambda leaf: leaf + jnp.asarray(7, leaf.dtype), inner.init(params))
+    grown = {"kernel": jnp.asarray(KEEP), "bias": jnp.zeros(3, bool)}
+    found = jax.jit(lambda used, params: refresh(used, inner, params, grown))(used, params)
+    np.testing.assert_array_equal(found.z["kernel"], np.where(KEEP, params["kernel"], used.z["kernel"]))

@@ -120,7 +120,7 @@ def test_layers_of_a_stack_are_treated_one_by_one():
 
 @pytest.mark.slow
 def test_rigl_against_numpy():
-    """Algorithm 1 with momentum, whose state is zero for new weights; cosine-decayed drop fraction (equation 1)."""
+    """Algorithm 1 with momentum, whose state is zero for new weights, and a step at every update; equation 1."""
     shape, steps, until = (4, 5), 14, 10
     weights, grads, keep = draws(0, *shape), draws(1, steps, *shape), half_kept(2, shape)
     weights = np.where(keep, weights, 0)
@@ -137,11 +137,10 @@ def test_rigl_against_numpy():
             changed.append(int((new & ~keep).sum()))
             momentum = np.where(new & ~keep, 0, momentum)
             keep = new
-        else:
-            momentum = 0.9 * momentum + np.where(keep, grad, 0)
-            weights = weights - 0.1 * momentum
-            bias_momentum = 0.9 * bias_momentum + 1
-            bias = bias - 0.1 * bias_momentum
+        momentum = 0.9 * momentum + np.where(keep, grad, 0)
+        weights = weights - 0.1 * momentum
+        bias_momentum = 0.9 * bias_momentum + 1
+        bias = bias - 0.1 * bias_momentum
         weights = np.where(keep, weights, 0)
         np.testing.assert_array_equal(state.masks["kernel"][t], keep, err_msg=f"step {t}")
         np.testing.assert_allclose(found["kernel"][t], weights, atol=1e-5)
