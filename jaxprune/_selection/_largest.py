@@ -5,16 +5,26 @@ Under jit, with traced counts, on any sharding and platform; the search itself i
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxprune._selection._alike import Kind, apart, for_each, groups, hidden_zero, take_row
 from jaxprune._selection._counts import Count
 from jaxprune._selection._order import MOST
 from jaxprune._selection._pools import Operand, Pools, Sums
+
+
+class Each(NamedTuple):
+    """What is static of an array by itself: the axes that number its pools, how it is ranked, its kind."""
+
+    batch: tuple[int, ...]
+    magnitude: bool
+    kind: Kind = None
 
 
 def keep_largest(
@@ -35,9 +45,29 @@ def keep_largest(
     Returns:
         A bool array of the shape of `values`, `True` = keep.
     """
-    if values.size == 0:
-        return jnp.ones_like(values, dtype=bool)
-    return _keep_largest(values, Count(*map(jnp.asarray, removed)), batch=batch, magnitude=magnitude)
+    return keep_largest_each([values], [removed], [Each(batch, magnitude)])[0]
+
+
+def keep_largest_each(
+    values: Sequence[Float[Array, "..."]], removed: Sequence[Count], each: Sequence[Each]
+) -> list[Bool[Array, "..."]]:
+    """Mask the smallest entries of each pool of many arrays, as `keep_largest` does of one; those of a kind by one program.
+
+    Args:
+        values: floating-point arrays of any shapes.
+        removed: for each array how many entries of a pool to mask.
+        each: for each array what is static of it.
+
+    Returns:
+        A list of bool arrays of the shapes of `values`, `True` = keep.
+    """
+    filled = [i for i, array in enumerate(values) if array.size]
+    masks = _keep_largest_each(
+        [values[i] for i in filled],
+        [Count(*map(jnp.asarray, removed[i])) for i in filled],
+        each=tuple(each[i] for i in filled),
+    )
+    return _with_empty(values, masks)
 
 
 def keep_largest_jointly(
@@ -46,6 +76,7 @@ def keep_largest_jointly(
     *,
     magnitude: bool,
     protected: Sequence[Bool[Array, "..."]] | None = None,
+    kinds: Sequence[Kind] | None = None,
 ) -> list[Bool[Array, "..."]]:
     """Mask the `removed` smallest entries of the one pool that all arrays make up.
 
@@ -57,14 +88,22 @@ def keep_largest_jointly(
         removed: how many entries to mask, at most the number of unprotected ones; of shape `()`. May be traced.
         magnitude: whether to rank by `|values|`, or else by the signed values.
         protected: bool arrays of the shapes of `values`: where `True`, the entry is never masked.
+        kinds: of the arrays; None for arrays of which no two are alike.
 
     Returns:
         A list of bool arrays of the shapes of `values`, `True` = keep.
     """
     operands = [(array,) for array in values] if protected is None else list(zip(values, protected, strict=True))
-    filled = [operand for operand in operands if operand[0].size]
-    removed = Count(*map(jnp.asarray, removed))
-    return _with_empty(values, _keep_largest_jointly(filled, removed, magnitude=magnitude) if filled else [])
+    filled = [i for i, array in enumerate(values) if array.size]
+    if not filled:
+        return _with_empty(values, [])
+    masks = _keep_largest_jointly(
+        [operands[i] for i in filled],
+        Count(*map(jnp.asarray, removed)),
+        magnitude=magnitude,
+        kinds=tuple(i if kinds is None else kinds[i] for i in filled),
+    )
+    return _with_empty(values, masks)
 
 
 def _with_empty(values: Sequence[jax.Array], masks: Sequence[jax.Array]) -> list[jax.Array]:
@@ -73,21 +112,19 @@ def _with_empty(values: Sequence[jax.Array], masks: Sequence[jax.Array]) -> list
     return [next(found) if array.size else jnp.ones_like(array, dtype=bool) for array in values]
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "magnitude"))
-def _keep_largest(
-    values: Float[Array, "*shape"], removed: Count, *, batch: tuple[int, ...], magnitude: bool
-) -> Bool[Array, "*shape"]:
-    return _by_platform([(values,)], removed, magnitude, batch=batch)[0]
+@functools.partial(jax.jit, static_argnames="each")
+def _keep_largest_each(values: list[jax.Array], removed: list[Count], *, each: tuple[Each, ...]) -> list[jax.Array]:
+    return _by_platform(functools.partial(_select_each, each=each), values, removed)
 
 
-@functools.partial(jax.jit, static_argnames="magnitude")
-def _keep_largest_jointly(operands: list[Operand], removed: Count, *, magnitude: bool) -> list[jax.Array]:
-    return _by_platform(operands, removed, magnitude)
-
-
-def _by_platform(
-    operands: list[Operand], removed: Count, magnitude: bool, *, batch: tuple[int, ...] = ()
+@functools.partial(jax.jit, static_argnames=("magnitude", "kinds"))
+def _keep_largest_jointly(
+    operands: list[Operand], removed: Count, *, magnitude: bool, kinds: tuple[Kind, ...]
 ) -> list[jax.Array]:
+    return _by_platform(functools.partial(_select_jointly, magnitude=magnitude, kinds=kinds), operands, removed)
+
+
+def _by_platform(select: Callable[..., list[jax.Array]], *operands: Any) -> list[jax.Array]:
     """Select with the sums that suit the platform the program is compiled for.
 
     XLA's CPU compiler writes a condition down in full before it sums it up, unless several sums are one reduction. Such
@@ -98,31 +135,48 @@ def _by_platform(
         cpu = _sum_in_one if len(jax.devices("cpu")) == 1 else _sum_stacked
     except RuntimeError:  # JAX has been told to do without its CPU backend.
         cpu = _sum_each
-    select = functools.partial(_select, magnitude=magnitude, batch=batch)
     return lax.platform_dependent(
-        lax.stop_gradient(operands),
-        removed,
+        *lax.stop_gradient(operands),
         cpu=functools.partial(select, sums=cpu),
         default=functools.partial(select, sums=_sum_each),
     )
 
 
-def _select(
-    operands: list[Operand],
-    removed: Count,
-    *,
-    magnitude: bool,
-    sums: Sums,
-    batch: tuple[int, ...] = (),
+def _select_each(
+    values: list[jax.Array], removed: list[Count], *, each: tuple[Each, ...], sums: Sums
 ) -> list[jax.Array]:
-    pools = Pools(operands, magnitude, sums, batch=batch)
-    if sums is not _sum_in_one:
-        return pools.keep(pools.find(removed))
-    if batch:
-        columns = operands[0][0].ndim - 1 in batch
-        return pools.keep(Pools(operands, magnitude, sums, batch=batch, blocks=columns).find(removed))
-    rows = [tuple(map(_in_rows, operand)) for operand in operands]
-    return pools.keep(Pools(rows, magnitude, sums, rows=True).find(removed))
+    kinds = [(one.kind if one.kind else i, n.low.shape) for i, (one, n) in enumerate(zip(each, removed, strict=True))]
+
+    def cuts(i: int, array: jax.Array, removed: Count) -> jax.Array:
+        batch, magnitude, _ = each[i]
+        if sums is not _sum_in_one:
+            pools = Pools([(array,)], magnitude, sums, batch=batch)
+        elif batch:
+            pools = Pools([(array,)], magnitude, sums, batch=batch, blocks=array.ndim - 1 in batch)
+        else:
+            pools = Pools([(_in_rows(array),)], magnitude, sums, rows=True)
+        return pools.find(removed).cuts
+
+    return [
+        Pools([(array,)], one.magnitude, sums, batch=one.batch).keep(0, cut)
+        for array, one, cut in zip(values, each, for_each(cuts, values, removed, kinds), strict=True)
+    ]
+
+
+def _select_jointly(
+    operands: list[Operand], removed: Count, *, magnitude: bool, kinds: tuple[Kind, ...], sums: Sums
+) -> list[jax.Array]:
+    alike = groups(kinds)
+    order = [i for group in alike for i in group]
+    ordered, runs = [operands[i] for i in order], [len(group) for group in alike]
+    rows = sums is _sum_in_one
+    read = [tuple(map(_in_rows, operand)) for operand in ordered] if rows else ordered
+    search = Pools(read, magnitude, sums, rows=rows, runs=runs, ranks=order)
+    border = search.find(removed)
+    cuts, pools = search.cuts(border), Pools(ordered, magnitude, sums)
+    numbers = apart(jnp.arange(len(order), dtype=jnp.int32) + hidden_zero(border.stage))
+    masks = {i: pools.keep(place, take_row(cuts, numbers[place])) for place, i in enumerate(order)}
+    return [masks[i] for i in range(len(operands))]
 
 
 def _sum_in_one(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:

@@ -8,7 +8,7 @@ thresholds: reading takes the time, comparing is nearly free.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxprune._dtypes import common
 from jaxprune._selection import _counts
+from jaxprune._selection._alike import pick
 from jaxprune._selection._counts import Count
 from jaxprune._selection._order import FIRST_POSITION, WORD, Order, from_end, trailing, words
 
@@ -60,7 +61,7 @@ class Border(NamedTuple):
 
     stage: jax.Array  # (), the number to find next: 0 the key, then the words of the position
     cuts: jax.Array  # [stages, *pools], the numbers found
-    # [*pools], an array: of the entries with the key found, those of later arrays go and those of earlier ones stay
+    # [*pools], an array's rank: of the entries with the key found, those of later arrays go and those of earlier ones stay
     member: jax.Array
     left: Count  # [*pools], entries still to be removed
     bracket: _Bracket  # of the number to find next
@@ -71,6 +72,9 @@ class Pools:
 
     Two ways to read for a processor with caches and threads: by `rows`, the counts along the first axis one by one,
     then their sum; by `blocks`, for pools that lie across the rows of memory.
+
+    Arrays that are alike stand next to each other, in `runs`, each of which is counted by one program. Ties are broken
+    by the `ranks` of the arrays, the order in which the caller gave them.
     """
 
     def __init__(
@@ -82,6 +86,8 @@ class Pools:
         batch: tuple[int, ...] = (),
         rows: bool = False,
         blocks: bool = False,
+        runs: Sequence[int] | None = None,
+        ranks: Sequence[int] | None = None,
     ):
         self.operands = operands
         self.order = Order(common(operand[0].dtype for operand in operands), magnitude)
@@ -94,6 +100,8 @@ class Pools:
         self.words = [words(shape, axes) for shape, axes in zip(self.shapes, self.axes, strict=True)]
         self.stages = 1 + max(map(len, self.words))
         self.members = len(operands)
+        self.runs = [1] * self.members if runs is None else runs
+        self.ranks = np.arange(self.members, dtype=np.int32) if ranks is None else np.asarray(ranks, np.int32)
         self.size = sum(operand[0].size for operand in operands)
 
     def find(self, removed: Count) -> Border:
@@ -104,9 +112,31 @@ class Pools:
 
         return lax.while_loop(unfinished, self._take_pass, self._all_open(removed))
 
-    def keep(self, border: Border) -> list[jax.Array]:
-        """Mask the entries before the border."""
-        return [self._mask(i, border) for i in range(len(self.operands))]
+    def cuts(self, border: Border) -> jax.Array:
+        """Return for each array the numbers before which an entry is removed: [members, stages, *pools]."""
+        if self.members == 1:
+            return border.cuts[None]
+        sizes = self._table([self._size(i, axes[0]) for i, axes in enumerate(self.words)])
+        after, at = self._index(border.member), border.member[None]
+        first, *others = (jnp.where(after == at, cut[None], FIRST_POSITION) for cut in border.cuts[1:])
+        # Of arrays behind that member all entries with the key found go: their first word is past its end.
+        first = jnp.where(after > at, (FIRST_POSITION + sizes).astype(first.dtype), first)
+        key = jnp.broadcast_to(border.cuts[0][None], first.shape)
+        return jnp.stack([key, first, *others], axis=1)
+
+    def keep(self, i: int, cuts: jax.Array) -> jax.Array:
+        """Mask the entries of an array before its cuts, [stages, *pools]."""
+        # Behind the barrier positions depend on the values: in a loop around all this, such as a training loop, XLA would
+        # take them out of it and write them down in full.
+        operand, one = lax.optimization_barrier((self.operands[i], jnp.uint32(1)))
+        key, *words = (self._spread(i, lax.index_in_dim(cuts, stage, keepdims=False)) for stage in range(self.stages))
+        last = jnp.zeros_like(key, dtype=bool)
+        for axes, cut in reversed(list(zip(self.words[i], words, strict=False))):
+            position = self._position(i, axes, one, self._positions_along(i))
+            last = (position < cut) | ((position == cut) & last)
+        keys = self.order.keys(operand[0])
+        removed = (keys < key) | ((keys == key) & last)
+        return ~removed | operand[1] if len(operand) > 1 else ~removed
 
     # The state of the search and how it relates to the arrays.
 
@@ -143,6 +173,10 @@ class Pools:
         """The state of the pools, shaped to be combined with an array's entries."""
         return jnp.expand_dims(state, self.axes[i])
 
+    def _index(self, like: jax.Array) -> np.ndarray:
+        """The ranks, to be compared with a member of each pool: [members, *pools]."""
+        return _along(self.ranks, like.ndim)
+
     def _of_pools(self, counts: Count, axis: int = 0) -> Count:
         """Add up over the arrays of each pool."""
         return _counts.total(counts, (axis,), self.size)
@@ -171,42 +205,80 @@ class Pools:
         # Without the barrier XLA takes what does not change out of the loop, keys and positions, and writes it down in
         # full. The 1 makes positions depend on the barrier.
         operands, thresholds, one = lax.optimization_barrier((self.operands, border.bracket.thresholds, jnp.uint32(1)))
-        counts = []
-        for i, operand in enumerate(operands):
-            count = functools.partial(self._count_of, i, operand, thresholds, border, one)
-            if self.rows and len(operands) > 1:
-                # One device can leave out what is not needed; on many, all counts are one collective.
-                needed = self._open(border) & ((border.stage == 0) | (border.member == i))
-                known = jax.tree.map(lambda word, i=i: word[i], border.bracket.below_high)
-                known = jax.tree.map(lambda word: jnp.full((THRESHOLDS,), word), known)
-                counts.append(lax.cond(needed, count, lambda known=known: known))
-            else:
-                counts.append(count())
-        return Count(*(jnp.stack(word, axis=1) for word in zip(*counts, strict=True)))
+        rows, start = [], 0
+        for length in self.runs:
+            stop = start + length
+            rows.append(self._count_run(operands[start:stop], start, thresholds, border, one))
+            start = stop
+        return Count(*(jnp.concatenate(word, axis=1) for word in zip(*rows, strict=True)))
 
-    def _count_of(self, i: int, operand: Operand, thresholds: jax.Array, border: Border, one: jax.Array) -> Count:
+    def _count_run(
+        self, operands: list[Operand], start: int, thresholds: jax.Array, border: Border, one: jax.Array
+    ) -> Count:
+        """Count what of arrays that are alike lies below the thresholds: [thresholds, arrays, *pools]."""
+        below_high = jax.tree.map(lambda word: word[start : start + len(operands)], border.bracket.below_high)
+        ranks = self.ranks[start : start + len(operands)]
+
+        def count(operand: Callable[[], Operand], rank: jax.Array | np.int32, known: Count) -> Count:
+            def counted() -> Count:
+                return self._count_of(start, operand(), thresholds, border, one, rank)
+
+            if not (self.rows and self.members > 1):
+                return counted()
+            # One device can leave out what is not needed; on many, all counts are one collective.
+            needed = self._open(border) & ((border.stage == 0) | (border.member == rank))
+            return lax.cond(needed, counted, lambda: jax.tree.map(lambda word: jnp.full((THRESHOLDS,), word), known))
+
+        if len(operands) == 1:
+            found = count(lambda: operands[0], ranks[0], jax.tree.map(lambda word: word[0], below_high))
+            return Count(*(word[:, None] for word in found))
+
+        def turn(carry: None, entry: tuple[jax.Array, jax.Array, Count]) -> tuple[None, Count]:
+            place, rank, known = entry
+            parts = list(zip(*operands, strict=True))
+            return carry, count(lambda: tuple(pick(place, arrays) for arrays in parts), rank, known)
+
+        _, found = lax.scan(turn, None, (jnp.arange(len(operands), dtype=jnp.int32), jnp.asarray(ranks), below_high))
+        return Count(*(jnp.moveaxis(word, 0, 1) for word in found))
+
+    def _count_of(
+        self,
+        i: int,
+        operand: Operand,
+        thresholds: jax.Array,
+        border: Border,
+        one: jax.Array,
+        rank: jax.Array | np.int32,
+    ) -> Count:
         """Count what of an array lies below the thresholds: [thresholds, *batch]."""
         shape, axes = self.shapes[i], self.axes[i]
         # As much as one word counts, then the rest.
         inner = trailing(shape, axes[1:] if self.rows else axes)
-        low = self._sum_below(i, operand, thresholds, border, one, inner)
+        low = self._sum_below(i, operand, thresholds, border, one, inner, rank)
         kept = [axis for axis in range(len(shape)) if axis not in inner]
         outer = tuple(1 + kept.index(axis) for axis in axes if axis not in inner)
         return _counts.total(Count(jnp.zeros_like(low), low), outer, self._size(i, axes))
 
     def _sum_below(
-        self, i: int, operand: Operand, thresholds: jax.Array, border: Border, one: jax.Array, inner: tuple[int, ...]
+        self,
+        i: int,
+        operand: Operand,
+        thresholds: jax.Array,
+        border: Border,
+        one: jax.Array,
+        inner: tuple[int, ...],
+        rank: jax.Array | np.int32,
     ) -> jax.Array:
         """Count what lies below the thresholds along the axes `inner`: [thresholds, *kept]."""
         spread = [self._spread(i, lax.index_in_dim(thresholds, j, keepdims=False)) for j in range(THRESHOLDS)]
 
         def count(operand: Operand, index: Callable[[int], jax.Array]) -> jax.Array:
-            numbers = self._numbers(i, operand, border, one, index)
+            numbers = self._numbers(i, operand, border, one, index, rank)
             return self.sums([numbers < threshold for threshold in spread], inner)
 
         axis, length = self._block(i) or (0, 0)
         if not length:
-            return count(operand, self._index(i))
+            return count(operand, self._positions_along(i))
 
         def add_block(step: jax.Array, counts: jax.Array) -> jax.Array:
             start = step * length
@@ -235,13 +307,19 @@ class Pools:
         return (axis, length) if entries >= _MIN_BLOCK else None
 
     def _numbers(
-        self, i: int, operand: Operand, border: Border, one: jax.Array, index: Callable[[int], jax.Array]
+        self,
+        i: int,
+        operand: Operand,
+        border: Border,
+        one: jax.Array,
+        index: Callable[[int], jax.Array],
+        rank: jax.Array | np.int32,
     ) -> jax.Array:
         """What the stage compares: the keys, or a word of the position of the entries that are still undecided."""
         never = np.iinfo(self.order.key).max
         keys = self.order.keys(operand[0])
         numbers = jnp.maximum(keys, jnp.where(border.stage == 0, np.iinfo(self.order.key).min, never))
-        mine = border.member == i
+        mine = border.member == rank
         for stage, axes in enumerate(self.words[i], start=1):
             # Choices of one number for all entries are free; those for every entry cost.
             wanted = jnp.where((border.stage == stage) & mine, border.cuts[0], never)
@@ -256,22 +334,8 @@ class Pools:
     def _position(self, i: int, axes: tuple[int, ...], one: jax.Array, index: Callable[[int], jax.Array]) -> jax.Array:
         return from_end(self.shapes[i], axes, one, index).astype(self.order.key)
 
-    def _index(self, i: int) -> Callable[[int], jax.Array]:
+    def _positions_along(self, i: int) -> Callable[[int], jax.Array]:
         return functools.partial(lax.broadcasted_iota, jnp.uint32, self.shapes[i])
-
-    def _mask(self, i: int, border: Border) -> jax.Array:
-        # Behind the barrier positions depend on the values: in a loop around all this, such as a training loop, XLA would
-        # take them out of it and write them down in full.
-        operand, one = lax.optimization_barrier((self.operands[i], jnp.uint32(1)))
-        member = self._spread(i, border.member)
-        cuts = [self._spread(i, cut) for cut in border.cuts]
-        last = jnp.zeros_like(cuts[0], dtype=bool)
-        for axes, cut in reversed(list(zip(self.words[i], cuts[1:], strict=False))):
-            position = self._position(i, axes, one, self._index(i))
-            last = (position < cut) | ((position == cut) & last)
-        keys = self.order.keys(operand[0])
-        removed = (keys < cuts[0]) | ((keys == cuts[0]) & ((i > member) | ((i == member) & last)))
-        return ~removed | operand[1] if len(operand) > 1 else ~removed
 
     # From one number to the next.
 
@@ -281,7 +345,7 @@ class Pools:
         left = _counts.subtract(border.left, self._of_pools(found.below_low))
         tied = _counts.subtract(found.below_high, found.below_low)
         member = jnp.where(border.stage == 0, self._last_member(left, tied), border.member)
-        index = _along(np.arange(self.members, dtype=np.int32), dims)
+        index = self._index(border.member)
         if self.members > 1:
             later = Count(*(jnp.where(index > member[None], word, 0) for word in tied))
             left = _counts.subtract(left, self._of_pools(later))
@@ -307,15 +371,14 @@ class Pools:
         """The last array of a pool from which on there are enough of the `tied` entries."""
         if self.members == 1:
             return jnp.zeros_like(left.low, jnp.int32)
-        index = np.arange(self.members)
-        onwards = _along(index[None] >= index[:, None], left.low.ndim)
+        onwards = _along(self.ranks[None] >= self.ranks[:, None], left.low.ndim)
         from_here = self._of_pools(Count(*(jnp.where(onwards, word[None], 0) for word in tied)), axis=1)
         enough = _counts.less_equal(jax.tree.map(lambda word: word[None], left), from_here)
         return jnp.sum(enough, 0, dtype=jnp.int32) - 1
 
     def _positions(self, stage: jax.Array, member: jax.Array) -> jax.Array:
         """How many values the stage's word of the position has, as uint32 [*pools]."""
-        index = _along(np.arange(self.members, dtype=np.int32), member.ndim)
+        index = self._index(member)
         positions = jnp.zeros_like(member, jnp.uint32)
         for number in range(1, self.stages):
             table = self._table(

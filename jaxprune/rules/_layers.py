@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from jaxprune._dtypes import widen
+from jaxprune._selection._alike import Kind
 from jaxprune._tree._axes import Axes, conventional
+from jaxprune._tree._leaves import is_known
 from jaxprune._tree._paths import flatten, spread
 from jaxprune.rules._rule import Rule
 
@@ -75,6 +78,13 @@ class Layer:
     def depth(self) -> int:
         """The number of layers."""
         return math.prod(self.stack_shape)
+
+    @property
+    def kind(self) -> Kind:
+        """What layers have in common that one program can treat: all that is known of them, and the name but for numbers."""
+        numbered = re.sub(r"\d+", "#", self.path)
+        sharding = self.values.sharding if is_known(self.values) else jax.typeof(self.values).sharding
+        return numbered, self.values.shape, self.values.dtype, sharding, self.roles, self.magnitude
 
     def input_axis(self, title: str, axis: int | None = None) -> int:
         """Return the axis of the leaf along which neighbouring inputs lie, or where a given axis of one layer lies."""

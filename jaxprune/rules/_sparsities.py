@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune._selection import _counts
 from jaxprune._selection._counts import Count
-from jaxprune._selection._largest import keep_largest, keep_largest_jointly
+from jaxprune._selection._largest import Each, keep_largest_each, keep_largest_jointly
 from jaxprune._tree._leaves import is_known
 from jaxprune.rules import _erk, _guard
 from jaxprune.rules._layers import Layer, is_scalar, read_layers, strengths
@@ -78,7 +78,8 @@ def row_sparsity(scores: Any, k: Any, *, axis: int | None = None, max_sparsity: 
 def _per_pool(scores: Any, k: Any, rule: Rule, max_sparsity: float, units: Callable[[Layer], tuple[int, ...]]) -> Any:
     layers, build = read_layers(scores)
     _guard.check_max_sparsity(max_sparsity, rule.name)
-    masks, lines = [], []
+    counts, lines = [], []
+    each: list[Each] = []
     for layer, strength in zip(layers, strengths(k, layers, rule), strict=True):
         batch = tuple(sorted({*layer.stack, *units(layer)}))
         shape = layer.values.shape
@@ -92,9 +93,10 @@ def _per_pool(scores: Any, k: Any, rule: Rule, max_sparsity: float, units: Calla
             others = [i for i, axis in enumerate(batch) if axis not in layer.stack]
             pools = tuple(shape[axis] for axis in batch)
             removed = Count(*(jnp.broadcast_to(jnp.expand_dims(word, others), pools) for word in removed))
-        masks.append(keep_largest(layer.values, removed, batch=batch, magnitude=layer.magnitude))
+        counts.append(removed)
+        each.append(Each(batch, layer.magnitude, layer.kind))
     _guard.warn(lines, rule.name)
-    return build(masks)
+    return build(keep_largest_each([layer.values for layer in layers], counts, each))
 
 
 @says(scope="model", shares="threshold", strength=_FRACTION + " of all layers together", low=0.0, high=1.0)
@@ -127,7 +129,8 @@ def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     removed = _total_removed(layers, k, global_sparsity, max_sparsity)
     values = [layer.values for layer in layers]
     magnitude = all(layer.magnitude for layer in layers)
-    masks = keep_largest_jointly(values, removed, magnitude=magnitude)
+    kinds = [layer.kind for layer in layers]
+    masks = keep_largest_jointly(values, removed, magnitude=magnitude, kinds=kinds)
     allowed = [most_removed_of(layer, max_sparsity) for layer in layers]
     over = [
         _counts.less(_counts.from_int(most), _counts.count_true(~mask, layer.axes))
@@ -135,11 +138,8 @@ def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     ]
 
     def protect() -> list[jax.Array]:
-        protected = [
-            keep_largest(layer.values, _counts.from_int(most), batch=layer.stack, magnitude=layer.magnitude)
-            for layer, most in zip(layers, allowed, strict=True)
-        ]
-        return keep_largest_jointly(values, removed, magnitude=magnitude, protected=protected)
+        protected = _largest_of_each(layers, [_counts.from_int(most) for most in allowed])
+        return keep_largest_jointly(values, removed, magnitude=magnitude, protected=protected, kinds=kinds)
 
     # Where no layer lost too much, protecting what it kept anyway changes nothing: it need not even be compiled.
     acted = functools.reduce(jnp.logical_or, map(jnp.any, over))
@@ -181,12 +181,12 @@ def erk_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     least = [layer.size - most_removed_of(layer, max_sparsity) for layer in layers]
     sizes, dims = [layer.size for layer in layers], [sum(layer.shape) for layer in layers]
     counts = _erk.allocate(sizes, dims, [layer.stack_shape for layer in layers], removed, least)
-    return build(
-        [
-            keep_largest(layer.values, count, batch=layer.stack, magnitude=layer.magnitude)
-            for layer, count in zip(layers, counts, strict=True)
-        ]
-    )
+    return build(_largest_of_each(layers, counts))
+
+
+def _largest_of_each(layers: Sequence[Layer], removed: Sequence[Count]) -> list[jax.Array]:
+    each = [Each(layer.stack, layer.magnitude, layer.kind) for layer in layers]
+    return keep_largest_each([layer.values for layer in layers], removed, each)
 
 
 def most_removed_of(layer: Layer, max_sparsity: float) -> int:

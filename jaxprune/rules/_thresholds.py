@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune._dtypes import wide
 from jaxprune._selection import _counts, _moments
+from jaxprune._selection._alike import Kind, for_each
 from jaxprune._selection._largest import keep_largest
 from jaxprune._tree._leaves import is_known
 from jaxprune.rules import _guard
@@ -39,38 +40,64 @@ def _one(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array
     return jnp.ones(shape, wide(values.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("magnitude", "axes", "statistic"))
+class _Static(NamedTuple):
+    """What is static of one layer: whether its values are weights, its axes, its kind."""
+
+    magnitude: bool
+    axes: tuple[int, ...]
+    kind: Kind
+
+
+class _Found(NamedTuple):
+    """Of one layer the threshold that was asked for and the largest score, which the threshold may not exceed."""
+
+    asked: jax.Array
+    largest: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "statistic"))
 def _keep(
-    values: jax.Array, k: jax.Array, *, magnitude: bool, axes: tuple[int, ...], statistic: _Statistic
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the mask, the threshold that was asked for and the largest score, which the threshold may not exceed."""
+    values: list[jax.Array], strengths: list[jax.Array], *, layers: tuple[_Static, ...], statistic: _Statistic
+) -> tuple[list[jax.Array], list[_Found]]:
+    """Return for each layer its mask and what was found of it."""
     values = jax.lax.stop_gradient(values)
-    found = statistic(values, magnitude, axes)
-    k = jnp.expand_dims(k, axes) if jnp.ndim(k) else jnp.asarray(k)
-    asked = k.astype(found.dtype) * found
-    largest = _max(values, magnitude, axes)
-    score = (jnp.abs(values) if magnitude else values).astype(found.dtype)
+
+    def find(i: int, values: jax.Array, k: jax.Array) -> _Found:
+        magnitude, axes, _ = layers[i]
+        found = statistic(values, magnitude, axes)
+        k = jnp.expand_dims(k, axes) if jnp.ndim(k) else k
+        return _Found(k.astype(found.dtype) * found, _max(values, magnitude, axes))
+
+    kinds = [(layer.kind, k.shape, k.dtype) for layer, k in zip(layers, strengths, strict=True)]
+    found = for_each(find, values, strengths, kinds)
+    return [_mask(*entry) for entry in zip(values, layers, found, strict=True)], found
+
+
+def _mask(values: jax.Array, layer: _Static, found: _Found) -> jax.Array:
+    score = (jnp.abs(values) if layer.magnitude else values).astype(found.asked.dtype)
     # A layer without one finite weight has no largest one (NaN): it is left as it is.
-    mask = (score >= jnp.fmin(asked, largest)) | jnp.isnan(largest)
-    return mask, asked, largest
+    return (score >= jnp.fmin(found.asked, found.largest)) | jnp.isnan(found.largest)
 
 
 def _threshold(scores: Any, k: Any, statistic: _Statistic, rule: Rule, max_sparsity: float) -> Any:
     layers, build = read_layers(scores)
     _guard.check_max_sparsity(max_sparsity, rule.name)
-    masks: list[jax.Array] = []
+    given = strengths(k, layers, rule)
+    masks = [jnp.ones_like(layer.values, dtype=bool) for layer in layers]
     lines: list[str] = []
-    for layer, strength in zip(layers, strengths(k, layers, rule), strict=True):
-        if layer.values.size == 0:
-            masks.append(jnp.ones_like(layer.values, dtype=bool))
-            continue
-        mask, asked, largest = _keep(
-            layer.values, strength, magnitude=layer.magnitude, axes=layer.axes, statistic=statistic
-        )
+    filled = [i for i, layer in enumerate(layers) if layer.values.size]
+    made, found = _keep(
+        [layers[i].values for i in filled],
+        [jnp.asarray(given[i]) for i in filled],
+        layers=tuple(_Static(layers[i].magnitude, layers[i].axes, layers[i].kind) for i in filled),
+        statistic=statistic,
+    )
+    for i, mask, (asked, largest) in zip(filled, made, found, strict=True):
+        layer = layers[i]
         allowed = _guard.most_removed(max_sparsity, layer.size)
         lost = _counts.to_float(_counts.count_true(~mask, layer.axes)) if max_sparsity < 1 else None
-        lines += _acted(layer, strength, asked, largest, lost, allowed)
-        masks.append(_cap(mask, layer, allowed) if max_sparsity < 1 else mask)
+        lines += _acted(layer, given[i], asked, largest, lost, allowed)
+        masks[i] = _cap(mask, layer, allowed) if max_sparsity < 1 else mask
     _guard.warn(lines, rule.name)
     return build(masks)
 

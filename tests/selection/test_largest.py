@@ -145,11 +145,69 @@ def test_jointly_in_the_common_dtype():
     assert [mask.tolist() for mask in masks] == [[False, True], [True, True]]
 
 
+# Two kinds in turn, five arrays of each and one more of the first: two loops.
+KINDS = [*["wide", "tall"] * 5, "wide"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sums", SUMS)
+@pytest.mark.parametrize("guarded", [False, True])
+def test_arrays_that_are_alike_jointly(sums, guarded):
+    select = jax.jit(functools.partial(_largest._select_jointly, magnitude=True, kinds=tuple(KINDS), sums=sums))
+    for seed in range(8):
+        # Few values, so that ties run through several arrays of both kinds: the earlier array keeps its own.
+        values = [draw(10 * seed + i, (4, 9) if kind == "wide" else (7, 3), [1.0, 2.0]) for i, kind in enumerate(KINDS)]
+        flags = [
+            draw(seed + i, v.shape, [False, True]) if guarded else np.zeros(v.shape, bool) for i, v in enumerate(values)
+        ]
+        flat, kept = (np.concatenate([np.ravel(a) for a in arrays]) for arrays in (values, flags))
+        removed = (37 * seed + 5) % int((~kept).sum())
+        operands = [
+            (jnp.asarray(v, jnp.float32), *([jnp.asarray(f)] * guarded)) for v, f in zip(values, flags, strict=True)
+        ]
+        found = np.concatenate([np.ravel(mask) for mask in select(operands, _counts.from_int(removed))])
+        np.testing.assert_array_equal(found, oracle(flat, removed, True, kept))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sums", SUMS)
+def test_arrays_that_are_alike_each(sums):
+    values = [draw(i, (6, 8) if kind == "wide" else (9, 4), [1.0, 2.0, np.nan]) for i, kind in enumerate(KINDS)]
+    counts = [i + 2 for i in range(len(KINDS))]
+    for batch, limit in ((), 60), ((1,), 4):
+        each = tuple(_largest.Each(batch, False, kind) for kind in KINDS)
+        select = jax.jit(functools.partial(_largest._select_each, each=each, sums=sums))
+        removed = [count if not batch else count % limit for count in counts]
+        arrays = [jnp.asarray(v, jnp.float32) for v in values]
+        masks = select(arrays, [_counts.from_int(count) for count in removed])
+        for mask, array, count in zip(masks, values, removed, strict=True):
+            np.testing.assert_array_equal(mask, oracle_in_pools(array, count, batch, False))
+
+
+def test_a_program_does_not_grow_with_the_number_of_alike_arrays():
+    def size(number):
+        kinds = ("alike",) * number
+        arrays = [jax.ShapeDtypeStruct((64, 32), jnp.float32)] * number
+        removed = jax.eval_shape(lambda: _counts.from_int(0))
+        each = tuple(_largest.Each((), True, kind) for kind in kinds)
+        jointly = functools.partial(_largest._select_jointly, magnitude=True, kinds=kinds, sums=_largest._sum_in_one)
+        singly = functools.partial(_largest._select_each, each=each, sums=_largest._sum_in_one)
+        programs = (
+            jax.jit(jointly).lower([(array,) for array in arrays], removed),
+            jax.jit(singly).lower(arrays, [removed] * number),
+        )
+        return np.asarray([program.as_text().count("\n") for program in programs])
+
+    # What is left for each array is its mask: 75 lines, where a search takes a thousand.
+    assert (size(40) - size(20) <= 20 * 75).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sums", SUMS)
 def test_all_ways_to_sum_agree(sums):
-    jointly = jax.jit(functools.partial(_largest._select, magnitude=True, sums=sums))
-    in_columns = jax.jit(functools.partial(_largest._select, batch=(0, 2), magnitude=False, sums=sums))
+    jointly = jax.jit(functools.partial(_largest._select_jointly, magnitude=True, kinds=(0, 1), sums=sums))
+    each = (_largest.Each((0, 2), False),)
+    in_columns = jax.jit(functools.partial(_largest._select_each, each=each, sums=sums))
     for seed in range(10):
         values = [draw(seed, (64, 3)), draw(seed + 100, (7, 11))]
         protected = [draw(seed, v.shape, [False, True]) for v in values]
@@ -160,15 +218,16 @@ def test_all_ways_to_sum_agree(sums):
         np.testing.assert_array_equal(found, oracle(flat, removed, True, flags))
 
         stacked = draw(seed, (3, 20, 4))
-        [mask] = in_columns([(jnp.asarray(stacked, jnp.float32),)], _counts.from_int(2 * seed))
+        [mask] = in_columns([jnp.asarray(stacked, jnp.float32)], [_counts.from_int(2 * seed)])
         np.testing.assert_array_equal(mask, oracle_in_pools(stacked, 2 * seed, (0, 2), False))
 
 
 def test_pools_across_rows_of_memory():
     # Large enough to be read in six blocks.
     values = draw(0, (48, 600))
-    select = functools.partial(_largest._select, batch=(1,), magnitude=True, sums=_largest._sum_in_one)
-    [mask] = jax.jit(select)([(jnp.asarray(values, jnp.float32),)], _counts.from_int(30))
+    each = (_largest.Each((1,), True),)
+    select = functools.partial(_largest._select_each, each=each, sums=_largest._sum_in_one)
+    [mask] = jax.jit(select)([jnp.asarray(values, jnp.float32)], [_counts.from_int(30)])
     np.testing.assert_array_equal(mask, oracle_in_pools(values, 30, (1,), True))
 
 
@@ -179,7 +238,10 @@ def test_positions_of_several_words(monkeypatch):
     assert _order.words((2, 7, 2, 7), (0, 1, 2, 3)) == [(0,), (1,), (2,), (3,)]
     assert _order.words((), ()) == [()]
     for shapes in ([(2, 3, 2, 5), (4, 5)], [(2, 7, 2, 7)]):
-        select = jax.jit(functools.partial(_largest._select, batch=(), magnitude=True, sums=_largest._sum_stacked))
+        kinds = tuple(range(len(shapes)))
+        select = jax.jit(
+            functools.partial(_largest._select_jointly, magnitude=True, kinds=kinds, sums=_largest._sum_stacked)
+        )
         for seed in range(10):
             values = [draw(seed, shape, [1.0, 2.0]) for shape in shapes]
             flat = np.concatenate([np.ravel(v) for v in values])
@@ -299,13 +361,13 @@ def sum_and_note(conditions, axes):
     return _largest._sum_stacked(conditions, axes)
 
 
-select_and_note = jax.jit(functools.partial(_largest._select, batch=(), magnitude=False, sums=sum_and_note))
+select_and_note = jax.jit(functools.partial(_largest._select_each, each=(_largest.Each((), False),), sums=sum_and_note))
 
 
 def count_passes(values, removed):
     """Count the passes of a search; whatever is removed is checked, too."""
     PASSES.clear()
-    [mask] = select_and_note([(values,)], _counts.from_int(removed))
+    [mask] = select_and_note([values], [_counts.from_int(removed)])
     jax.effects_barrier()
     assert int((~mask).sum()) == removed
     return len(PASSES)
@@ -331,8 +393,9 @@ def test_one_cpu_device_needs_hardly_any_memory():
     values = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
     removed = jax.eval_shape(lambda: _counts.from_int(0))
     for batch in ((), (0,), (1,)):
-        select = functools.partial(_largest._select, batch=batch, magnitude=True, sums=_largest._sum_in_one)
-        compiled = compiled_for_users(jax.jit(select), [(values,)], removed)
+        each = (_largest.Each(batch, True),)
+        select = functools.partial(_largest._select_each, each=each, sums=_largest._sum_in_one)
+        compiled = compiled_for_users(jax.jit(select), [values], [removed])
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * 4 * 1000 * 1000
         assert not MOVES.search(compiled.as_text())
 
