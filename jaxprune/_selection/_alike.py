@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 # Fewer arrays of a kind than this are not worth a loop, which copies each of them once.
-FEW = 4
+FEW = 8
 # Branches of one choice.
 _BRANCHES = 32
 # The most numbers that one reduction sets apart.

@@ -1,5 +1,6 @@
 """Whole numbers that order the entries of arrays: a key by the value, then the position."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,12 @@ class Order:
         self.infinity = self.key_of(np.inf)
         self.lowest = -1 if magnitude else -self.infinity - 1
         self.octave = self.key_of(2.0) - self.key_of(1.0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Order) and (self.dtype, self.magnitude) == (other.dtype, other.magnitude)
+
+    def __hash__(self) -> int:
+        return hash((self.dtype, self.magnitude))
 
     def key_of(self, number: float) -> int:
         """The key of a number that is not negative."""
@@ -86,3 +93,29 @@ def from_end(
     for i, axis in enumerate(axes):
         position = position - index(axis) * (one * np.uint32(math.prod(sizes[i + 1 :])))
     return lax.bitcast_convert_type(position, jnp.int32)
+
+
+# Traced once for all arrays of one shape.
+@functools.partial(jax.jit, static_argnames=("order", "words", "axes"))
+def keep(
+    operand: tuple[jax.Array, ...],
+    cuts: jax.Array,
+    *,
+    order: Order,
+    words: tuple[tuple[int, ...], ...],
+    axes: tuple[int, ...],
+) -> jax.Array:
+    """Mask the entries of an array before its cuts, [stages, *pools]: by the key, then by the words of the position."""
+    # Behind the barrier positions depend on the values: in a loop around all this, such as a training loop, XLA would
+    # take them out of it and write them down in full.
+    operand, one = lax.optimization_barrier((operand, jnp.uint32(1)))
+    shape = operand[0].shape
+    index = functools.partial(lax.broadcasted_iota, jnp.uint32, shape)
+    key, *places = (jnp.expand_dims(lax.index_in_dim(cuts, i, keepdims=False), axes) for i in range(cuts.shape[0]))
+    last = jnp.zeros_like(key, dtype=bool)
+    for word, cut in reversed(list(zip(words, places, strict=False))):
+        position = from_end(shape, word, one, index).astype(order.key)
+        last = (position < cut) | ((position == cut) & last)
+    keys = order.keys(operand[0])
+    removed = (keys < key) | ((keys == key) & last)
+    return ~removed | operand[1] if len(operand) > 1 else ~removed

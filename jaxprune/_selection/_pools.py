@@ -9,7 +9,7 @@ thresholds: reading takes the time, comparing is nearly free.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,21 @@ from jax import lax
 from jaxprune._dtypes import common
 from jaxprune._selection import _counts
 from jaxprune._selection._alike import pick
+from jaxprune._selection._bracket import (
+    FIRST_EXPONENTS,
+    MAX_OCTAVES,
+    MIN_GAIN,
+    THRESHOLDS,
+    Bracket,
+    along,
+    even_steps,
+    guesses,
+    narrow,
+    width_of,
+)
 from jaxprune._selection._counts import Count
-from jaxprune._selection._order import FIRST_POSITION, WORD, Order, from_end, trailing, words
+from jaxprune._selection._order import FIRST_POSITION, WORD, Order, from_end, keep, trailing, words
 
-# Seven thresholds cut a bracket into eight: a float32 takes at most eleven such passes, a bfloat16 six.
-_BITS = 3
-THRESHOLDS = (1 << _BITS) - 1
-# The first look is at zero (a pruned layer is full of it), at the smallest number above it, at the end of all numbers,
-# and at powers of two among which nearly all weights and scores lie.
-_FIRST_EXPONENTS = (-20, -12, -7, -2)
-# An interpolation assumes evenly spread numbers, which is fair within a few octaves (powers of two). Its thresholds
-# surround its guess at these multiples of the error to be expected.
-_MAX_OCTAVES = 2.8
-_AROUND = (-2.5, -1.0, -0.4, 0.0, 0.4, 1.0, 2.5)
-# Below this gain, the bracket's old width over its new one, an interpolation has failed and is not tried again.
-_MIN_GAIN = 4
 # Blocks that are read by columns: at most as many rows as a cache holds even if their length is a power of two, and at
 # least as many entries as are worth a step of a loop.
 _BLOCK_ROWS = 8
@@ -45,17 +45,6 @@ Operand = tuple[jax.Array, ...]
 Sums = Callable[[list[jax.Array], tuple[int, ...]], jax.Array]
 
 
-class _Bracket(NamedTuple):
-    """Bounds of the number sought: at most what is left to remove lies below `low`, more than that below `high`."""
-
-    low: jax.Array  # [*pools]
-    high: jax.Array  # [*pools]
-    below_low: Count  # [members, *pools], entries of each array of a pool below low
-    below_high: Count  # [members, *pools]
-    smooth: jax.Array  # [*pools], whether interpolation has not failed yet
-    thresholds: jax.Array  # [thresholds, *pools], to count below next; state, lest XLA work them out for every entry
-
-
 class Border(NamedTuple):
     """Where the removed entries end, as far as it has been found: a key, then an array, then a position."""
 
@@ -64,7 +53,7 @@ class Border(NamedTuple):
     # [*pools], an array's rank: of the entries with the key found, those of later arrays go and those of earlier ones stay
     member: jax.Array
     left: Count  # [*pools], entries still to be removed
-    bracket: _Bracket  # of the number to find next
+    bracket: Bracket  # of the number to find next
 
 
 class Pools:
@@ -126,17 +115,7 @@ class Pools:
 
     def keep(self, i: int, cuts: jax.Array) -> jax.Array:
         """Mask the entries of an array before its cuts, [stages, *pools]."""
-        # Behind the barrier positions depend on the values: in a loop around all this, such as a training loop, XLA would
-        # take them out of it and write them down in full.
-        operand, one = lax.optimization_barrier((self.operands[i], jnp.uint32(1)))
-        key, *words = (self._spread(i, lax.index_in_dim(cuts, stage, keepdims=False)) for stage in range(self.stages))
-        last = jnp.zeros_like(key, dtype=bool)
-        for axes, cut in reversed(list(zip(self.words[i], words, strict=False))):
-            position = self._position(i, axes, one, self._positions_along(i))
-            last = (position < cut) | ((position == cut) & last)
-        keys = self.order.keys(operand[0])
-        removed = (keys < key) | ((keys == key) & last)
-        return ~removed | operand[1] if len(operand) > 1 else ~removed
+        return keep(self.operands[i], cuts, order=self.order, words=tuple(self.words[i]), axes=self.axes[i])
 
     # The state of the search and how it relates to the arrays.
 
@@ -145,14 +124,14 @@ class Pools:
         low = jnp.full_like(jnp.sum(self.operands[0][0], self.axes[0]), self.order.lowest, self.order.key)
         sizes = self._table([self._size(i, axes) for i, axes in enumerate(self.axes)])
         none = jnp.zeros((self.members, *[1] * low.ndim), jnp.uint32) + jnp.zeros_like(low, jnp.uint32)[None]
-        powers = [self.order.key_of(2.0**exponent) for exponent in _FIRST_EXPONENTS]
+        powers = [self.order.key_of(2.0**exponent) for exponent in FIRST_EXPONENTS]
         first_look = [0, 1, *powers, self.order.infinity + 1]
         return Border(
             stage=jnp.int32(0),
             cuts=jnp.stack([low, *[jnp.full_like(low, FIRST_POSITION)] * (self.stages - 1)]),
             member=jnp.full_like(low, self.members, jnp.int32),
             left=Count(*(word + jnp.zeros_like(low, jnp.uint32) for word in removed)),
-            bracket=_Bracket(
+            bracket=Bracket(
                 low=low,
                 high=jnp.full_like(low, self.order.infinity + 2),
                 below_low=Count(none, none),
@@ -175,7 +154,7 @@ class Pools:
 
     def _index(self, like: jax.Array) -> np.ndarray:
         """The ranks, to be compared with a member of each pool: [members, *pools]."""
-        return _along(self.ranks, like.ndim)
+        return along(self.ranks, like.ndim)
 
     def _of_pools(self, counts: Count, axis: int = 0) -> Count:
         """Add up over the arrays of each pool."""
@@ -187,8 +166,8 @@ class Pools:
         """Narrow the bracket; when all to be removed lies below `low`, or the bracket holds nothing else, move on."""
         before = border.bracket
         counts = self._count(border)
-        bracket = _narrow(before, counts, self._of_pools(counts, axis=1), border.left)
-        failed = self._guessing(border) & (_width(bracket) > _width(before) // _MIN_GAIN)
+        bracket = narrow(before, counts, self._of_pools(counts, axis=1), border.left)
+        failed = self._guessing(border) & (width_of(bracket) > width_of(before) // MIN_GAIN)
         border = border._replace(bracket=bracket._replace(smooth=bracket.smooth & ~failed))
 
         found = ~jnp.any(self._open(border))
@@ -354,7 +333,7 @@ class Pools:
         return Border(
             stage=border.stage + 1,
             cuts=jnp.where(
-                _along(np.arange(self.stages, dtype=np.int32), dims) == border.stage, found.low[None], border.cuts
+                along(np.arange(self.stages, dtype=np.int32), dims) == border.stage, found.low[None], border.cuts
             ),
             member=member,
             left=left,
@@ -371,7 +350,7 @@ class Pools:
         """The last array of a pool from which on there are enough of the `tied` entries."""
         if self.members == 1:
             return jnp.zeros_like(left.low, jnp.int32)
-        onwards = _along(self.ranks[None] >= self.ranks[:, None], left.low.ndim)
+        onwards = along(self.ranks[None] >= self.ranks[:, None], left.low.ndim)
         from_here = self._of_pools(Count(*(jnp.where(onwards, word[None], 0) for word in tied)), axis=1)
         enough = _counts.less_equal(jax.tree.map(lambda word: word[None], left), from_here)
         return jnp.sum(enough, 0, dtype=jnp.int32) - 1
@@ -396,62 +375,17 @@ class Pools:
         below, above = self._of_pools(bracket.below_low), self._of_pools(bracket.below_high)
         wanted = _counts.to_float(_counts.subtract(border.left, below))
         between = _counts.to_float(_counts.subtract(above, below))
-        width = _width(bracket)
-        guesses = _guesses(wanted, between, width, self._octaves(border))
-        steps = jnp.where(self._guessing(border)[None], guesses, _even_steps(width))
+        width = width_of(bracket)
+        guessed = guesses(wanted, between, width, self._octaves(border))
+        steps = jnp.where(self._guessing(border)[None], guessed, even_steps(width))
         steps = jnp.maximum(jnp.minimum(steps, width[None] - 1), 1)
         thresholds = bracket.low[None] + lax.bitcast_convert_type(steps, bracket.low.dtype)
         return border._replace(bracket=bracket._replace(thresholds=thresholds))
 
     def _guessing(self, border: Border) -> jax.Array:
-        return border.bracket.smooth & (self._octaves(border) <= _MAX_OCTAVES)
+        return border.bracket.smooth & (self._octaves(border) <= MAX_OCTAVES)
 
     def _octaves(self, border: Border) -> jax.Array:
         """The width in octaves. Positions are taken to be evenly spread over all their range."""
         octave = jnp.where(border.stage == 0, jnp.float32(self.order.octave), jnp.float32(WORD))
-        return _width(border.bracket).astype(jnp.float32) / octave
-
-
-def _narrow(bracket: _Bracket, counts: Count, totals: Count, target: Count) -> _Bracket:
-    """Move the bracket's ends to the nearest of its thresholds, which rise, by what lies below them."""
-
-    def at(values: Any, i: int) -> Any:
-        return jax.tree.map(lambda array: lax.index_in_dim(array, i, keepdims=False), values)
-
-    fits = [_counts.less_equal(at(totals, i), target) for i in range(THRESHOLDS)]
-    low, high, below_low, below_high = bracket[:4]
-    for i in range(THRESHOLDS):
-        low = jnp.where(fits[i], at(bracket.thresholds, i), low)
-        below_low = _counts.where(fits[i][None], at(counts, i), below_low)
-    for i in reversed(range(THRESHOLDS)):
-        high = jnp.where(fits[i], high, at(bracket.thresholds, i))
-        below_high = _counts.where(fits[i][None], below_high, at(counts, i))
-    return bracket._replace(low=low, high=high, below_low=below_low, below_high=below_high)
-
-
-def _even_steps(width: jax.Array) -> jax.Array:
-    """Steps that cut the bracket into eight parts: [*batch] to [thresholds, *batch]."""
-    numbers = _along(np.arange(1, THRESHOLDS + 1, dtype=width.dtype), width.ndim)
-    return (width[None] >> _BITS) * numbers + (((width[None] & THRESHOLDS) * numbers) >> _BITS)
-
-
-def _guesses(wanted: jax.Array, between: jax.Array, width: jax.Array, octaves: jax.Array) -> jax.Array:
-    """Steps around the place where, of the entries `between` the bracket's ends, `wanted` lie below."""
-    between = jnp.maximum(between, 1)
-    fraction = jnp.clip((wanted + 0.5) / between, 0, 1)
-    # Errors by chance, by a density that differs from end to end, and by the distance from one number to the next.
-    chance = 1.5 * jnp.sqrt(fraction * (1 - fraction) / between)
-    error = jnp.maximum(jnp.maximum(chance, octaves / (3 + 3 * octaves)), 0.5 / width.astype(jnp.float32))
-    places = fraction[None] + _along(np.asarray(_AROUND, np.float32), width.ndim) * error[None]
-    # A little below 1, to stay within the range of the integers.
-    return (jnp.clip(places, 0, 1 - 2**-20) * width.astype(jnp.float32)[None]).astype(width.dtype)
-
-
-def _width(bracket: _Bracket) -> jax.Array:
-    """How many numbers the bracket holds, unsigned, since they may be more than the largest signed one."""
-    return lax.bitcast_convert_type(bracket.high - bracket.low, np.dtype(f"u{bracket.low.dtype.itemsize}"))
-
-
-def _along(table: np.ndarray, dims: int) -> np.ndarray:
-    """A constant with `dims` axes of length 1 more, for the batch."""
-    return table.reshape(*table.shape, *[1] * dims)
+        return width_of(border.bracket).astype(jnp.float32) / octave

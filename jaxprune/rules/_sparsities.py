@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._selection import _counts
+from jaxprune._selection._alike import Kind, for_each
 from jaxprune._selection._counts import Count
 from jaxprune._selection._largest import Each, keep_largest_each, keep_largest_jointly
 from jaxprune._tree._leaves import is_known
@@ -80,6 +81,7 @@ def _per_pool(scores: Any, k: Any, rule: Rule, max_sparsity: float, units: Calla
     _guard.check_max_sparsity(max_sparsity, rule.name)
     counts, lines = [], []
     each: list[Each] = []
+    known: dict[tuple[Any, int, int], Count] = {}  # of layers of one size, for one k
     for layer, strength in zip(layers, strengths(k, layers, rule), strict=True):
         batch = tuple(sorted({*layer.stack, *units(layer)}))
         shape = layer.values.shape
@@ -87,7 +89,10 @@ def _per_pool(scores: Any, k: Any, rule: Rule, max_sparsity: float, units: Calla
         allowed = min(max(0, size - 1), _guard.most_removed(max_sparsity, size))
         if isinstance(strength, float) and size and round(strength * size) > allowed:
             lines.append(f"  {layer.name}: k = {strength:g} asks for {round(strength * size):,} of {size:,} to go")
-        removed = _counts.minimum(_counts.rounded(strength, size), _counts.from_int(allowed))
+        asked = (strength if isinstance(strength, float) else id(strength), size, allowed)
+        if asked not in known:
+            known[asked] = _counts.minimum(_counts.rounded(strength, size), _counts.from_int(allowed))
+        removed = known[asked]
         if removed.low.ndim:
             # One count for each layer of a stack serves all units of that layer.
             others = [i for i, axis in enumerate(batch) if axis not in layer.stack]
@@ -132,17 +137,14 @@ def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     kinds = [layer.kind for layer in layers]
     masks = keep_largest_jointly(values, removed, magnitude=magnitude, kinds=kinds)
     allowed = [most_removed_of(layer, max_sparsity) for layer in layers]
-    over = [
-        _counts.less(_counts.from_int(most), _counts.count_true(~mask, layer.axes))
-        for mask, layer, most in zip(masks, layers, allowed, strict=True)
-    ]
+    axes = tuple(layer.axes for layer in layers)
+    acted = _any_lost_more(masks, allowed=tuple(allowed), axes=axes, kinds=tuple(kinds))
 
     def protect() -> list[jax.Array]:
         protected = _largest_of_each(layers, [_counts.from_int(most) for most in allowed])
         return keep_largest_jointly(values, removed, magnitude=magnitude, protected=protected, kinds=kinds)
 
     # Where no layer lost too much, protecting what it kept anyway changes nothing: it need not even be compiled.
-    acted = functools.reduce(jnp.logical_or, map(jnp.any, over))
     if is_known(acted):
         return build(protect() if acted else masks)
     return build(jax.lax.cond(acted, protect, lambda: masks))
@@ -182,6 +184,19 @@ def erk_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     sizes, dims = [layer.size for layer in layers], [sum(layer.shape) for layer in layers]
     counts = _erk.allocate(sizes, dims, [layer.stack_shape for layer in layers], removed, least)
     return build(_largest_of_each(layers, counts))
+
+
+@functools.partial(jax.jit, static_argnames=("allowed", "axes", "kinds"))
+def _any_lost_more(
+    masks: list[jax.Array], *, allowed: tuple[int, ...], axes: tuple[tuple[int, ...], ...], kinds: tuple[Kind, ...]
+) -> jax.Array:
+    """Whether any layer loses more than it may."""
+
+    def lost_more(i: int, mask: jax.Array, most: Count) -> jax.Array:
+        return jnp.any(_counts.less(most, _counts.count_true(~mask, axes[i])))
+
+    found = for_each(lost_more, masks, [_counts.from_int(most) for most in allowed], kinds)
+    return functools.reduce(jnp.logical_or, found)
 
 
 def _largest_of_each(layers: Sequence[Layer], removed: Sequence[Count]) -> list[jax.Array]:
