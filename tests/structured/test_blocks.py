@@ -21,6 +21,7 @@ from jaxprune.structured import (
     trace,
     verify,
 )
+from jaxprune.structured._axes import _reasons
 from jaxprune.structured._plan import plan_of
 from tests.support.structured_depth import STACK, close, dropping, mlp, mlp_without, residual, stack, traced
 from tests.support.structured_zoo import normal
@@ -157,13 +158,13 @@ def test_steps_that_are_no_layers():
     x = normal(5, 4)
     cache = normal(4, 5, 4)
     each = lambda p, x: lax.map(lambda w: x @ w, p["layers"]).sum(0)  # noqa: E731
-    assert why(each, x) == [("a scan runs along it",)]
+    assert why(each, x) == [(_reasons.SCANNED,)]
     outs = lambda p, x: lax.scan(lambda x, w: (residual(w, x), x), x, p["layers"])[1]  # noqa: E731
-    assert why(outs, x) == [("an output",)]
+    assert why(outs, x) == [(_reasons.of_output("outputs", 0),)]
     cached = lambda p, x, c: lax.scan(lambda x, s: (residual(s[0], x + s[1]), None), x, (p["layers"], c))[0]  # noqa: E731
-    assert why(cached, x, cache) == [("an input",)]
+    assert why(cached, x, cache) == [(_reasons.of_input("inputs[1]", 0),)]
     count = lambda x: lax.scan(lambda x, number: (jnp.tanh(x + number), x), x, jnp.arange(4.0))[1]  # noqa: E731
-    assert why(lambda p, x: jnp.einsum("lnd,lde->ne", count(x), p["layers"]), x) == [("a scan runs along it",)]
+    assert why(lambda p, x: jnp.einsum("lnd,lde->ne", count(x), p["layers"]), x) == [(_reasons.SCANNED,)]
     over_time = lambda p, x: lax.scan(lambda h, x: (jnp.tanh(h @ p["a"] + x[None]), None), x, x)[0]  # noqa: E731
     graph = trace(over_time, W, normal(4, 4))
     assert graph.blocks == ()

@@ -218,7 +218,7 @@ def edited(plan: Plan, path: str, kept: dict[int, tuple[int, ...]], shape: Any =
         ("other", {0: (0,)}, (4,), r"The plan has other of shape \(4,\), which the function does not have"),
         ("a", {1: (0, 1)}, (3, 9), r"plan has a of shape \(3, 9\); in the function it has shape \(3, 8\)"),
         ("b", {0: (0, 1)}, (8,), r"contradicts another axis"),
-        ("a", {0: (0,), 1: (0, 1)}, (3, 8), r"must stay: an input|contradicts"),
+        ("a", {0: (0,), 1: (0, 1)}, (3, 8), r"cuts axis 0 of a, which must stay: an input|contradicts"),
         ("b", {}, (8,), r"does not cut axis 0 of b as it cuts what is coupled"),
     ],
 )
