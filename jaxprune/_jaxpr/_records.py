@@ -247,3 +247,14 @@ def edges(equation: Equation) -> tuple[tuple[int, int, int], ...]:
 def repeats(equation: Equation) -> _Axes:
     """Return how often a tile repeats each axis."""
     return _plain(equation.eqn.params["reps"])
+
+
+def sums_nothing(equation: Equation) -> bool:
+    """Whether a contraction is an elementwise product: along no axis is it summed (``btd,d->btd``; a depthwise 1 x 1)."""
+    if equation.name == "dot_general":
+        return not Dot.of(equation).contract[0]
+    if equation.name == "conv_general_dilated":
+        conv = Convolution.of(equation)
+        outs, *summed = (equation.in_shapes[1][axis] for axis in conv.kernel)
+        return conv.image_groups == 1 and 1 < conv.groups == outs and all(n == 1 for n in summed)
+    return False

@@ -148,9 +148,11 @@ class Sites(Printable):
     Attributes:
         sites: the sites, one for each parameter (or part of one) and way of seeing it.
         unresolved: uses of parameters that were not understood, each with its reason.
-        elementwise: paths of parameters that only meet data elementwise (biases, scales, position tables).
+        elementwise: paths of parameters that only meet data elementwise (biases, scales, position tables, also a scale that is
+            written as an einsum), or stand in its place (learned queries).
         unused: paths of parameters that meet no data at all.
-        tables: paths of parameters of which rows are read, whatever else is done with them.
+        tables: paths of parameters of which rows are read, by an index or by one-hot vectors, whatever else is done with them
+            (the distances to a codebook).
     """
 
     sites: tuple[Site, ...]
