@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_floating, own
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Predicate, Prunable
@@ -111,7 +111,8 @@ def sequential(
             pruner.prune(path, found)
     if planned:
         pruner.run(held, planned)
-    return flat.build(pruner.leaves), flat.build(pruner.masks)
+    leaves = [own(new) if new is old else new for new, old in zip(pruner.leaves, flat.leaves, strict=True)]
+    return flat.build(leaves), flat.build(pruner.masks)
 
 
 _Planned = dict[tuple[Place, int], tuple[Site, Use]]
