@@ -1,6 +1,6 @@
 """Apply a plan to trees of arrays: masks that zero the channels, or smaller arrays without them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -70,7 +70,8 @@ def shrink(plan: Plan, tree: Any) -> Any:
 
     Of optimizer state and averages those arrays are cut whose path ends with a parameter's path and whose shape is the
     parameter's; step counts and the like stay as they are. Where the plan is for ``variables``, a tree that knows ``params``
-    alone (or ``batch_stats``) is cut as that collection: all paths of the collection must be there. What belongs to a parameter
+    alone (or ``batch_stats``) is cut as that collection: all paths of the collection must be there, and not beside those that
+    the plan names. What belongs to a parameter
     that the plan drops becomes None, so that the tree has no leaf there. Works under jit.
 
     Args:
@@ -125,7 +126,9 @@ def _owners(plan: Plan, tree: Any) -> list[str | None]:
     every = flatten(tree, "tree", is_leaf=is_nothing)
     found = {path: owner(path, plan.shapes) for path in every.paths}
     rest = {path: leaf for path, leaf in every.by_path.items() if found[path] is None}
-    copies = [copy for known in collections_of(plan.shapes).values() for copy in _copies(known, rest)]
+    # Beside what the plan names stand parameters that it does not know, as those of other layers: no copies of a collection.
+    beside = {path.removesuffix(known) for path, known in found.items() if known is not None}
+    copies = [copy for known in collections_of(plan.shapes).values() for copy in _copies(known, rest, beside)]
     for path in rest:
         able = [copy for copy in copies if path in copy]
         if len(able) > 1:  # identical but for shapes
@@ -141,8 +144,14 @@ def _owners(plan: Plan, tree: Any) -> list[str | None]:
     return [found[path] for path, leaf in zip(every.paths, every.leaves, strict=True) if not is_nothing(leaf)]
 
 
-def _copies(known: Mapping[str, str], leaves: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Yield each copy of a collection among the leaves, if it is whole, as the planned path for each of its paths."""
+def _copies(known: Mapping[str, str], leaves: Mapping[str, Any], beside: Set[str]) -> Iterator[dict[str, str]]:
+    """Yield each copy of a collection among the leaves, if it is whole, as the planned path for each of its paths.
+
+    Args:
+        known: the planned paths of the collection, by what they are without its name.
+        leaves: by path.
+        beside: beginnings of paths below which none is.
+    """
     places: dict[str, dict[str, str]] = {}
     for path in leaves:
         end = owner(path, known)
@@ -150,6 +159,8 @@ def _copies(known: Mapping[str, str], leaves: Mapping[str, Any]) -> Iterator[dic
             places.setdefault(path.removesuffix(end), {})[path] = known[end]
     hidden = [path for path, leaf in leaves.items() if is_nothing(leaf)]
     for place, copy in places.items():
+        if place and place[: place.rstrip("/").rfind("/") + 1] in beside:
+            continue
         missing = [place + end for end in known if place + end not in copy]
         if all(any(path.startswith(f"{above}/") for above in hidden) for path in missing):
             yield copy

@@ -238,6 +238,12 @@ def test_what_may_be_of_two_collections_is_refused():
     # Shapes tell them apart.
     apart = Plan({"left/w": kept}, {"left/w": (3, 8), "left/b": (8,), "right/w": (8, 3), "right/b": (3,)})
     assert shrink(apart, state)[0].trace["w"].shape == (3, 2)
+    # What stands beside parameters of the plan is another layer, were it the same but for its name.
+    layers = {"a": towers, "b": {**towers, "middle": towers["left"]}}
+    found = shrink(Plan({"left/w": kept}, {"left/w": (3, 8), "left/b": (8,)}), layers)
+    assert shapes_of(found["a"]["right"]) == shapes_of(towers["right"])
+    assert shapes_of(found["b"]["middle"]) == shapes_of(towers["left"])
+    assert found["b"]["left"]["w"].shape == (3, 2)
     # Part of a collection is none: another model's arrays of the same names stay.
     whole = Plan({"left/w": kept}, {"left/w": (3, 8), "left/b": (8,)})
     other = {"left": towers["left"], "other": {"w": normal(4, 4)}}
