@@ -9,7 +9,7 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._tree._axes import Stacked
-from jaxprune._tree._leaves import is_floating, is_known
+from jaxprune._tree._leaves import is_floating, is_known, own
 from jaxprune._tree._masks import align_masks, all_true, check_mask
 from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._paths import flatten, read_arrays
@@ -135,12 +135,13 @@ def apply_masks(params: Any, masks: Any) -> Any:
     of a pruned weight is zero. Besides pruning once, this in the forward pass is the form that holds in any optimizer.
 
     Args:
-        params: a pytree of arrays; leaves that are not floating-point are returned as they are.
+        params: a pytree of arrays; leaves that are not floating-point stay as they are.
         masks: a tree with the same paths, of boolean arrays of the same shapes, True = keep; its containers may be of
-            other classes (a FrozenDict's masks fit a dict). A leaf that is None keeps the parameter whole.
+            other classes (a FrozenDict's masks fit a dict). A leaf that is None keeps the parameter whole. Of ``variables``
+            with a collection ``params`` and of ``params`` alone, each fits the other.
 
     Returns:
-        The parameters, of the treedef of `params`.
+        The parameters, of the treedef of `params`; all arrays are new, so that either tree may be donated.
 
     Raises:
         ValueError: a mask is missing, is not bool, or has another shape; the message names the leaf.
@@ -152,7 +153,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
     tree = read_arrays(params, "params")
     return tree.build(
         [
-            leaf if mask is None or not is_floating(leaf) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+            own(leaf) if mask is None or not is_floating(leaf) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
             for leaf, mask in zip(tree.leaves, align_masks(masks, tree), strict=True)
         ]
     )

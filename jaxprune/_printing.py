@@ -1,9 +1,18 @@
-"""What results print as: a rich table, plain text, HTML for notebooks, and JSON that has no infinity."""
+"""What results print as: a rich table, plain text, HTML for notebooks, JSON that has no infinity; long lists folded."""
 
 import io
 import json
 import math
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+# Lists of more rows, and cells of more lines, are folded.
+FEW_ROWS, FEW_LINES = 50, 12
+
+# A number as tables write it: 1,024 or 0.05 or 1e-05 or 12.3 k.
+_NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?(?: [kMGT](?![A-Za-z]))?")
+_PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def printable(text: str) -> str:
@@ -13,6 +22,61 @@ def printable(text: str) -> str:
     'a\\x1b[31mb\\u202e'
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def folded(rows: Iterable[tuple[str, Sequence[str]]], few: int = FEW_ROWS) -> list[tuple[str, list[str]]]:
+    """Return rows of a table to read: as they are where they are few, else numbered layers in one row.
+
+    Rows that are the same but for numbers become one, at the place of the first: with a range for each number that differs,
+    and behind the first cell how many they were. Of what is then left beyond `few` the last row says how many there are more;
+    rows of a style in bold are not left out before others. The whole is in what the table was made from.
+
+    Args:
+        rows: for each its style and its cells.
+        few: so many rows stay as they are.
+
+    >>> [cells for _, cells in folded([("", [f"layers/{i}/w", f"{i / 10:.1%} of 64"]) for i in range(12)], few=10)]
+    [['layers/0…11/w (12)', '0.0…110.0% of 64']]
+    """
+    given = [(style, list(cells)) for style, cells in rows]
+    if len(given) <= few:
+        return given
+    alike: dict[Any, list[list[str]]] = {}
+    for style, cells in given:
+        alike.setdefault((style, tuple(tuple(_NUMBER.split(cell)) for cell in cells)), []).append(cells)
+    found = [(style, _merged(group, between)) for (style, between), group in alike.items()]
+    if len(found) <= few:
+        return found
+    first = sorted(range(len(found)), key=lambda i: "bold" not in found[i][0])[: few - 1]
+    rest = f"… {len(found) - len(first):,} more"
+    return [*(found[i] for i in sorted(first)), ("", [rest, *[""] * (len(found[0][1]) - 1)])]
+
+
+def folded_lines(text: str) -> str:
+    """Return a text of many lines folded like the rows of a table."""
+    lines = text.split("\n")
+    return "\n".join(cells[0] for _, cells in folded((("", [line]) for line in lines), FEW_LINES))
+
+
+def _merged(rows: Sequence[Sequence[str]], between: Sequence[Sequence[str]]) -> list[str]:
+    """Merge rows that have the same texts between their numbers."""
+    if len(rows) == 1:
+        return list(rows[0])
+    cells = []
+    for number, texts in enumerate(between):
+        values = zip(*(_NUMBER.findall(row[number]) for row in rows), strict=True)
+        cells.append("".join(text + value for text, value in zip(texts, [*map(_range, values), ""], strict=True)))
+    return [f"{cells[0]} ({len(rows):,})", *cells[1:]]
+
+
+def _range(texts: Sequence[str]) -> str:
+    low, high = min(texts, key=_value), max(texts, key=_value)
+    return low if low == high else f"{low}…{high}"
+
+
+def _value(text: str) -> float:
+    number, _, prefix = text.partition(" ")
+    return float(number.replace(",", "")) * _PREFIXES.get(prefix, 1.0)
 
 
 class Printable:

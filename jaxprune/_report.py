@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxprune._printing import printable
+from jaxprune._printing import FEW_LINES, folded, printable
 from jaxprune._summary import LayerRow, Summary, amount, summarize
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._paths import flatten
@@ -51,7 +51,8 @@ def report(
 ) -> Summary:
     """Write one HTML page about a pruned model: what was removed where, what it costs to keep, figures and remarks.
 
-    The page holds its figures and its style and loads nothing. It appears whole or not at all. Needs matplotlib.
+    The page holds its figures and its style and loads nothing. It appears whole or not at all. Of many layers those that are
+    numbered share a row. Needs matplotlib.
 
     Args:
         path: the file to write.
@@ -91,6 +92,7 @@ def report(
 
 def _overview(summary: Summary) -> Iterator[str]:
     from jaxprune import plot
+    from jaxprune.plot._figures import MAX_BARS
 
     total, rows = summary.prunable, summary.rows
     dense, sparse, small = (
@@ -102,9 +104,8 @@ def _overview(summary: Summary) -> Iterator[str]:
         f"are. Stored as kept values with a bitmask they take {amount(sparse)}B, in eight bits {amount(small)}B, "
         f"against {amount(dense)}B dense.</p>"
     )
-    for remark in summary.remarks:
-        yield f'<p class="remark">{html.escape(printable(remark))}</p>'
-    layers = sum(row.prunable for row in rows)
+    yield from _remarks(summary.remarks)
+    layers = min(sum(row.prunable for row in rows), MAX_BARS)
     yield _figure("Sparsity by layer", lambda axes: plot.sparsity_by_layer(summary, axes), height=1.2 + 0.32 * layers)
     yield "<h2>Layers</h2>"
     told = any(row.macs is not None for row in rows)
@@ -169,7 +170,11 @@ def _of_sensitivity(curves: Sensitivity) -> Iterator[str]:
     ]
     yield f"<p>The metric (dense {curves.dense:.4g}) with one layer pruned, and the sparsity of that layer.</p>"
     yield _table(heads, [*body[:-1], ("total", body[-1][1])])
-    for remark in curves.remarks(MAX_DROP):
+    yield from _remarks(curves.remarks(MAX_DROP))
+
+
+def _remarks(remarks: Sequence[str]) -> Iterator[str]:
+    for _, (remark,) in folded((("", [remark]) for remark in remarks), FEW_LINES):
         yield f'<p class="remark">{html.escape(printable(remark))}</p>'
 
 
@@ -184,7 +189,7 @@ def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> s
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "\n".join(
         f'<tr class="{kind}">' + "".join(f"<td>{html.escape(printable(cell))}</td>" for cell in cells) + "</tr>"
-        for kind, cells in rows
+        for kind, cells in folded(rows)
     )
     return f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 

@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from jaxprune._jaxpr._primitives import CALLS
 
 Held = TypeVar("Held")
+
+# Whose code says nothing of where in the function an equation comes from.
+_OURS = tuple(str(Path(module).parent) for module in (jax.__file__, __file__))
 
 
 class Body(NamedTuple):
@@ -26,10 +31,11 @@ class Body(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
-    """An equation, and the jaxpr that it stands in."""
+    """An equation, the jaxpr that it stands in, and the equation that calls that one, if it is known."""
 
     eqn: Any
     jaxpr: Any
+    caller: "Equation | None" = None
 
     @property
     def name(self) -> str:
@@ -60,6 +66,19 @@ class Equation:
     def settings(self) -> str:
         """Its parameters as text, the same for equations that do the same."""
         return str(sorted(self.eqn.params.items(), key=lambda entry: entry[0]))
+
+    @property
+    def place(self) -> str:
+        """Where the function makes it: file, line and function; inside of what jax jits, where that is called; else empty."""
+        traceback = self.eqn.source_info.traceback
+        for frame in traceback.frames if traceback is not None else ():
+            if not frame.file_name.startswith(_OURS):
+                return f"{Path(frame.file_name).name}:{frame.line_num}, {frame.function_name}"
+        return self.caller.place if self.caller is not None else ""
+
+    def called_by(self, caller: "Equation | None") -> "Equation":
+        """The equation, as one of a jaxpr that another one calls."""
+        return dataclasses.replace(self, caller=caller)
 
     def with_params(self, **params: Any) -> "Equation":
         """The equation with some parameters changed."""
@@ -101,6 +120,12 @@ def _body(jaxpr: Any) -> Body:
     return Body(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()))
 
 
+def without_dead_code(body: Body) -> Body:
+    """Return a jaxpr without what no result depends on, inside of loops, branches and calls too; arguments all stay."""
+    jaxpr, _ = partial_eval.dce_jaxpr(body.jaxpr, [True] * len(body.jaxpr.outvars), instantiate=True)
+    return Body(jaxpr, body.consts)
+
+
 def call(equation: Equation) -> Body | None:
     """Return the body of an equation that only wraps one, else None."""
     if equation.name not in CALLS:
@@ -119,7 +144,7 @@ def scan(equation: Equation) -> Scan | None:
         counts = len(consts), len(carry)
     else:
         counts = params["num_consts"], params["num_carry"]
-    return Scan(*counts, _body(params["jaxpr"]), params["length"], params["reverse"], params["unroll"])
+    return Scan(*counts, _body(params["jaxpr"]), int(params["length"]), params["reverse"], params["unroll"])
 
 
 def while_loop(equation: Equation) -> While | None:

@@ -12,7 +12,7 @@ CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "eval_jaxpr"}) | R
 # Each operand is the result of its place, but for its dtype, its place on devices, or its name.
 COPIES = frozenset(
     {"convert_element_type", "reduce_precision", "stop_gradient", "copy", "copy_p", "name", "optimization_barrier"}
-    | {"sharding_constraint", "layout_constraint", "reshard", "mesh_cast", "pvary"}
+    | {"sharding_constraint", "layout_constraint", "reshard", "mesh_cast", "pvary", "device_put"}
 )
 RESHAPES = frozenset({"reshape", "squeeze", "broadcast_in_dim"})
 # Each result holds elements of the first operand, at places that the equation alone tells; of copies, of the operand of its place.
@@ -110,6 +110,8 @@ ELEMENTWISE = SUMS | frozenset(
 CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 REDUCTIONS = frozenset(
     {"reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_xor"}
+    # Over a named axis that vmap made an axis of the array.
+    | {"psum", "pmax", "pmin"}
 )
 ARG_REDUCTIONS = frozenset({"argmax", "argmin"})
 CUMULATIVE = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})

@@ -38,7 +38,12 @@ def axes(equation: Equation) -> _Axes:
     found = next((params[name] for name in _AXES if name in params), None)
     if found is None:  # top_k, before it had an axis
         return (len(equation.in_shapes[0]) - 1,)
-    return tuple(map(int, found if isinstance(found, Sequence) else (found,)))
+    return _plain(found if isinstance(found, Sequence) else (found,))
+
+
+def _plain(numbers: Any) -> Any:
+    """Return integers in tuples, of any depth, as Python's own: where jax was given NumPy's, it keeps those."""
+    return tuple(map(_plain, numbers)) if isinstance(numbers, Sequence) else int(numbers)
 
 
 def resized(equation: Equation, *sizes: Any) -> Equation:
@@ -62,7 +67,7 @@ class Dot(NamedTuple):
     @classmethod
     def of(cls, equation: Equation) -> Self:
         """Read a dot_general."""
-        return cls(*equation.eqn.params["dimension_numbers"])
+        return cls(*_plain(equation.eqn.params["dimension_numbers"]))
 
 
 class RaggedDot(NamedTuple):
@@ -79,10 +84,10 @@ class RaggedDot(NamedTuple):
         numbers = equation.eqn.params["ragged_dot_dimension_numbers"]
         (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
         return cls(
-            (tuple(left), tuple(right)),
-            (tuple(left_batch), tuple(right_batch)),
-            tuple(numbers.lhs_ragged_dimensions),
-            tuple(numbers.rhs_group_dimensions),
+            _plain((left, right)),
+            _plain((left_batch, right_batch)),
+            _plain(numbers.lhs_ragged_dimensions),
+            _plain(numbers.rhs_group_dimensions),
         )
 
 
@@ -105,15 +110,15 @@ class Convolution(NamedTuple):
         params = equation.eqn.params
         numbers = params["dimension_numbers"]
         return cls(
-            tuple(numbers.lhs_spec),
-            tuple(numbers.rhs_spec),
-            tuple(numbers.out_spec),
-            tuple(params["window_strides"]),
-            tuple((low, high) for low, high in params["padding"]),
-            tuple(params["lhs_dilation"]),
-            tuple(params["rhs_dilation"]),
-            params["feature_group_count"],
-            params["batch_group_count"],
+            _plain(numbers.lhs_spec),
+            _plain(numbers.rhs_spec),
+            _plain(numbers.out_spec),
+            _plain(params["window_strides"]),
+            _plain(params["padding"]),
+            _plain(params["lhs_dilation"]),
+            _plain(params["rhs_dilation"]),
+            int(params["feature_group_count"]),
+            int(params["batch_group_count"]),
         )
 
 
@@ -142,11 +147,11 @@ class Gather(NamedTuple):
         params = equation.eqn.params
         numbers = params["dimension_numbers"]
         return cls(
-            tuple(params["slice_sizes"]),
-            tuple(numbers.start_index_map),
-            tuple(numbers.offset_dims),
-            tuple(numbers.collapsed_slice_dims),
-            (tuple(numbers.operand_batching_dims), tuple(numbers.start_indices_batching_dims)),
+            _plain(params["slice_sizes"]),
+            _plain(numbers.start_index_map),
+            _plain(numbers.offset_dims),
+            _plain(numbers.collapsed_slice_dims),
+            (_plain(numbers.operand_batching_dims), _plain(numbers.start_indices_batching_dims)),
             params["mode"] == jax.lax.GatherScatterMode.CLIP,
         )
 
@@ -169,9 +174,9 @@ class Scatter(NamedTuple):
         """Read any scatter."""
         numbers = equation.eqn.params["dimension_numbers"]
         return cls(
-            tuple(numbers.update_window_dims),
-            tuple(numbers.inserted_window_dims),
-            (tuple(numbers.operand_batching_dims), tuple(numbers.scatter_indices_batching_dims)),
+            _plain(numbers.update_window_dims),
+            _plain(numbers.inserted_window_dims),
+            (_plain(numbers.operand_batching_dims), _plain(numbers.scatter_indices_batching_dims)),
         )
 
 
@@ -186,8 +191,8 @@ class StaticSlice(NamedTuple):
     def of(cls, equation: Equation) -> Self:
         """Read a slice."""
         params = equation.eqn.params
-        start = tuple(params["start_indices"])
-        return cls(start, tuple(params["limit_indices"]), tuple(params["strides"] or (1,) * len(start)))
+        start = _plain(params["start_indices"])
+        return cls(start, _plain(params["limit_indices"]), _plain(params["strides"] or (1,) * len(start)))
 
 
 class Windows(NamedTuple):
@@ -202,13 +207,13 @@ class Windows(NamedTuple):
     def of(cls, equation: Equation) -> Self:
         """Read a reduce_window, or the scatter of its gradient."""
         params = equation.eqn.params
-        size = tuple(params["window_dimensions"])
+        size = _plain(params["window_dimensions"])
         ones = (1,) * len(size)
         return cls(
             size,
-            tuple(params["window_strides"] or ones),
-            tuple((low, high) for low, high in params["padding"]),
-            tuple(params.get("base_dilation") or ones),
+            _plain(params["window_strides"] or ones),
+            _plain(params["padding"]),
+            _plain(params.get("base_dilation") or ones),
         )
 
 
@@ -226,19 +231,30 @@ class Remat(NamedTuple):
 
 def split_sizes(equation: Equation) -> _Axes:
     """Return the sizes of the parts of a split."""
-    return tuple(equation.eqn.params["sizes"])
+    return _plain(equation.eqn.params["sizes"])
 
 
 def window_sizes(equation: Equation) -> _Axes:
     """Return the sizes of a dynamic slice."""
-    return tuple(equation.eqn.params["slice_sizes"])
+    return _plain(equation.eqn.params["slice_sizes"])
 
 
 def edges(equation: Equation) -> tuple[tuple[int, int, int], ...]:
     """Return for each axis how many elements a pad adds before, after and between."""
-    return tuple(equation.eqn.params["padding_config"])
+    return _plain(equation.eqn.params["padding_config"])
 
 
 def repeats(equation: Equation) -> _Axes:
     """Return how often a tile repeats each axis."""
-    return tuple(equation.eqn.params["reps"])
+    return _plain(equation.eqn.params["reps"])
+
+
+def sums_nothing(equation: Equation) -> bool:
+    """Whether a contraction is an elementwise product: along no axis is it summed (``btd,d->btd``; a depthwise 1 x 1)."""
+    if equation.name == "dot_general":
+        return not Dot.of(equation).contract[0]
+    if equation.name == "conv_general_dilated":
+        conv = Convolution.of(equation)
+        outs, *summed = (equation.in_shapes[1][axis] for axis in conv.kernel)
+        return conv.image_groups == 1 and 1 < conv.groups == outs and all(n == 1 for n in summed)
+    return False

@@ -29,6 +29,14 @@ def is_known(array: jax.Array | float) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
 
 
+def own(leaf: Any) -> Any:
+    """Return a copy of an array of JAX, so that a result that is donated or deleted does not take its origin with it.
+
+    Under jit results are new arrays anyway, and numbers and arrays of NumPy are not donated.
+    """
+    return leaf.copy() if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) else leaf
+
+
 def is_function(x: Any) -> bool:
     """Whether something is called rather than read: a function, not a tree whose class has a method ``__call__``.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._tree._collections import masks_beside
 from jaxprune._tree._leaves import is_floating, is_nothing
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._sharding import sharded_as
@@ -29,8 +30,11 @@ def check_mask(mask: Any, what: str, leaf: Any) -> None:
 
 
 def align_masks(masks: Any, tree: Tree) -> list[Any]:
-    """Return for each leaf of `tree` its mask (None keeps the leaf whole), checked for dtype and shape."""
-    return check_masks(tree.aligned(flatten(masks, "masks", is_leaf=is_nothing)), tree)
+    """Return for each leaf of `tree` its mask (None keeps the leaf whole), checked for dtype and shape.
+
+    One tree may be a collection of the other: masks of ``variables``, and ``params``.
+    """
+    return check_masks(masks_beside(tree, flatten(masks, "masks", is_leaf=is_nothing)), tree)
 
 
 def check_masks(masks: Sequence[Any], tree: Tree) -> list[Any]:

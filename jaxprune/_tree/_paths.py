@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -122,14 +123,19 @@ def read_arrays(tree: Any, what: str) -> Tree:
 
 def spread(prefix: Any, paths: Sequence[str], what: str) -> list[Any]:
     """Give each path the entry of the tree `prefix`, called `what`, that stands at it or above it, or None."""
-    found: list[Any] = [None] * len(paths)
     entries = flatten(prefix, what)
-    for path, name, entry in zip(entries.paths, entries.names, entries.leaves, strict=True):
-        below = [i for i, leaf in enumerate(paths) if not path or leaf == path or leaf.startswith(path + "/")]
-        if not below:
+    places = {path: place for place, path in enumerate(entries.paths)}
+    found: list[Any] = [None] * len(paths)
+    used: set[int] = set()
+    for i, path in enumerate(paths):
+        above = [places[start] for start in itertools.accumulate(path.split("/"), "{}/{}".format) if start in places]
+        above += [places[""]] if "" in places else []
+        if above:
+            found[i] = entries.leaves[max(above)]
+            used.update(above)
+    for place, name in enumerate(entries.names):
+        if place not in used:
             raise ValueError(f"{name} matches no leaf; {what} must be a tree prefix of the parameters.")
-        for i in below:
-            found[i] = entry
     return found
 
 

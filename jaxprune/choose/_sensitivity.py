@@ -197,13 +197,19 @@ def sensitivity(
         points = jnp.arange(everything + 1)
         return jax.lax.map(lambda group: evaluate(prune(params, masks, group)), points, batch_size=batch_size)
 
-    prune_one = jax.jit(prune)
+    def prune_some(masks: Any, own: Sequence[int]) -> Any:
+        # Leaf by leaf, so that a group costs what it holds and not what the whole model does.
+        given, leaves = jax.tree.leaves(masks), list(flat.leaves)
+        for i in own:
+            leaves[i] = _prune_leaf(leaves[i], given[i])
+        return flat.build(leaves)
 
     def metrics(masks: Any, k: float) -> list[float]:
         names = [*(f"{name} pruned at k = {k:g}" for name in members), f"everything pruned at k = {k:g}"]
         if batch_size is not None:
             return [as_metric(value, name) for value, name in zip(evaluate_all(params, masks), names, strict=True)]
-        return [as_metric(evaluate(prune_one(params, masks, g)), name) for g, name in enumerate(names)]
+        points = zip(names, [*members.values(), list(group_of)], strict=True)
+        return [as_metric(evaluate(prune_some(masks, own)), name) for name, own in points]
 
     dense = as_metric(evaluate(params), "the unpruned parameters")
     measured, gone = [], []
@@ -223,6 +229,11 @@ def sensitivity(
         together=metric[-1],
         together_sparsity=np.asarray(sizes, np.float64) @ sparsity / max(1, sum(sizes)),
     )
+
+
+@jax.jit
+def _prune_leaf(leaf: Any, mask: Any) -> Any:
+    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
 
 def as_metric(value: Any, what: str) -> float:

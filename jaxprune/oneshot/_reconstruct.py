@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32
 
-from jaxprune._tree._leaves import is_floating, is_known
+from jaxprune._tree._leaves import is_floating, is_known, own
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._solve import Solution, report, solve_each
@@ -77,6 +77,8 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
                 )
                 report(found, name, damping)
                 leaf = site.put(leaf, found.weights)
+        else:
+            leaf = own(leaf)
         leaves.append(leaf)
     return flat.build(leaves)
 

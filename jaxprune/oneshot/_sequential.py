@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_floating, own
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Predicate, Prunable
 from jaxprune.sites._accumulate import cross_products, grams
 from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
-from jaxprune.sites._contractions import Contraction
+from jaxprune.sites._contractions import Contraction, Use
 from jaxprune.sites._factorise import factorise
 from jaxprune.sites._find import Reading, read
 from jaxprune.sites._lanes import Lanes, Lockstep, Weights
@@ -111,10 +111,11 @@ def sequential(
             pruner.prune(path, found)
     if planned:
         pruner.run(held, planned)
-    return flat.build(pruner.leaves), flat.build(pruner.masks)
+    leaves = [own(new) if new is old else new for new, old in zip(pruner.leaves, flat.leaves, strict=True)]
+    return flat.build(leaves), flat.build(pruner.masks)
 
 
-_Planned = dict[tuple[Place, int], tuple[Site, Contraction]]
+_Planned = dict[tuple[Place, int], tuple[Site, Use]]
 
 
 def _in_order(reading: Reading, paths: set[str]) -> _Planned:
@@ -130,7 +131,7 @@ def _in_order(reading: Reading, paths: set[str]) -> _Planned:
         loops = _equations.enclosing(reading.body, place)
         over_layers = all(name == "scan" for name in loops) and len(loops) == len(use.piece.frames)
         if times[site] == 1 and over_layers and all(frame.index is None for frame in use.piece.frames):
-            planned[place, number] = site, use.contraction
+            planned[place, number] = site, use
         else:
             late.add(site.path)
     return {at: entry for at, entry in planned.items() if entry[0].path not in late}
@@ -169,15 +170,16 @@ class _Pruner:
 
         def visit(place: Place, number: int, layers: tuple[int, ...], data: Lanes) -> bool:
             nonlocal left
-            site, contraction = planned[place, number]
-            self._prune_one(site.entry(layers), contraction, data)
+            site, use = planned[place, number]
+            self._prune_one(site.entry(layers), use.contraction, data)
             position = self._reading.flat.paths.index(site.path)
             weights.replace(position, self.leaves[position])
             left -= 1
             return left > 0
 
         inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
-        lockstep = Lockstep(weights, set(planned), visit, dense=self._target == "dense")
+        operands = {at: use.operands for at, (_, use) in planned.items()}
+        lockstep = Lockstep(weights, operands, visit, dense=self._target == "dense")
         lockstep.run(self._reading.body, inputs)
 
     def _prune_one(self, site: Site, contraction: Contraction, data: Lanes) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Shaped
 
-from jaxprune._tree._leaves import is_known
+from jaxprune._tree._leaves import is_known, own
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import read_arrays
@@ -91,7 +91,7 @@ def prune_sites(
             report(found, name, damping)
             leaf = _put(site, leaf, found.weights, order)
             mask = _put(site, mask, found.mask, order)
-        leaves.append(leaf)
+        leaves.append(leaf if fits else own(leaf))
         masks.append(mask)
     return flat.build(leaves), flat.build(masks)
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # The most entries of a mask along an axis that are drawn one by one.
 MAX_CELLS = 512
+# The most layers that are named and written beside, and the most curves.
+MAX_BARS, MAX_CURVES = 60, 16
 
 
 def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
@@ -78,7 +80,8 @@ def sparsity_by_layer(summary: Summary, axes: "Axes") -> "Axes":
 
     Args:
         summary: what `summarize` found.
-        axes: where to draw; about a third of an inch of height a layer is readable.
+        axes: where to draw; about a third of an inch of height a layer is readable. Of more layers than MAX_BARS some are
+            named.
 
     Returns:
         The axes; their first container holds the bars of what is kept, from the first layer at the top.
@@ -88,14 +91,16 @@ def sparsity_by_layer(summary: Summary, axes: "Axes") -> "Axes":
     kept = np.asarray([1 - row.sparsity for row in rows])
     axes.barh(places, kept, color=BLUE, height=0.7)
     axes.barh(places, 1 - kept, left=kept, color=GREY, alpha=0.5, height=0.7)
-    for place, row, share in zip(places, rows, kept, strict=True):
+    few = len(rows) <= MAX_BARS
+    for place, row, share in zip(places, rows, kept, strict=True) if few else ():
         inside = share > 0.5
         axes.annotate(
             f"{row.sparsity:.1%} removed, {row.kept:,} of {row.size:,} kept", (share, place),
             xytext=(-4 if inside else 4, 0), textcoords="offset points", ha="right" if inside else "left",
             va="center", color="white" if inside else INK, fontsize="small",
         )  # fmt: skip
-    axes.set_yticks(places, [literal(_short(row.path)) for row in rows])
+    named = places[:: math.ceil(len(rows) / MAX_BARS)] if rows else places
+    axes.set_yticks(named, [literal(_short(rows[place].path)) for place in named])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the layer's weights that is kept", color=INK)
@@ -112,7 +117,8 @@ def sensitivity_curves(curves: Sensitivity, axes: "Axes") -> "Axes":
         axes: where to draw.
 
     Returns:
-        The axes; their lines are those of the groups, in order, then of all together, then the unpruned metric.
+        The axes; their lines are those of the groups, in order, then of all together, then the unpruned metric. Of more
+        groups than MAX_CURVES those that cost most at the last strength are named.
     """
     ends = []
     for i, (name, share, metric) in enumerate(zip(curves.groups, curves.sparsity, curves.metric, strict=True)):
@@ -120,6 +126,7 @@ def sensitivity_curves(curves: Sensitivity, axes: "Axes") -> "Axes":
         color = LINES[i % len(LINES)]
         axes.plot(share, metric, style, color=color, marker="o", markersize=4, linewidth=1.6)
         ends.append((float(metric[-1]), float(share[-1]), _short(name), color))
+    ends = sorted(ends)[:MAX_CURVES]
     axes.plot(curves.together_sparsity, curves.together, color=INK, marker="s", markersize=4, linewidth=2.4)
     ends.append((float(curves.together[-1]), float(curves.together_sparsity[-1]), "all together", INK))
     axes.axhline(curves.dense, color=INK, linewidth=1, linestyle=":")

@@ -174,10 +174,13 @@ def _conv_products(contraction: Contraction, left: jax.Array, right: jax.Array) 
 
 
 def _reads(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-    indices = operands[0][..., contraction.column].reshape(-1)
+    indices = jnp.moveaxis(operands[0][..., contraction.column], contraction.batch, range(len(contraction.batch)))
+    b = math.prod(indices.shape[: len(contraction.batch)])
+    indices = indices.reshape(b, -1)
     mode = "clip" if contraction.clip else "drop"
-    sums = jnp.zeros((1, contraction.rows), jnp.float32).at[0, indices].add(1.0, mode=mode, wrap_negative_indices=False)
-    return sums, _count(1, indices.size)
+    sums = jnp.zeros((b, contraction.rows), jnp.float32)
+    each = jnp.arange(b)[:, None]
+    return sums.at[each, indices].add(1.0, mode=mode, wrap_negative_indices=False), _count(b, indices.shape[1])
 
 
 def _members(contraction: Contraction, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxprune._jaxpr._equations import Equation
-from jaxprune._jaxpr._records import Convolution, Dot, Gather, RaggedDot
-from jaxprune.sites._origins import Origin, Piece
+from jaxprune._jaxpr._records import Convolution, Dot, Gather, RaggedDot, sums_nothing
+from jaxprune.sites._origins import Origin
+from jaxprune.sites._pieces import Piece
 from jaxprune.sites._sites import Operation
 from jaxprune.sites._views import Axes, View
 
@@ -31,7 +32,7 @@ class Contraction:
 
     Attributes:
         kind: a product, one whose rows are dealt out to groups (``ragged_dot``), a convolution, or rows of a table.
-        batch: the axes of the data that number matrices, in ascending order.
+        batch: the axes of the data that number matrices, in the order of the matrices.
         contract: the axes of the data that are contracted, in ascending order.
         part: (axis, start, size) where only a part of the data meets this parameter.
         window: of a convolution.
@@ -82,7 +83,7 @@ def recognise(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
         "ragged_dot_general": _ragged,
     }
     reader = readers.get(equation.name)
-    return [] if reader is None else reader(equation, origins)
+    return [] if reader is None or sums_nothing(equation) else reader(equation, origins)
 
 
 def _dot(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
@@ -147,7 +148,7 @@ def _conv(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
 def _gather(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
     gather = Gather.of(equation)
     table, indices = origins[:2]
-    if table.data or not indices.data or gather.batch[0]:
+    if table.data or not indices.data:
         return []
     shape = equation.in_shapes[0]
     # An index into an axis that is taken whole is 0, as vmap of a dynamic slice writes it.
@@ -157,12 +158,13 @@ def _gather(equation: Equation, origins: Sequence[Origin]) -> list[Use]:
         return []
     contraction = Contraction(
         "gather",
+        batch=gather.batch[1],
         rows=shape[axis],
         column=gather.chosen.index(axis),
         clip=gather.clip,
     )
-    free = [i for i in range(len(shape)) if i != axis]
-    return [_as_matrices(piece, "gather", contraction, [], [axis], free, (1,)) for piece in table.pieces]
+    free = [i for i in range(len(shape)) if i not in (axis, *gather.batch[0])]
+    return [_as_matrices(piece, "gather", contraction, gather.batch[0], [axis], free, (1,)) for piece in table.pieces]
 
 
 def _ragged(equation: Equation, origins: Sequence[Origin]) -> list[Use]:

@@ -11,7 +11,8 @@ from jaxprune._jaxpr import _equations
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import Tree, read_arrays
 from jaxprune.sites._contractions import Use
-from jaxprune.sites._origins import CONSTANT, DATA, Origin, Piece
+from jaxprune.sites._origins import CONSTANT, DATA, Origin
+from jaxprune.sites._pieces import Piece
 from jaxprune.sites._sites import Site, Sites, Unresolved
 from jaxprune.sites._views import Each, View, source_axes
 from jaxprune.sites._walk import Log, Measure, Place, Tracked, Walk
@@ -99,7 +100,8 @@ def _gather_sites(log: Log, flat: Tree) -> tuple[Sites, dict[Place, int], dict[t
     seen |= set(elementwise)
     floating = [path for path, leaf in zip(flat.paths, flat.leaves, strict=True) if is_floating(leaf)]
     unused = tuple(path for path in floating if path not in seen)
-    tables = tuple(dict.fromkeys(site.path for site in sites if site.operation == "gather"))
+    read_from = [site.path for site in sites if site.operation == "gather"] + [flat.paths[i] for i in log.uses.tables]
+    tables = tuple(dict.fromkeys(read_from))
     found = Sites(sites, unresolved, elementwise, unused, tables)
     return found, groups, {at: (by_key[_key(use)], use) for at, (use, _) in log.found.items()}
 
@@ -138,10 +140,10 @@ def find_sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Sites:
     """Find where a function multiplies its inputs by its parameters: which leaf, by which operation, along which axes.
 
     Reads the jaxpr of ``fn(params, *inputs)``, so any JAX function will do, in any framework; nothing is computed.
-    Follows a parameter through casts, transposes, reshapes, slices, splits and concatenations, through masks and other
+    Follows a parameter through casts, transposes, reshapes, slices, splits, concatenations and stacks, through masks and other
     elementwise changes, and into jit, remat, custom derivatives, cond, while and scan. A stack of layers that a scan
     walks through, or that is indexed, is one site with a matrix for each layer; a parameter used more than once in
-    the same way is one site, too. What is not understood is listed with its reason in `unresolved`, never left out.
+    the same way is one site, too. A parameter that is repeated for every sample (a learned query) is data to what projects it. What is not understood is listed with its reason in `unresolved`, never left out.
 
     Args:
         fn: a function ``fn(params, *inputs)``; for example ``lambda params, x: model.apply({"params": params}, x)``.

@@ -7,7 +7,7 @@ is seen as it is now. Equations are evaluated one by one; compiled pieces (a jit
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -79,12 +79,15 @@ class Lockstep:
 
     Args:
         weights: the parameters, which `visit` may replace.
-        planned: (place, number) of the uses to stop at; scans around them are gone through layer by layer.
+        planned: (place, number) of the uses to stop at, and which operands are their data; scans around them are gone
+            through layer by layer.
         visit: what to do there.
         dense: whether to evaluate with the parameters as given as well; else both are as they become.
     """
 
-    def __init__(self, weights: Weights, planned: set[tuple[Place, int]], visit: Visit, *, dense: bool) -> None:
+    def __init__(
+        self, weights: Weights, planned: Mapping[tuple[Place, int], Sequence[int]], visit: Visit, *, dense: bool
+    ) -> None:
         self._weights = weights
         self._dense = dense
         self._planned = planned
@@ -93,6 +96,7 @@ class Lockstep:
 
     def run(self, body: Body, inputs: Sequence[list[Any]]) -> None:
         """Evaluate a jaxpr of all leaves, then the inputs, of which each is a list with an array for each batch."""
+        self._batches = len(inputs[0])
         leaves = [
             Made(frozenset([i]), functools.partial(self._weights.leaf, i)) for i in range(len(self._weights.dense))
         ]
@@ -126,10 +130,17 @@ class Lockstep:
 
     def _stop(self, operands: list[Any], place: Place, layers: tuple[int, ...]) -> None:
         """Visit the planned uses of one equation."""
-        data = [i for i, operand in enumerate(operands) if isinstance(operand, Lane)]
         for at in sorted(at for at in self._planned if at[0] == place):
-            if not self._visit(*at, layers, tuple(operands[i] for i in data)):
+            if not self._visit(*at, layers, tuple(self._as_lane(operands[i]) for i in self._planned[at])):
                 raise _Stopped
+
+    def _as_lane(self, operand: Lane | Made) -> Lane:
+        """A value as data; what parameters alone make (a learned query) is the same for every batch."""
+        if isinstance(operand, Lane):
+            return operand
+        current = [operand.value(self._weights, False)] * self._batches
+        moved = self._dense and any(self._weights.version(operand.leaves))
+        return Lane(current, [operand.value(self._weights, True)] * self._batches if moved else current)
 
     def _evaluate(self, equation: Equation, operands: list[Any], *, dense: bool) -> list[list[Any]]:
         count = next(len(operand.current) for operand in operands if isinstance(operand, Lane))

@@ -1,6 +1,7 @@
 """Sites: where a function multiplies its inputs by a parameter, and how to see that parameter as matrices."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -148,9 +149,11 @@ class Sites(Printable):
     Attributes:
         sites: the sites, one for each parameter (or part of one) and way of seeing it.
         unresolved: uses of parameters that were not understood, each with its reason.
-        elementwise: paths of parameters that only meet data elementwise (biases, scales, position tables).
+        elementwise: paths of parameters that only meet data elementwise (biases, scales, position tables, also a scale that is
+            written as an einsum), or stand in its place (learned queries).
         unused: paths of parameters that meet no data at all.
-        tables: paths of parameters of which rows are read, whatever else is done with them.
+        tables: paths of parameters of which rows are read, by an index or by one-hot vectors, whatever else is done with them
+            (the distances to a codebook).
     """
 
     sites: tuple[Site, ...]
@@ -163,14 +166,26 @@ class Sites(Printable):
         """Iterate over the sites."""
         return iter(self.sites)
 
+    # Asked for every leaf.
+    @functools.cached_property
+    def _by_path(self) -> dict[str, tuple[Site, ...]]:
+        found: dict[str, tuple[Site, ...]] = {}
+        for site in self.sites:
+            found[site.path] = (*found.get(site.path, ()), site)
+        return found
+
+    @functools.cached_property
+    def _kept_out(self) -> frozenset[str]:
+        return frozenset([*self.tables, *(entry.path for entry in self.unresolved)])
+
     def __len__(self) -> int:
         """Return the number of sites."""
         return len(self.sites)
 
     def at(self, path: str) -> tuple[Site, ...]:
         """Return the sites of the leaf at a path; raise a ValueError that says why where there is none."""
-        found = tuple(site for site in self.sites if site.path == path)
-        if found:
+        found = self._by_path.get(path)
+        if found is not None:
             return found
         reasons = [entry.reason for entry in self.unresolved if entry.path == path]
         if path in self.elementwise:
@@ -190,16 +205,15 @@ class Sites(Printable):
         embedding tables, also where they are tied to an output layer.
         """
         del leaf
-        kept_out = {*self.tables, *(entry.path for entry in self.unresolved)}
-        return path in {site.path for site in self.sites} - kept_out
+        return path in self._by_path and path not in self._kept_out
 
     def axes(self, path: str) -> Roles | None:
         """Return what the axes of a leaf are for: layers, inputs, outputs; None where it multiplies no data.
 
         What `make_masks` asks for under ``sites=``. Where the leaf is used in several ways, what they agree on.
         """
-        found = [site for site in self.sites if site.path == path]
-        if not found:
+        found = self._by_path.get(path)
+        if found is None:
             return None
         stacks = {site.layer_axes for site in found}
         stack = stacks.pop() if len(stacks) == 1 else ()
@@ -238,8 +252,12 @@ class Sites(Printable):
         for column in ("operation", "shape", "stack axes", "in axes", "out axes"):
             table.add_column(column)
         table.add_column("shares its input with", overflow="fold")
+        sharing: dict[int, list[Site]] = {}
         for site in self.sites:
-            others = [other.path for other in self.sites if other is not site and set(other.groups) & set(site.groups)]
+            for group in site.groups:
+                sharing.setdefault(group, []).append(site)
+        for site in self.sites:
+            others = [other.path for group in site.groups for other in sharing[group] if other is not site]
             table.add_row(
                 site.path,
                 site.operation + ("" if site.exact else ", modified"),

@@ -12,7 +12,8 @@ from jaxprune._jaxpr import _equations
 from jaxprune._jaxpr._equations import Body, Equation
 from jaxprune._jaxpr._primitives import LAYOUT
 from jaxprune.sites._contractions import Contraction, Use, recognise
-from jaxprune.sites._origins import CONSTANT, DATA, Frame, Origin, Piece, Uses, propagate
+from jaxprune.sites._origins import CONSTANT, DATA, Origin, Uses, as_data, propagate
+from jaxprune.sites._pieces import Frame
 
 # Where an equation stands: its number, and those of the equations around it.
 Place = tuple[int, ...]
@@ -99,13 +100,15 @@ class Walk:
         key = _layout_key(equation, operands)
         if key is not None and key in scope.layouts:
             return scope.layouts[key]
-        origins = [operand.origin for operand in operands]
+        origins = as_data(equation, [operand.origin for operand in operands], self._log.uses)
         uses = recognise(equation, origins)
         for number, use in enumerate(uses):
             self._site(use, [operands[i] for i in use.operands], scope, place, number)
         results = _equations.evaluate(equation, [operand.value for operand in operands])
         if uses:
             known = _contracted(len(results), origins, uses)
+            if any(origin.one_hot for origin in origins):
+                self._log.uses.reads(frozenset(use.piece.view.leaf for use in uses))
         else:
             known = propagate(equation, origins, [operand.value for operand in operands], self._log.uses)
         found = [Tracked(result, origin) for result, origin in zip(results, known, strict=True)]
@@ -300,13 +303,7 @@ def _sliced(origin: Origin, frame: Frame) -> Origin:
     """The origin of one step's slice of what is scanned over."""
     if origin.data:
         return DATA
-    pieces: list[Piece] = []
-    for piece in origin.pieces:
-        if piece.axis == 0:
-            return origin.without_view("concatenate and scan")
-        axis = None if piece.axis is None else piece.axis - 1
-        pieces.append(Piece(piece.view.each(), (*piece.frames, frame), axis, piece.start))
-    return dataclasses.replace(origin, pieces=tuple(pieces))
+    return origin.laid_out("concatenate and scan", lambda piece: piece.each(frame))
 
 
 def _stacked(origin: Origin) -> Origin:

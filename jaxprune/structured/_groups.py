@@ -19,6 +19,7 @@ from jaxprune.structured._axes._dims import (
     size,
 )
 from jaxprune.structured._axes._program import Program, Value, walk
+from jaxprune.structured._axes._reasons import Reason
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,12 +67,21 @@ class ChannelGroup:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenAxis:
-    """An axis of a parameter that must stay, or a part of it: how it is divided, and why."""
+    """An axis of a parameter that must stay, or a part of it.
+
+    Attributes:
+        path: the parameter's normalised path.
+        axis: its axis.
+        parts: how it is divided: ``8 x 2``, ``[4, 4, 8]``.
+        reasons: what in the function does it, and how to free the axis; one for each part that stays, each once.
+        places: where in the function, for each reason, as far as it is known: file, line, function.
+    """
 
     path: str
     axis: int
     parts: str
     reasons: tuple[str, ...]
+    places: tuple[str, ...]
 
 
 def find_members(paths: Sequence[str], program: Program) -> dict[Var, list[Member]]:
@@ -120,7 +130,8 @@ def find_frozen(paths: Sequence[str], program: Program) -> tuple[FrozenAxis, ...
         for axis, dim in enumerate(value.dims):
             reasons = dict.fromkeys(leaf.reason for leaf in leaves(dim) if leaf.reason is not None)
             if reasons:
-                frozen.append(FrozenAxis(path, axis, describe(dim), tuple(reasons)))
+                places = (reason.place if isinstance(reason, Reason) else "" for reason in reasons)
+                frozen.append(FrozenAxis(path, axis, describe(dim), tuple(map(str, reasons)), tuple(places)))
     return tuple(frozen)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxprune._tree._shapes import require_shapes
-from jaxprune.structured._axes._dims import Var, kept_indices, split_kept
+from jaxprune.structured._axes._dims import Var, kept_indices, leaves, split_kept
 from jaxprune.structured._axes._program import Node
 from jaxprune.structured._axes._residuals import without
 from jaxprune.structured._blocks import Block
@@ -171,9 +171,11 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
                     "axes along neither. Select channels from this function's graph."
                 )
     kept_vars = {var: indices for var, indices in found.items() if len(indices) < var.size}
-    for var in kept_vars:
-        if var.reason is not None:
-            raise ValueError(f"The plan cuts an axis of {var.size} elements that must stay: {var.reason}.")
+    for path, axes in plan.kept.items():
+        for axis in axes:
+            for var in leaves(values[path].dims[axis]):
+                if var in kept_vars and var.reason is not None:
+                    raise ValueError(f"The plan cuts axis {axis} of {path}, which must stay: {var.reason}.")
     for path, value in values.items():
         if path in plan.dropped:
             continue

@@ -38,7 +38,10 @@ def tables(groups: Sequence[ChannelGroup], blocks: Sequence[Block], frozen: Sequ
     stays.add_column("size", justify="right")
     stays.add_column("because", overflow="fold")
     for axis in frozen:
-        stays.add_row(f"{axis.path}[{axis.axis}]", axis.parts, "; ".join(axis.reasons))
+        why = [
+            f"{reason} ({place})" if place else reason for reason, place in zip(axis.reasons, axis.places, strict=True)
+        ]
+        stays.add_row(f"{axis.path}[{axis.axis}]", axis.parts, "\n".join(why))
     return RichGroup(coupled, *([dropped] if blocks else []), stays)
 
 

@@ -1,13 +1,16 @@
 """Apply a plan to trees of arrays: masks that zero the channels, or smaller arrays without them."""
 
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._tree._collections import collection_with, collections_of
+from jaxprune._tree._leaves import is_nothing, own
 from jaxprune._tree._masks import all_true
-from jaxprune._tree._paths import flatten
+from jaxprune._tree._paths import Tree, flatten, owner
 from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.structured._plan import Plan, cut_shapes
@@ -18,7 +21,8 @@ def channel_masks(plan: Plan, params: Any) -> Any:
 
     Args:
         plan: which channels stay.
-        params: the parameters before they are cut, of which shapes matter.
+        params: the parameters before they are cut, of which shapes matter; also one collection alone of those that the plan is
+            for (``params`` of ``variables``), or the whole of which they are one.
 
     Returns:
         The treedef of `params` in bool, True = keep, sharded like `params`: an element goes if any of its axes loses it;
@@ -33,12 +37,13 @@ def channel_masks(plan: Plan, params: Any) -> Any:
     ([[False, True, False, True]], [True, True])
     """
     flat = flatten(params, "params")
-    remedy = "Take the parameters before they are cut."
-    require_shapes("The plan", cut_shapes(plan), "params", flat.shapes, remedy)
+    planned, wanted = _beside(plan, flat)
+    found = {path: np.shape(leaf) for path, leaf in zip(planned, flat.leaves, strict=True) if path is not None}
+    require_shapes("The plan", wanted, "params", found, "Take the parameters before they are cut.")
     masks = []
-    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+    for path, leaf in zip(planned, flat.leaves, strict=True):
         mask = all_true(leaf)
-        for axis, kept in plan.kept.get(path, {}).items():
+        for axis, kept in (plan.kept.get(path, {}) if path is not None else {}).items():
             stays = np.isin(np.arange(mask.shape[axis]), kept)
             mask &= np.expand_dims(stays, [other for other in range(mask.ndim) if other != axis])
         if path in plan.dropped:
@@ -47,23 +52,39 @@ def channel_masks(plan: Plan, params: Any) -> Any:
     return flat.build(masks)
 
 
+def _beside(plan: Plan, flat: Tree) -> tuple[list[str | None], Mapping[str, tuple[int, ...]]]:
+    """Return for each leaf its planned path, and what the plan cuts of them; one may be a collection of the other."""
+    within = collection_with(flat.paths, plan.shapes, "The plan")
+    if within is not None:
+        whole = set(within.values())
+        return [within[path] for path in flat.paths], {
+            path: shape for path, shape in cut_shapes(plan).items() if path in whole
+        }
+    around = collection_with(plan.shapes, flat.paths, "params") or {path: path for path in flat.paths}
+    inner = {outer: path for path, outer in around.items()}
+    return [inner.get(path) for path in flat.paths], cut_shapes(plan)
+
+
 def shrink(plan: Plan, tree: Any) -> Any:
     """Cut a plan's channels and layers out of parameters, or out of any tree that holds arrays like them.
 
     Of optimizer state and averages those arrays are cut whose path ends with a parameter's path and whose shape is the
-    parameter's; step counts and the like stay as they are. What belongs to a parameter that the plan drops becomes None,
-    so that the tree has no leaf there. Works under jit.
+    parameter's; step counts and the like stay as they are. Where the plan is for ``variables``, a tree that knows ``params``
+    alone (or ``batch_stats``) is cut as that collection: all paths of the collection must be there, and not beside those that
+    the plan names. What belongs to a parameter
+    that the plan drops becomes None, so that the tree has no leaf there. Works under jit.
 
     Args:
         plan: what stays.
         tree: parameters, batch statistics, optimizer state, an average of parameters; arrays or ShapeDtypeStructs.
 
     Returns:
-        The same containers with smaller arrays, dtypes as before.
+        The same containers with smaller arrays, dtypes as before; all arrays are new, so that either tree may be donated.
 
     Raises:
-        ValueError: nothing in the tree is of the plan, or an array of a parameter's path has another shape, as where
-            an optimizer keeps factored moments; make such state anew from the smaller parameters.
+        ValueError: nothing in the tree is of the plan; an array may be of either of two collections; or an array of a
+            parameter's path has another shape, as where an optimizer keeps factored moments: make such state anew from the
+            smaller parameters.
 
     >>> plan = Plan({"up": {1: (1, 3)}}, {"up": (1, 4)})
     >>> state = {"count": jnp.int32(7), "mu": {"up": jnp.array([[1.0, 2.0, 3.0, 4.0]])}}
@@ -73,15 +94,17 @@ def shrink(plan: Plan, tree: Any) -> Any:
     flat = flatten(tree, "tree")
     leaves: list[Any] = []
     cut = False
-    for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
-        known = _known(plan, path)
+    for path, name, leaf, known in zip(flat.paths, flat.names, flat.leaves, _owners(plan, tree), strict=True):
         shape = tuple(np.shape(leaf))
+        if known is None or (known not in plan.kept and known not in plan.dropped):
+            leaves.append(own(leaf))
+            continue
         if known in plan.dropped and known != path:  # in whatever form an optimizer keeps it
             leaves.append(None)
             cut = True
             continue
-        if known is None or (known != path and int(np.prod(shape)) <= 1):
-            leaves.append(leaf)
+        if known != path and int(np.prod(shape)) <= 1:
+            leaves.append(own(leaf))
             continue
         if shape != tuple(plan.shapes[known]):
             raise ValueError(
@@ -97,12 +120,54 @@ def shrink(plan: Plan, tree: Any) -> Any:
     return flat.build(leaves)
 
 
-def _known(plan: Plan, path: str) -> str | None:
-    """Return the longest parameter's path that a path ends with, if the plan cuts that parameter."""
-    parts = path.split("/")
-    suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
-    found = next((suffix for suffix in suffixes if suffix in plan.shapes), None)
-    return found if found in plan.kept or found in plan.dropped else None
+def _owners(plan: Plan, tree: Any) -> list[str | None]:
+    """Return for each leaf the planned path that its own ends with, the longest one; else that of a collection left out."""
+    # With what optax hides of a collection, which belongs to it all the same.
+    every = flatten(tree, "tree", is_leaf=is_nothing)
+    found = {path: owner(path, plan.shapes) for path in every.paths}
+    rest = {path: leaf for path, leaf in every.by_path.items() if found[path] is None}
+    # Beside what the plan names stand parameters that it does not know, as those of other layers: no copies of a collection.
+    beside = {path.removesuffix(known) for path, known in found.items() if known is not None}
+    copies = [copy for known in collections_of(plan.shapes).values() for copy in _copies(known, rest, beside)]
+    for path in rest:
+        able = [copy for copy in copies if path in copy]
+        if len(able) > 1:  # identical but for shapes
+            able = [copy for copy in able if all(_fits(plan, known, rest[at]) for at, known in copy.items())] or able
+        if len(able) > 1:
+            names = sorted(copy[path].split("/")[0] for copy in able)
+            raise ValueError(
+                f"The tree at {path!r} may be of {' or '.join(names)}: the plan is for both, and they have the same paths. "
+                f"Say which is meant, as {{{names[0]!r}: tree}}."
+            )
+        if able:
+            found[path] = able[0][path]
+    return [found[path] for path, leaf in zip(every.paths, every.leaves, strict=True) if not is_nothing(leaf)]
+
+
+def _copies(known: Mapping[str, str], leaves: Mapping[str, Any], beside: Set[str]) -> Iterator[dict[str, str]]:
+    """Yield each copy of a collection among the leaves, if it is whole, as the planned path for each of its paths.
+
+    Args:
+        known: the planned paths of the collection, by what they are without its name.
+        leaves: by path.
+        beside: beginnings of paths below which none is.
+    """
+    places: dict[str, dict[str, str]] = {}
+    for path in leaves:
+        end = owner(path, known)
+        if end is not None:
+            places.setdefault(path.removesuffix(end), {})[path] = known[end]
+    hidden = [path for path, leaf in leaves.items() if is_nothing(leaf)]
+    for place, copy in places.items():
+        if place and place[: place.rstrip("/").rfind("/") + 1] in beside:
+            continue
+        missing = [place + end for end in known if place + end not in copy]
+        if all(any(path.startswith(f"{above}/") for above in hidden) for path in missing):
+            yield copy
+
+
+def _fits(plan: Plan, known: str, leaf: Any) -> bool:
+    return is_nothing(leaf) or tuple(np.shape(leaf)) == tuple(plan.shapes[known])
 
 
 def _cut(plan: Plan, path: str, leaf: Any) -> Any:

@@ -8,9 +8,10 @@ import numpy as np
 
 from jaxprune._jaxpr import _equations
 from jaxprune._tree._paths import flatten
-from jaxprune.structured._axes._dims import Dim, freeze
+from jaxprune.structured._axes._dims import freeze
 from jaxprune.structured._axes._label import label
 from jaxprune.structured._axes._program import Value, free
+from jaxprune.structured._axes._reasons import UNUSED, of_input, of_output
 from jaxprune.structured._blocks import find_blocks
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import find_frozen, find_groups, find_members
@@ -44,8 +45,10 @@ def trace(
     >>> graph = trace(mlp, params, jnp.ones((5, 3)))
     >>> [(group.name, group.size, [(m.path, m.axis) for m in group.members]) for group in graph.groups]
     [('up[1]', 8, [('bias', 0), ('down', 0), ('up', 1)])]
-    >>> [(axis.path, axis.axis, axis.reasons) for axis in graph.frozen]
-    [('down', 1, ('an output',)), ('up', 0, ('an input',))]
+    >>> for axis in graph.frozen:
+    ...     print(f"{axis.path}[{axis.axis}]: {axis.reasons[0]}")
+    down[1]: an output: axis 1 of outputs lies along it and keeps its size; for passed-on state see prunable_outputs=
+    up[0]: an input: axis 1 of inputs[0] lies along it and keeps its size; a parameter that maps the two frees it
     """
     flat, given = flatten(params, "params"), flatten(inputs, "inputs")
     for what in (flat, given):
@@ -59,22 +62,25 @@ def trace(
             "The function cannot be traced: what it does depends on the values of its arguments "
             f"({str(error).splitlines()[0]}). Bind such arguments with functools.partial."
         ) from error
+    # What nothing depends on would freeze axes along which it does things.
+    body = _equations.without_dead_code(body)
     arguments = [Value(given.shape, given.dtype, tuple(free(given.shape))) for given in body.arguments]
     for number, value in enumerate(arguments):
         if number < len(flat.paths):
             value.sources = (number,)
         else:
-            _freeze_all(value.dims, "an input")
+            name = given.names[number - len(flat.paths)]
+            _freeze_each(value, [of_input(name, axis) for axis in range(len(value.shape))])
     program = label(body, arguments)
     results = flatten(outputs, "outputs")
     state = [n for n, path in enumerate(results.paths) if prunable_outputs is not None and prunable_outputs(path)]
     for number, value in enumerate(program.outs):
         if number not in state:
-            _freeze_all(value.dims, "an output")
+            _freeze_each(value, [of_output(results.names[number], axis) for axis in range(len(value.shape))])
     read = {id(value) for node in program.nodes for value in node.ins}
     for value in arguments[: len(flat.paths)]:
         if id(value) not in read:
-            _freeze_all(value.dims, "the function does not use it")
+            _freeze_each(value, [UNUSED] * len(value.shape))
     members = find_members(flat.paths, program)
     return Graph(
         find_groups(flat.paths, program, members), find_blocks(flat.paths, program, members, state),
@@ -83,6 +89,6 @@ def trace(
     )  # fmt: skip
 
 
-def _freeze_all(dims: Sequence[Dim], reason: str) -> None:
-    for dim in dims:
+def _freeze_each(value: Value, reasons: Sequence[str]) -> None:
+    for dim, reason in zip(value.dims, reasons, strict=True):
         freeze(dim, reason)

@@ -15,6 +15,7 @@ from jaxprune.structured._axes._replay import Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, shallower, solve
 from jaxprune.structured._rebuild import evaluate, masked, rebuild
+from jaxprune.structured._rounding import tolerances
 from jaxprune.structured._shrink import channel_masks, shrink
 
 if TYPE_CHECKING:
@@ -28,13 +29,20 @@ class OutputError:
     Attributes:
         path: of the output.
         difference: the largest, relative to the largest magnitude; infinite where only one of the two is finite.
+        tolerance: the largest difference that passes.
         zeroed: of `verify`, the same from the original function with masked parameters. It is no error: a normalisation
             layer or a later bias may fill a zeroed channel again.
     """
 
     path: str
     difference: float
+    tolerance: float
     zeroed: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output is what it should be."""
+        return self.difference <= self.tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +53,16 @@ class Verification(Printable):
         found: what was compared.
         expected: what it was compared with.
         outputs: how far they are from each other, by output.
-        tolerance: the largest difference that passes.
     """
 
     found: str
     expected: str
     outputs: tuple[OutputError, ...]
-    tolerance: float
 
     @property
     def passed(self) -> bool:
         """Whether all outputs equal those that were expected."""
-        return all(output.difference <= self.tolerance for output in self.outputs)
+        return all(output.passed for output in self.outputs)
 
     def __bool__(self) -> bool:
         """Whether it passed."""
@@ -67,29 +73,32 @@ class Verification(Printable):
         from jaxprune._tables import Table
 
         verdict = "equals" if self.passed else "does NOT equal"
-        table = Table(title=f"{self.found} {verdict} {self.expected} (to {self.tolerance:g})")
+        table = Table(title=f"{self.found} {verdict} {self.expected}")
         both = any(output.zeroed is not None for output in self.outputs)
         table.add_column("output")
-        for column in ("from masked channels", "from masked parameters") if both else ("difference",):
+        for column in ("tolerance", *(("from masked channels", "from masked parameters") if both else ("difference",))):
             table.add_column(column, justify="right")
         for output in self.outputs:
-            style = None if output.difference <= self.tolerance else "bold"
-            errors = [f"{error:.1e}" for error in (output.difference, output.zeroed) if error is not None]
+            style = None if output.passed else "bold"
+            errors = [f"{e:.1e}" for e in (output.tolerance, output.difference, output.zeroed) if e is not None]
             table.add_row(output.path or "(the output)", *errors, style=style)
         return table
 
 
-def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float = 1e-5) -> Verification:
+def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float | None = None) -> Verification:
     """Run the smaller function beside the original with the same channels masked, and compare every output.
 
-    Differences are relative to the largest magnitude of an output; where only one of the two is finite, infinite.
+    Differences are relative to the largest magnitude of an output; where only one of the two is finite, infinite. Both
+    functions round, in float32 as in bfloat16, and a deep one carries that on: what passes follows from the coarsest dtype
+    that the function computes in and from how far its outputs move when every parameter is rounded anew to that dtype. It
+    is 1e-5 at least and never above one half.
 
     Args:
         graph: the function, by `trace`.
         plan: the channels that stay.
         params: the parameters before they are cut.
         *inputs: the function's other arguments.
-        tolerance: the largest relative difference that passes.
+        tolerance: the largest relative difference that passes, for every output; measured when None.
 
     Returns:
         The differences by output.
@@ -106,14 +115,20 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     kept = solve(graph, plan)
     masks = channel_masks(plan, params)
     small = rebuild(graph, plan)(shrink(plan, params), *inputs)
+    masked_fn = masked(graph)
     references = (
-        masked(graph)(params, masks, *inputs),
+        masked_fn(params, masks, *inputs),
         jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, graph.shapes, inputs, {}))(
             apply_masks(params, masks), *inputs
         ),
     )
     flat = flatten(small, "outputs")
     expected_by_path = [_by_path(reference) for reference in references]
+    allowed = (
+        dict.fromkeys(expected_by_path[0], tolerance)
+        if tolerance is not None
+        else tolerances(lambda params: masked_fn(params, masks, *inputs), params, graph.program, of_outputs)
+    )
     found = []
     for path, leaf, value in zip(flat.paths, flat.leaves, shallower(graph, plan).program.outs, strict=True):
         errors = []
@@ -123,8 +138,14 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
                 if expected.shape[axis] != leaf.shape[axis]:
                     expected = np.take(expected, kept_indices(dim, kept), axis)
             errors.append(difference(numbers(leaf), expected))
-        found.append(OutputError(path, *errors))
-    return Verification("The smaller function", "the masked one", tuple(found), tolerance)
+        error, zeroed = errors
+        found.append(OutputError(path, error, allowed[path], zeroed))
+    return Verification("The smaller function", "the masked one", tuple(found))
+
+
+def of_outputs(found: Any, expected: Any) -> float:
+    """Return the difference between two outputs, arrays or random keys."""
+    return difference(numbers(found), numbers(expected))
 
 
 def numbers(leaf: Any) -> np.ndarray:

@@ -7,8 +7,9 @@ from jaxprune._tree._paths import flatten
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._rebuild import rebuild
+from jaxprune.structured._rounding import tolerances
 from jaxprune.structured._shrink import shrink
-from jaxprune.structured._verify import OutputError, Verification, difference, numbers
+from jaxprune.structured._verify import OutputError, Verification, difference, numbers, of_outputs
 
 
 def verify_module(
@@ -17,7 +18,7 @@ def verify_module(
     fn: Callable[..., Any],
     params: Any,
     *inputs: Any,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
 ) -> Verification:
     """Run a module of the sizes that `recover` found beside the rebuilt function, and compare every output.
 
@@ -33,7 +34,8 @@ def verify_module(
         fn: the module's function, ``fn(small_params, *inputs)``.
         params: the parameters before they are cut.
         *inputs: the function's other arguments.
-        tolerance: the largest difference that passes, relative to the largest magnitude of an output.
+        tolerance: the largest difference that passes, relative to the largest magnitude of an output; measured when None,
+            as in `verify`.
 
     Returns:
         The differences by output; infinite where shapes differ, or where only one of the two is finite.
@@ -49,13 +51,19 @@ def verify_module(
     >>> graph = trace(fn, params, jnp.ones((2, 1)))
     >>> plan = Plan({"up": {1: (0, 2)}, "down": {0: (0, 2)}}, {"up": (1, 3), "down": (3, 1)})
     >>> verify_module(graph, plan, fn, params, jnp.ones((2, 1))).outputs
-    (OutputError(path='', difference=0.0, zeroed=None),)
+    (OutputError(path='', difference=0.0, tolerance=1e-05, zeroed=None),)
     """
     small = shrink(plan, params)
-    expected = flatten(rebuild(graph, plan, counts="rescaled")(small, *inputs), "the rebuilt function's outputs")
+    rebuilt = rebuild(graph, plan, counts="rescaled")
+    expected = flatten(rebuilt(small, *inputs), "the rebuilt function's outputs")
     found = flatten(fn(small, *inputs), "the module's outputs")
     leaves = expected.aligned(found)
     pairs = [(numbers(a), numbers(b)) for a, b in zip(leaves, expected.leaves, strict=True)]
     errors = [difference(a, b) if a.shape == b.shape else float("inf") for a, b in pairs]
-    outputs = tuple(map(OutputError, expected.paths, errors))
-    return Verification("The module", "the rebuilt function", outputs, tolerance)
+    allowed = (
+        dict.fromkeys(expected.paths, tolerance)
+        if tolerance is not None
+        else tolerances(lambda params: rebuilt(params, *inputs), small, graph.program, of_outputs)
+    )
+    outputs = tuple(OutputError(path, error, allowed[path]) for path, error in zip(expected.paths, errors, strict=True))
+    return Verification("The module", "the rebuilt function", outputs)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._dtypes import common
+from jaxprune._tree._collections import collection_with
 from jaxprune._tree._leaves import is_floating, is_function, is_nothing
 from jaxprune._tree._masks import align_masks, check_masks
 from jaxprune._tree._paths import Tree, flatten
@@ -32,11 +33,10 @@ def masks_for(masks: Any, params: Any) -> Any:
     if not flat.leaves:  # optax.tree.map_params initialises with a placeholder that has no leaves
         return params
     masks = masks(params) if is_function(masks) else masks
-    given = flatten(masks, "masks", is_leaf=is_nothing)
     if any(isinstance(node, optax.MaskedNode) for node in _nodes(params)):
-        known = set(flat.paths)
-        shown = [i for i, path in enumerate(given.paths) if path in known]
-        masks = {given.paths[i]: given.leaves[i] for i in shown}
+        given = flatten(masks, "masks", is_leaf=is_nothing)
+        within = collection_with(flat.paths, given.paths, "masks") or {path: path for path in given.paths}
+        masks = {path: given.by_path[within[path]] for path in flat.paths if path in within}
     return flat.build(
         [
             jnp.ones_like(leaf, dtype=bool) if mask is None else jnp.array(mask, copy=True)

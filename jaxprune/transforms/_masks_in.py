@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxprune._tree._leaves import own
 from jaxprune._tree._paths import flatten
 
 
@@ -18,7 +19,7 @@ def masks_in(opt_state: Any) -> Any:
         opt_state: the state of any optax transform that has one of jaxprune's inside.
 
     Returns:
-        A tree of boolean masks, True = keep.
+        A tree of boolean masks, True = keep; new arrays, which stay when the state is donated.
 
     Raises:
         ValueError: no masks are there.
@@ -35,7 +36,7 @@ def masks_in(opt_state: Any) -> Any:
     merged, *others = found
     for other in others:
         merged = _intersect(merged, other)
-    return merged
+    return jax.tree.map(own, merged)
 
 
 def _holds_masks(node: Any) -> bool:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree._axes import Stacked
+from jaxprune._tree._leaves import own
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Prunable
 from jaxprune.rules._layers import is_scalar
@@ -49,7 +50,7 @@ def soft_threshold(
     given = [thresholds] * len(tree.paths) if is_scalar(thresholds) else tree.spread(thresholds, "thresholds")
     return tree.build(
         [
-            _shrink(leaf, s, name, stack) if fits else leaf
+            _shrink(leaf, s, name, stack) if fits else own(leaf)
             for name, leaf, s, fits, stack in zip(
                 tree.names, tree.leaves, given, tree.prunable, tree.stacks, strict=True
             )

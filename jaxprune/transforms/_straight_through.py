@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_floating, own
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
 
@@ -53,7 +53,7 @@ def straight_through(params: Any, masks: Any, *, backward: Any = None) -> Any:
 
     return flat.build(
         [
-            leaf if mask is None or not is_floating(leaf) else _straight_through(leaf, mask, receives)
+            own(leaf) if mask is None or not is_floating(leaf) else _straight_through(leaf, mask, receives)
             for leaf, mask, receives in zip(flat.leaves, forward, through, strict=True)
         ]
     )

@@ -105,6 +105,23 @@ def test_dense_target_is_the_least_squares_solution() -> None:
     np.testing.assert_array_equal(targets["a/kernel"], params["a"]["kernel"])
 
 
+def pooled(params: Any, x: Any) -> Any:
+    """Attention by queries that are parameters: what comes before their projection is no data, but is pruned as well."""
+    query = jnp.tanh(jnp.tile(params["query"], (32, 1, 1)) @ params["a"]["kernel"]) @ params["b"]["kernel"]
+    return jax.nn.softmax(jnp.einsum("bqd,bd->bq", query, x @ params["c"]["kernel"]))
+
+
+@pytest.mark.slow
+def test_learned_queries_are_data_of_what_projects_them() -> None:
+    shapes = {"a": (4, 8), "b": (8, 6), "c": (6, 6)}
+    params = {"query": normal(1, 5, 4), **{name: {"kernel": normal(*shape)} for name, shape in shapes.items()}}
+    found, masks = sequential(pooled, params, BATCHES, HALF, target="current", prunable="*/kernel")
+    expected = anew_before_every_layer(pooled, params, HALF, ["a", "b", "c"])
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5)
+    assert [float(masks[name]["kernel"].mean()) for name in "abc"] == [0.5, 0.5, 0.5]
+
+
 @pytest.mark.slow
 def test_dense_target_makes_up_for_earlier_layers() -> None:
     params, fresh = weights(), normal(512, 6, salt=9)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 import jaxprune
 from jaxprune import rules
 from jaxprune.sites._find import find_sites
+from jaxprune.sites._pieces import Piece
 from jaxprune.sites._views import View, apply_steps, restore_steps, source_axes
 from tests.support.graph_zoo import CASES, built, normal, sites_of
 
@@ -39,6 +40,13 @@ TABLE = [
     ("fused_split", "qkv", "dot", (1, 4, 6), (), (0,), (1,), 0),
     ("unstacked", "w", "dot", (1, 8, 8), (), (1,), (2,), 1),
     ("concatenated", "d", "dot", (1, 2, 5), (), (0,), (1,), 0),
+    ("learned_query", "q", "dot", (1, 4, 5), (), (0,), (1,), 0),
+    ("scaled_by_einsum", "w", "dot", (1, 4, 3), (), (0,), (1,), 0),
+    ("scaled_by_einsum", "depth", "dot", (3, 2, 1), (1,), (0,), (), 0),
+    ("stacked_here", "b", "dot", (1, 4, 3), (), (0,), (1,), 0),
+    ("stacked_here", "c", "dot", (1, 4, 2), (), (0,), (1,), 0),
+    ("stacked_here", "h", "dot", (1, 3, 2), (), (0,), (1,), 0),
+    ("codebooks", "books", "gather", (2, 5, 3), (0,), (1,), (2,), 1),
 ]
 
 
@@ -164,6 +172,127 @@ def test_prunable_goes_by_role() -> None:
     sites = find_sites(fn, params, jnp.zeros(5, jnp.int32))
     assert [path for path, leaf in params.items() if sites.prunable(path, leaf)] == ["scale"]
     assert sites.elementwise == ("kernel",)
+
+
+# name, function of (parameters, x [2, 5, 4]), shapes of the parameters, which are pruned, which meet data elementwise
+ROLES: list[tuple[str, Any, dict[str, Any], str, str]] = [
+    ("a scale", lambda p, x: jnp.einsum("btd,d->btd", x, p["s"]) @ p["w"], {"s": (4,), "w": (4, 3)}, "w", "s"),
+    ("scales of heads", lambda p, x: jnp.einsum("bthd,hd->bthd", x.reshape(2, 5, 2, 2), p["s"]), {"s": (2, 2)}, "", "s"),
+    ("frequencies", lambda p, x: jnp.sin(jnp.einsum("bt,f->btf", x[..., 0], p["f"])), {"f": (6,)}, "", "f"),
+    ("an outer product", lambda p, x: jnp.exp(jnp.einsum("btd,dn->btdn", x, p["a"])), {"a": (4, 3)}, "", "a"),
+    ("a head of one output", lambda p, x: jnp.einsum("btd,d->bt", x, p["w"]), {"w": (4,)}, "w", ""),
+    (
+        "a depthwise convolution of one element",
+        lambda p, x: lax.conv_general_dilated(
+            x, p["s"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=4
+        ),
+        {"s": (1, 1, 4)},
+        "",
+        "s",
+    ),
+    (
+        "a class token and positions",
+        lambda p, x: (jnp.concatenate([jnp.tile(p["cls"], (2, 1, 1)), x], 1) + p["pos"][None]) @ p["w"],
+        {"cls": (1, 1, 4), "pos": (6, 4), "w": (4, 3)},
+        "w",
+        "cls pos",
+    ),
+    ("positions in order", lambda p, x: (x + p["pos"][None, jnp.arange(5)]) @ p["w"], {"pos": (9, 4), "w": (4, 3)}, "w", "pos"),
+    ("queries on zeros", lambda p, x: (jnp.zeros((2, 3, 4)) + p["q"]) @ p["w"], {"q": (1, 3, 4), "w": (4, 3)}, "w", "q"),
+    ("queries repeated", lambda p, x: jnp.repeat(p["q"], 2, 0) @ p["w"], {"q": (1, 3, 4), "w": (4, 3)}, "w", "q"),
+    (
+        "queries after a norm",
+        lambda p, x: jax.nn.standardize(jnp.broadcast_to(p["q"], (2, 3, 4))) @ p["w"],
+        {"q": (1, 3, 4), "w": (4, 3)},
+        "w",
+        "q",
+    ),
+    (
+        "a constant canvas",
+        lambda p, x: lax.conv_general_dilated(
+            jnp.tile(p["canvas"], (2, 1, 1)), p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
+        {"canvas": (1, 5, 4), "w": (3, 4, 2)},
+        "w",
+        "canvas",
+    ),
+    ("an entry that data chose", lambda p, x: p["q"][x.argmax()] @ p["w"], {"q": (40, 3, 4), "w": (4, 3)}, "w", "q"),
+    ("a norm's codebook", lambda p, x: p["book"][jnp.argmax(x @ p["book"].T, -1)], {"book": (7, 4)}, "", ""),
+    ("one-hot rows", lambda p, x: jax.nn.one_hot(jnp.argmax(x, -1), 4) @ p["book"], {"book": (4, 3)}, "", ""),
+    ("padded", lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 2))), {"w": (4, 3)}, "w", ""),
+    ("stacked and indexed", lambda p, x: x @ jnp.stack([p["v"], p["w"]])[1], {"v": (4, 3), "w": (4, 3)}, "w", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "pruned", "elementwise"), [pytest.param(*rest, id=name) for name, *rest in ROLES]
+)
+def test_roles(fn: Any, shapes: dict[str, Any], pruned: str, elementwise: str) -> None:
+    params = {path: normal(*shape) for path, shape in shapes.items()}
+    sites = find_sites(fn, params, normal(2, 5, 4))
+    assert [path for path, leaf in params.items() if sites.prunable(path, leaf)] == pruned.split()
+    assert list(sites.elementwise) == elementwise.split()
+    assert not sites.unresolved
+
+
+@st.composite
+def joins(draw: Any) -> tuple[list[int], str, int, list[Any]]:
+    sizes = draw(st.lists(st.integers(1, 4), min_size=2, max_size=3))
+    kind = draw(st.sampled_from(["concatenate", "stack"]))
+    kinds = st.lists(st.sampled_from(["transpose", "reshape", "slice", "reverse"]), max_size=5)
+    return sizes, kind, draw(st.integers(0, 1)), [(kind, draw(st.randoms())) for kind in draw(kinds)]
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(joins())
+def test_parts_of_what_is_joined_are_followed(drawn: tuple[list[int], str, int, list[Any]]) -> None:
+    """Whatever is done to the whole, each piece says which of its entries are its own, and where they stand."""
+    sizes, kind, axis, changes = drawn
+    sizes = [4] * len(sizes) if kind == "stack" else sizes
+    shapes = [(6, size) if axis else (size, 6) for size in sizes]
+    leaves = [1000 * (i + 1) + np.arange(np.prod(shape)).reshape(shape) for i, shape in enumerate(shapes)]
+    pieces: list[Any] = []
+    start = 0
+    for i, shape in enumerate(shapes):
+        piece = Piece(View(i, shape))
+        if kind == "stack":
+            piece = piece.reshape(shape, (*shape[:axis], 1, *shape[axis:]))
+        pieces.append(piece.within(axis, i if kind == "stack" else start))
+        start += shape[axis]
+    value = (np.stack if kind == "stack" else np.concatenate)(leaves, axis)
+    for name, random in changes:
+        shape = value.shape
+        if name == "transpose":
+            order = random.sample(range(len(shape)), len(shape))
+            value, pieces = value.transpose(order), [piece.transpose(order) for piece in pieces]
+        elif name == "reverse":
+            axes = random.sample(range(len(shape)), random.randint(1, len(shape)))
+            value, pieces = np.flip(value, axes), [piece.reverse(axes, shape) for piece in pieces]
+        elif name == "slice":
+            low = tuple(random.randrange(n) for n in shape)
+            high = tuple(random.randint(a + 1, n) for a, n in zip(low, shape, strict=True))
+            step = tuple(random.randint(1, 2) for _ in shape)
+            value = value[tuple(map(slice, low, high, step))]
+            pieces = [piece.slice(low, high, step, value.shape) for piece in pieces]
+            pieces = [piece for piece in pieces if piece is not None]
+            assert {piece.view.leaf + 1 for piece in pieces} == set(value.ravel() // 1000)
+        else:
+            left, new = value.size, []
+            while left > 1:
+                new.append(random.choice([d for d in range(1, left + 1) if left % d == 0]))
+                left //= new[-1]
+            value, old = value.reshape(new), shape
+            pieces = [piece.reshape(old, tuple(new)) for piece in pieces]
+            if any(piece is None for piece in pieces):
+                return  # it is no part along one axis any more
+        for piece in pieces:
+            own = np.asarray(apply_steps(piece.view.steps, jnp.asarray(leaves[piece.view.leaf])))
+            assert own.shape == piece.view.shape
+            place: list[Any] = [slice(None)] * value.ndim
+            if piece.axis is not None:
+                place[piece.axis] = slice(piece.start, piece.start + own.shape[piece.axis])
+            np.testing.assert_array_equal(value[tuple(place)], own)
 
 
 def test_axes_are_those_of_the_function() -> None:

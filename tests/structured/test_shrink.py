@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune
+from jaxprune import algebra
 from jaxprune.structured import Graph, Plan, channel_masks, masked, rebuild, select_channels, shrink, trace, verify
 from tests.support.structured_cases import CASES
 from tests.support.structured_zoo import Case, normal
@@ -139,6 +141,115 @@ def test_shapes_shrink_like_arrays():
     assert small == jax.eval_shape(lambda: shrink(plan, case.params))
 
 
+class _Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=True)(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.relu(x))
+
+
+@functools.cache
+def of_variables() -> tuple[Any, Graph, Plan]:
+    """A plan for Linen's variables, whose optimizer knows the parameters alone."""
+    variables = _Normed().init(jax.random.key(0), normal(4, 5))
+    graph = trace(_Normed().apply, variables, normal(4, 5))
+    return variables, graph, select_channels(graph, variables, 0.5)
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
+
+
+STATES: dict[str, Any] = {
+    "adamw": optax.adamw(1e-2),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, 0.9), optax.ema(0.9)),
+    "partition": optax.partition(
+        {"a": optax.adam(1e-2), "b": optax.sgd(0.1, 0.9)}, {"Dense_0": "a", "BatchNorm_0": "b", "Dense_1": "b"}
+    ),
+    "masked": optax.masked(optax.adam(1e-2), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_of_one_collection_is_cut_by_a_plan_for_all(name: str):
+    variables, _, plan = of_variables()
+    tx = STATES[name]
+    small = shrink(plan, variables)
+    assert shapes_of(shrink(plan, tx.init(variables["params"]))) == shapes_of(tx.init(small["params"]))
+    assert small["params"]["Dense_0"]["kernel"].shape == (5, 4)
+
+
+def test_collections_alone_are_cut_as_in_the_whole():
+    variables, _, plan = of_variables()
+    small = shrink(plan, variables)
+    for name in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, shrink(plan, variables[name]), small[name])
+        masks = channel_masks(plan, variables[name])
+        jax.tree.map(np.testing.assert_array_equal, masks, channel_masks(plan, variables)[name])
+    # And the reverse: a plan for parameters alone.
+    stats = variables["batch_stats"]
+    inner = trace(
+        lambda p, x: _Normed().apply({"params": p, "batch_stats": stats}, x), variables["params"], normal(4, 5)
+    )
+    alone = select_channels(inner, variables["params"], 0.5)
+    assert set(alone.shapes) == {f"{name}/{leaf}" for name, known in variables["params"].items() for leaf in known}
+    found, masks = shrink(alone, variables), channel_masks(alone, variables)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], shrink(alone, variables["params"]))
+    jax.tree.map(np.testing.assert_array_equal, found["batch_stats"], stats)
+    jax.tree.map(np.testing.assert_array_equal, masks["params"], channel_masks(alone, variables["params"]))
+    assert all(mask.all() for mask in jax.tree.leaves(masks["batch_stats"]))
+
+
+def test_masks_of_variables_keep_what_an_optimizer_of_parameters_prunes():
+    variables, _, plan = of_variables()
+    masks = channel_masks(plan, variables)
+    tx = optax.chain(optax.sgd(0.1), jaxprune.keep_pruned(masks))
+    params = jaxprune.apply_masks(variables["params"], masks)
+    state = tx.init(params)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    params = optax.apply_updates(params, updates)
+    held = jaxprune.masks_in(state)
+    jax.tree.map(np.testing.assert_array_equal, held, masks["params"])
+    algebra.require_pruned(params, held)
+    # What the state holds is for the parameters; the other collections stay whole.
+    found = jaxprune.apply_masks(variables, held)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], jaxprune.apply_masks(variables["params"], held))
+    jax.tree.map(np.testing.assert_array_equal, found["batch_stats"], variables["batch_stats"])
+    assert shapes_of(shrink(plan, state)) == shapes_of(tx.init(variables["params"])[:1]) + (
+        jaxprune.transforms.KeepPrunedState(shapes_of(shrink(plan, variables["params"]))),
+    )
+
+
+def test_what_may_be_of_two_collections_is_refused():
+    kept = {1: (0, 1)}
+    towers = {name: {"w": normal(3, 8), "b": normal(8)} for name in ("left", "right")}
+    plan = Plan({"left/w": kept}, {"left/w": (3, 8), "left/b": (8,), "right/w": (3, 8), "right/b": (8,)})
+    state = optax.sgd(0.1, 0.9).init(towers["left"])
+    with pytest.raises(ValueError, match=r"The tree at '0/trace/b' may be of left or right: .* as \{'left': tree\}"):
+        shrink(plan, state)
+    assert shrink(plan, {"left": towers["left"]})["left"]["w"].shape == (3, 2)
+    with pytest.raises(ValueError, match=r"in each of \['left', 'right'\]; pass the one that is meant"):
+        channel_masks(plan, towers["left"])
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), towers)
+    with pytest.raises(ValueError, match=r"masks has the paths 'b'... in each of"):
+        jaxprune.apply_masks(towers["left"], masks)
+    with pytest.raises(ValueError, match=r"params has the paths 'b'... in each of"):
+        jaxprune.apply_masks(towers, masks["left"])
+    # Shapes tell them apart.
+    apart = Plan({"left/w": kept}, {"left/w": (3, 8), "left/b": (8,), "right/w": (8, 3), "right/b": (3,)})
+    assert shrink(apart, state)[0].trace["w"].shape == (3, 2)
+    # What stands beside parameters of the plan is another layer, were it the same but for its name.
+    layers = {"a": towers, "b": {**towers, "middle": towers["left"]}}
+    found = shrink(Plan({"left/w": kept}, {"left/w": (3, 8), "left/b": (8,)}), layers)
+    assert shapes_of(found["a"]["right"]) == shapes_of(towers["right"])
+    assert shapes_of(found["b"]["middle"]) == shapes_of(towers["left"])
+    assert found["b"]["left"]["w"].shape == (3, 2)
+    # Part of a collection is none: another model's arrays of the same names stay.
+    whole = Plan({"left/w": kept}, {"left/w": (3, 8), "left/b": (8,)})
+    other = {"left": towers["left"], "other": {"w": normal(4, 4)}}
+    assert shrink(whole, other)["other"]["w"].shape == (4, 4)
+
+
 @pytest.mark.slow
 def test_a_plan_moves_from_evaluation_to_training():
     case, graph, plan = traced("resnet_eval")
@@ -218,7 +329,7 @@ def edited(plan: Plan, path: str, kept: dict[int, tuple[int, ...]], shape: Any =
         ("other", {0: (0,)}, (4,), r"The plan has other of shape \(4,\), which the function does not have"),
         ("a", {1: (0, 1)}, (3, 9), r"plan has a of shape \(3, 9\); in the function it has shape \(3, 8\)"),
         ("b", {0: (0, 1)}, (8,), r"contradicts another axis"),
-        ("a", {0: (0,), 1: (0, 1)}, (3, 8), r"must stay: an input|contradicts"),
+        ("a", {0: (0,), 1: (0, 1)}, (3, 8), r"cuts axis 0 of a, which must stay: an input|contradicts"),
         ("b", {}, (8,), r"does not cut axis 0 of b as it cuts what is coupled"),
     ],
 )

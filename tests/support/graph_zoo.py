@@ -57,6 +57,10 @@ CASES: dict[str, Callable[[], Case]] = {
         bare.modified,
         bare.custom_derivatives,
         bare.weight_layouts,
+        bare.learned_query,
+        bare.scaled_by_einsum,
+        bare.stacked_here,
+        bare.codebooks,
     )
 }
 

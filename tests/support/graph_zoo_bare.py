@@ -205,3 +205,83 @@ def weight_layouts() -> Case:
     w = f64(params["w"]).transpose(1, 0, 2).reshape(3, 8)[:, ::2][:, ::-1]
     y = f64(x) @ w
     return Case(fn, params, (x,), {"w": [rows(x)], "t": [rows(np.concatenate([y, y], 1))]})
+
+
+def learned_query() -> Case:
+    """Attention of queries that are parameters, repeated for every sample: what they are projected by multiplies them."""
+    params = {"query": normal(1, 3, 4), "scale": normal(4), "q": normal(4, 5), "k": normal(6, 5, salt=1)}
+    x = normal(2, 7, 6)
+
+    def fn(params: Any, x: Any) -> Any:
+        query = jnp.tile(params["query"], (2, 1, 1)) * params["scale"][None, None]
+        return jnp.einsum("bqd,btd->bqt", query @ params["q"], x @ params["k"])
+
+    query = np.tile(f64(params["query"]) * f64(params["scale"]), (2, 1, 1))
+    return Case(fn, params, (x,), {"q": [rows(query)], "k": [rows(x)]})
+
+
+def scaled_by_einsum() -> Case:
+    """An einsum that sums nothing is a scale, of data or of weights; of depthwise ones it sums the window."""
+    params = {"scale": normal(4), "gain": normal(3), "w": normal(4, 3), "depth": normal(2, 3), "out": normal(3, 5)}
+    x = normal(6, 4)
+
+    def fn(params: Any, x: Any) -> Any:
+        y = jnp.einsum("td,d->td", x, params["scale"]) @ jnp.einsum("io,o->io", params["w"], params["gain"])
+        y = jnp.einsum("tkd,kd->td", jnp.stack([y, jnp.tanh(y)], 1), params["depth"])
+        return jnp.einsum("to,o->to", y, jnp.ones(3)) @ params["out"]
+
+    scaled = f64(x) * f64(params["scale"])
+    y = scaled @ (f64(params["w"]) * f64(params["gain"]))
+    taps = np.stack([y, np.tanh(y)], 1)
+    out = np.einsum("tkd,kd->td", taps, f64(params["depth"]))
+    return Case(fn, params, (x,), {"w": [rows(scaled)], "depth": [taps.transpose(2, 0, 1)], "out": [rows(out)]})
+
+
+def stacked_here() -> Case:
+    """Parameters that the function joins, and takes apart again."""
+    shapes = {"a": (4, 3), "b": (4, 3), "c": (4, 2), "d": (4, 4), "e": (2, 3), "f": (3, 3), "g": (3, 2), "h": (3, 2)}
+    params = {name: normal(*shape, salt=salt) for salt, (name, shape) in enumerate(shapes.items())}
+    x = normal(6, 4)
+
+    def fn(params: Any, x: Any) -> Any:
+        p = params
+        both = jnp.einsum("td,sde->ste", x, jnp.stack([p["a"], p["b"]]))
+        fused = jnp.concatenate([p["c"], p["d"]], 1)  # 2 and 4 outputs
+        left, right = jnp.split(jnp.flip(fused, 1), [4], axis=1)
+        y = (x @ left.reshape(4, 2, 2)[:, ::-1].reshape(4, 4)).sum(1) + (x @ right).sum(1)
+        z = jnp.concatenate([both[0][:, :2], both[1]], 1) @ jnp.concatenate([p["e"], p["f"]])  # 2 and 3 inputs
+        pair = jnp.stack([p["g"], p["h"]], axis=1)  # [3, 2, 2]
+        w = jnp.einsum("nti,nio->nto", jnp.stack([z, 2 * z]), pair.transpose(1, 0, 2))
+        return w + y[None, :, None]
+
+    a, b = f64(x) @ f64(params["a"]), f64(x) @ f64(params["b"])
+    z = a[:, :2] @ f64(params["e"]) + b @ f64(params["f"])
+    met = {
+        **{name: [rows(x)] for name in "abcd"},
+        "e": [rows(a[:, :2])],
+        "f": [rows(b)],
+        "g": [rows(z)],
+        "h": [rows(2 * z)],
+    }
+    return Case(fn, params, (x,), met)
+
+
+def codebooks() -> Case:
+    """Vector quantisation by one codebook for each half: distances, rows that data chooses, then by one-hot vectors."""
+    params = {"books": normal(2, 5, 3), "out": normal(6, 4), "book": normal(7, 4)}
+    x = normal(8, 6)
+
+    def fn(params: Any, x: Any) -> Any:
+        halves = x.reshape(8, 2, 3)
+        distance = jnp.square(halves[:, :, None] - params["books"][None]).sum(-1)
+        chosen = jax.vmap(lambda book, code: book[code], (0, 1), 1)(params["books"], distance.argmin(-1))
+        y = chosen.reshape(8, 6) @ params["out"]
+        return jax.nn.one_hot(jnp.argmax(y @ params["book"].T, 1), 7) @ params["book"]
+
+    halves, books = f64(x).reshape(8, 2, 3), f64(params["books"])
+    codes = np.square(halves[:, :, None] - books).sum(-1).argmin(-1)
+    chosen = np.stack([books[half, codes[:, half]] for half in range(2)], 1).reshape(8, 6)
+    y = chosen @ f64(params["out"])
+    one_hot = np.eye(7)[(y @ f64(params["book"]).T).argmax(1)]
+    met = {"books": [np.eye(5)[codes.T]], "out": [rows(chosen)], "book": [rows(y), rows(one_hot)]}
+    return Case(fn, params, (x,), met)

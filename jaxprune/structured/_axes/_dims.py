@@ -14,6 +14,8 @@ from typing import Any, Union
 
 import numpy as np
 
+from jaxprune.structured._axes._reasons import SINGLE, unaligned
+
 Dim = Union["Var", "Prod", "Cat"]
 
 _numbers = itertools.count()
@@ -102,7 +104,7 @@ def concatenation(parts: Sequence[Dim]) -> Dim:
 
 def _piece(size: int, reason: str | None = None, depth: bool = False) -> Var:
     """Return a part of an axis; where it is one element, cutting it would leave nothing."""
-    return Var(size, reason or ("a single element" if size == 1 else None), depth)
+    return Var(size, reason or (SINGLE if size == 1 else None), depth)
 
 
 def resolve(dim: Dim) -> Dim:
@@ -189,7 +191,7 @@ def _bind(var: Var, to: Dim) -> None:
 
 
 def _freeze_both(a: Dim, b: Dim, reason: str) -> None:
-    why = f"{reason}: {describe(a)} and {describe(b)} do not align"
+    why = reason + unaligned(describe(a), describe(b))
     freeze(a, why)
     freeze(b, why)
 

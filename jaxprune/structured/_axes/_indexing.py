@@ -7,29 +7,29 @@ from jaxprune._jaxpr._primitives import SCATTERS
 from jaxprune._jaxpr._records import Gather, Scatter
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, unify
 from jaxprune.structured._axes._program import Node, Rule, together
-
-CHOSEN = "elements are chosen by an index"
+from jaxprune.structured._axes._reasons import CHOSEN, Reason
 
 
 def _gather(node: Node) -> list[list[Dim]]:
     operand, indices = node.ins
     gather = Gather.of(node.equation)
     batch, _ = gather.batch
-    freeze(indices.dims[-1], CHOSEN)
+    chosen = node.because(CHOSEN)
+    freeze(indices.dims[-1], chosen)
     for axis, other in zip(*gather.batch, strict=True):
-        unify(operand.dims[axis], indices.dims[other], "gather")
+        unify(operand.dims[axis], indices.dims[other], node.because("gather"))
     windows: list[Dim] = []
     taken: list[Dim | None] = []  # for each axis of the operand: what a window of it is, where that may be cut
     for axis, (dim, width) in enumerate(zip(operand.dims, gather.window, strict=True)):
         whole = width == operand.shape[axis] and axis not in batch
         if axis in (*gather.collapsed, *batch):
             if axis in gather.collapsed:
-                freeze(dim, CHOSEN)
+                freeze(dim, chosen)
             taken.append(None)
             continue
         if not whole:
-            freeze(dim, CHOSEN)
-        windows.append(dim if whole else fresh(width, CHOSEN))
+            freeze(dim, chosen)
+        windows.append(dim if whole else fresh(width, chosen))
         taken.append(dim if whole else None)
     node.notes.windows = taken
     node.notes.units = [([dim for dim in taken if dim is not None], [])]  # a table computes its rows
@@ -42,30 +42,32 @@ def _gather(node: Node) -> list[list[Dim]]:
 def _scatter(node: Node) -> list[list[Dim]]:
     operand, indices, updates = node.ins
     scatter = Scatter.of(node.equation)
-    freeze(indices.dims[-1], CHOSEN)
+    chosen, reason = node.because(CHOSEN), node.because("scatter")
+    freeze(indices.dims[-1], chosen)
     for axis, other in zip(*scatter.batch, strict=True):
-        unify(operand.dims[axis], indices.dims[other], "scatter")
+        unify(operand.dims[axis], indices.dims[other], reason)
     for axis in scatter.inserted:
-        freeze(operand.dims[axis], CHOSEN)
+        freeze(operand.dims[axis], chosen)
     hidden = (*scatter.inserted, *scatter.batch[0])
     shown = [axis for axis in range(len(operand.shape)) if axis not in hidden]
     for axis, window in zip(shown, scatter.window, strict=True):
-        _whole_or_frozen(operand, axis, updates, window)
+        _whole_or_frozen(operand, axis, updates, window, chosen)
     others = [axis for axis in range(len(updates.shape)) if axis not in scatter.window]
     for axis, dim in zip(others, indices.dims[:-1], strict=True):
-        together("scatter", [updates.dims[axis], dim])
+        together(reason, [updates.dims[axis], dim])
     return [list(operand.dims)]
 
 
 def _dynamic_slice(node: Node) -> list[list[Dim]]:
     operand = node.ins[0]
+    chosen = node.because(CHOSEN)
     out: list[Dim] = []
     taken: list[Dim | None] = []
     for axis, width in enumerate(_records.window_sizes(node.equation)):
         whole = width == operand.shape[axis]
         if not whole:
-            freeze(operand.dims[axis], CHOSEN)
-        out.append(operand.dims[axis] if whole else fresh(width, CHOSEN))
+            freeze(operand.dims[axis], chosen)
+        out.append(operand.dims[axis] if whole else fresh(width, chosen))
         taken.append(operand.dims[axis] if whole else None)
     node.notes.windows = taken
     return [out]
@@ -74,17 +76,17 @@ def _dynamic_slice(node: Node) -> list[list[Dim]]:
 def _dynamic_update_slice(node: Node) -> list[list[Dim]]:
     operand, update = node.ins[:2]
     for axis in range(len(operand.shape)):
-        _whole_or_frozen(operand, axis, update, axis)
+        _whole_or_frozen(operand, axis, update, axis, node.because(CHOSEN))
     return [list(operand.dims)]
 
 
-def _whole_or_frozen(operand: Any, axis: int, update: Any, other: int) -> None:
+def _whole_or_frozen(operand: Any, axis: int, update: Any, other: int, chosen: Reason) -> None:
     """Where a window is the whole axis the two are one; else both stay."""
     if operand.shape[axis] == update.shape[other]:
-        unify(operand.dims[axis], update.dims[other], "a window")
+        unify(operand.dims[axis], update.dims[other], chosen)
     else:
-        freeze(operand.dims[axis], CHOSEN)
-        freeze(update.dims[other], CHOSEN)
+        freeze(operand.dims[axis], chosen)
+        freeze(update.dims[other], chosen)
 
 
 RULES: dict[str, Rule] = {

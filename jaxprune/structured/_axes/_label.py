@@ -18,6 +18,7 @@ from jaxprune._jaxpr._primitives import COPIES, CUSTOM, LAYOUT, REMAT
 from jaxprune.structured._axes import _elementwise, _indexing, _layout, _reductions
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, size, step_along, unify
 from jaxprune.structured._axes._program import Node, Program, Rule, Value, free, opaque
+from jaxprune.structured._axes._reasons import COMPARED, SCANNED
 
 RULES: dict[str, Rule] = {
     **_elementwise.RULES,
@@ -27,7 +28,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def label(body: Body, ins: Sequence[Value], *, differentiated: bool = False) -> Program:
+def label(body: Body, ins: Sequence[Value], *, differentiated: bool = False, caller: Equation | None = None) -> Program:
     """Give every axis in a jaxpr its term.
 
     Args:
@@ -35,21 +36,25 @@ def label(body: Body, ins: Sequence[Value], *, differentiated: bool = False) -> 
         ins: its arguments, with terms, which are refined.
         differentiated: whether it is a derivative already: functions with a derivative of their own are opened there,
             so that derivatives of the first order alone follow them.
+        caller: the equation that it stands in.
 
     Returns:
         Its program.
     """
     nodes: list[Node] = []
-    outs = _run(body, ins, nodes, differentiated)
+    outs = _run(body, ins, nodes, differentiated, caller)
     return Program(list(ins), nodes, outs)
 
 
-def _run(body: Body, ins: Sequence[Value], nodes: list[Node], differentiated: bool) -> list[Value]:
+def _run(
+    body: Body, ins: Sequence[Value], nodes: list[Node], differentiated: bool, caller: Equation | None
+) -> list[Value]:
     def step(number: int, equation: Equation, operands: list[Value]) -> list[Value]:
         del number
+        equation = equation.called_by(caller)
         inner = _equations.call(equation)
         if inner is not None and equation.name not in REMAT and (differentiated or equation.name not in CUSTOM):
-            return _run(inner, operands, nodes, differentiated)
+            return _run(inner, operands, nodes, differentiated, equation)
         node = Node(equation, operands)
         _label_node(node, inner, differentiated)
         nodes.append(node)
@@ -64,7 +69,7 @@ def _constant(value: Any) -> Value:
 
 def _label_node(node: Node, inner: Body | None, differentiated: bool) -> None:
     if inner is not None:
-        node.bodies = [label(inner, node.ins, differentiated=differentiated)]
+        node.bodies = [label(inner, node.ins, differentiated=differentiated, caller=node.equation)]
         dims: Sequence[Sequence[Dim]] = [value.dims for value in node.bodies[0].outs]
     elif (scan := _equations.scan(node.equation)) is not None:
         dims = _scan(node, scan, differentiated)
@@ -97,18 +102,20 @@ def _scan(node: Node, scan: _equations.Scan, differentiated: bool) -> list[list[
     consts, init, stacked = node.ins[:first], node.ins[first:last], node.ins[last:]
     steps = stacked[0].dims[0] if stacked else fresh(scan.length)
     for value in stacked[1:]:
-        unify(steps, value.dims[0], "a scan")
+        unify(steps, value.dims[0], node.because("a scan"))
     node.notes.steps = steps
     # Where a step is left out, what is carried passes by it: steps that take parameters are layers.
     if scan.carry and any(value.sources for value in stacked):
         step_along(steps)
     else:
-        freeze(steps, "a scan runs along it")
+        freeze(steps, node.because(SCANNED))
     slices = [Value(value.shape[1:], value.dtype, value.dims[1:], sources=value.sources) for value in stacked]
     moving = _plain(init)
-    node.bodies = [label(scan.body, [*_plain(consts), *moving, *slices], differentiated=differentiated)]
+    node.bodies = [
+        label(scan.body, [*_plain(consts), *moving, *slices], differentiated=differentiated, caller=node.equation)
+    ]
     outs = node.bodies[0].outs
-    _same(outs[: scan.carry], init, "what a scan carries")
+    _same(outs[: scan.carry], init, node.because("what a scan carries"))
     return [*(list(v.dims) for v in init), *([steps, *v.dims] for v in outs[scan.carry :])]
 
 
@@ -117,18 +124,18 @@ def _while(node: Node, loop: _equations.While, differentiated: bool) -> list[lis
     init = node.ins[last:]
     moving = _plain(init)
     node.bodies = [
-        label(loop.cond, [*_plain(node.ins[:first]), *moving], differentiated=differentiated),
-        label(loop.body, [*_plain(node.ins[first:last]), *moving], differentiated=differentiated),
+        label(loop.cond, [*_plain(node.ins[:first]), *moving], differentiated=differentiated, caller=node.equation),
+        label(loop.body, [*_plain(node.ins[first:last]), *moving], differentiated=differentiated, caller=node.equation),
     ]
-    _same(node.bodies[1].outs, init, "what a loop carries")
+    _same(node.bodies[1].outs, init, node.because("what a loop carries"))
     return [list(value.dims) for value in init]
 
 
 def _cond(node: Node, branches: Sequence[Body], differentiated: bool) -> list[list[Dim]]:
     operands = _plain(node.ins[1:])
-    node.bodies = [label(branch, operands, differentiated=differentiated) for branch in branches]
+    node.bodies = [label(branch, operands, differentiated=differentiated, caller=node.equation) for branch in branches]
     for body in node.bodies[1:]:
-        _same(node.bodies[0].outs, body.outs, "the branches of a conditional")
+        _same(node.bodies[0].outs, body.outs, node.because("the branches of a conditional"))
     return [list(value.dims) for value in node.bodies[0].outs]
 
 
@@ -185,8 +192,8 @@ def _pushforward(node: Node, inner: Body) -> Program:
         return jax.jvp(fn, tuple(floats), tuple(tangents))[1]
 
     body, _ = _equations.trace(jvp, _shapes(node.ins), _shapes(moving))
-    program = label(body, _plain([*node.ins, *moving]), differentiated=True)
-    _same(program.outs, [node.outs[i] for i in wanted], "a derivative")
+    program = label(body, _plain([*node.ins, *moving]), differentiated=True, caller=node.equation)
+    _same(program.outs, [node.outs[i] for i in wanted], node.because("a derivative"))
     return program
 
 
@@ -201,8 +208,8 @@ def _pullback(node: Node, inner: Body) -> Program:
         return jax.vjp(fn, *floats)[1](list(cotangents))
 
     body, _ = _equations.trace(vjp, _shapes(node.ins), _shapes(results))
-    program = label(body, _plain([*node.ins, *results]), differentiated=True)
-    _same(program.outs, moving, "a derivative")
+    program = label(body, _plain([*node.ins, *results]), differentiated=True, caller=node.equation)
+    _same(program.outs, moving, node.because("a derivative"))
     return program
 
 
@@ -211,7 +218,7 @@ def _pullback(node: Node, inner: Body) -> Program:
 
 def _note(node: Node) -> None:
     """Remember what was summed over, divisions of a sum by how many were summed (a mean), and parameters' layouts."""
-    if node.name == "reduce_sum":
+    if node.name in ("reduce_sum", "psum"):
         node.outs[0].summed = tuple(node.ins[0].dims[axis] for axis in _records.axes(node.equation))
     elif node.name in LAYOUT or node.name == "dynamic_slice":
         origins = node.ins if node.name in COPIES else node.ins[:1] * len(node.outs)
@@ -223,16 +230,17 @@ def _note(node: Node) -> None:
         (along,) = _records.axes(node.equation)
         node.outs[0].numbering = node.outs[0].dims[along]
     elif node.name == "eq":
-        _note_chosen(*node.ins)
+        _note_chosen(node)
     elif node.name == "div" and node.ins[0].summed is not None:
         count = node.ins[1].const
         if count is not None and np.ndim(count) == 0 and float(count) == math.prod(map(size, node.ins[0].summed)):
             node.notes.count = node.ins[0].summed
 
 
-def _note_chosen(left: Value, right: Value) -> None:
+def _note_chosen(node: Node) -> None:
     """Where numbers of elements are compared with something else, that chooses elements (one_hot): they stay."""
+    left, right = node.ins
     if (left.numbering is None) != (right.numbering is None):
         chosen = left.numbering if right.numbering is None else right.numbering
         assert chosen is not None
-        freeze(chosen, "elements are chosen by their number")
+        freeze(chosen, node.because(COMPARED))

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from jaxprune._jaxpr import _records
 from jaxprune._jaxpr._records import StaticSlice, axes
+from jaxprune.structured._axes import _reasons
 from jaxprune.structured._axes._dims import Dim, concatenation, freeze, fresh, product, size, unify
 from jaxprune.structured._axes._program import Node, Rule, free, together
+from jaxprune.structured._axes._reasons import Reason
 
 
 def _transpose(node: Node) -> list[list[Dim]]:
@@ -26,7 +28,7 @@ def _broadcast_in_dim(node: Node) -> list[list[Dim]]:
     return [dims]
 
 
-def reshaped(dims: Sequence[Dim], shape: Sequence[int], reason: str) -> list[Dim]:
+def reshaped(dims: Sequence[Dim], shape: Sequence[int], reason: Reason) -> list[Dim]:
     """Return the terms of an array's axes in another shape of as many elements, row-major.
 
     Axes fall into the smallest blocks that have as many elements before and after; within a block, the product of the
@@ -37,8 +39,8 @@ def reshaped(dims: Sequence[Dim], shape: Sequence[int], reason: str) -> list[Dim
     after = [dim for dim in new if size(dim) != 1]
     if any(size(dim) == 0 for dim in (*before, *after)):
         for dim in before:
-            freeze(dim, "an empty array")
-        return free(shape, "an empty array")
+            freeze(dim, reason + f": {_reasons.EMPTY}")
+        return free(shape, reason + f": {_reasons.EMPTY}")
     while before and after:
         left, right = [before.pop(0)], [after.pop(0)]
         while (a := size(product(left))) != (b := size(product(right))):
@@ -51,7 +53,7 @@ def reshaped(dims: Sequence[Dim], shape: Sequence[int], reason: str) -> list[Dim
 
 
 def _reshape(node: Node) -> list[list[Dim]]:
-    return [reshaped(node.ins[0].dims, node.shapes[0], "reshape")]
+    return [reshaped(node.ins[0].dims, node.shapes[0], node.because("reshape"))]
 
 
 def _concatenate(node: Node) -> list[list[Dim]]:
@@ -60,7 +62,7 @@ def _concatenate(node: Node) -> list[list[Dim]]:
         [
             concatenation([value.dims[axis] for value in node.ins])
             if axis == along
-            else together("concatenate", [value.dims[axis] for value in node.ins])
+            else together(node.because("concatenate"), [value.dims[axis] for value in node.ins])
             for axis in ranks
         ]
     ]
@@ -69,32 +71,32 @@ def _concatenate(node: Node) -> list[list[Dim]]:
 def _split(node: Node) -> list[list[Dim]]:
     (value,), (along,) = node.ins, axes(node.equation)
     parts = free(_records.split_sizes(node.equation))
-    unify(value.dims[along], concatenation(parts), "split")
+    unify(value.dims[along], concatenation(parts), node.because("split"))
     return [[part if axis == along else dim for axis, dim in enumerate(value.dims)] for part in parts]
 
 
 def _stack(node: Node) -> list[list[Dim]]:
     (along,) = axes(node.equation)
-    dims = [together("stack", pair) for pair in zip(*(value.dims for value in node.ins), strict=True)]
-    dims.insert(along, fresh(len(node.ins), "a stack has one entry for each array"))
+    dims = [together(node.because("stack"), pair) for pair in zip(*(value.dims for value in node.ins), strict=True)]
+    dims.insert(along, fresh(len(node.ins), node.because(_reasons.STACKED)))
     return [dims]
 
 
 def _unstack(node: Node) -> list[list[Dim]]:
     (along,), dims = axes(node.equation), list(node.ins[0].dims)
-    freeze(dims.pop(along), "entries are taken one by one")
+    freeze(dims.pop(along), node.because(_reasons.UNSTACKED))
     return [list(dims) for _ in node.shapes]
 
 
 def _slice(node: Node) -> list[list[Dim]]:
     (value,) = node.ins
     along = zip(value.dims, *StaticSlice.of(node.equation), node.shapes[0], strict=True)
-    pieces = [_piece(*axis) for axis in along]
+    pieces = [_piece(node, *axis) for axis in along]
     node.notes.before = [before for before, _ in pieces]
     return [[piece for _, piece in pieces]]
 
 
-def _piece(dim: Dim, start: int, limit: int, stride: int, length: int) -> tuple[Dim | None, Dim]:
+def _piece(node: Node, dim: Dim, start: int, limit: int, stride: int, length: int) -> tuple[Dim | None, Dim]:
     """Return the elements before a slice of an axis, where they are known as an axis, and the slice."""
     whole = size(dim)
     if length == whole:
@@ -102,14 +104,15 @@ def _piece(dim: Dim, start: int, limit: int, stride: int, length: int) -> tuple[
     if stride == 1 and length:
         before, piece, after = (fresh(n) if n else None for n in (start, length, whole - limit))
         assert piece is not None
-        unify(dim, concatenation([part for part in (before, piece, after) if part is not None]), "slice")
+        unify(dim, concatenation([part for part in (before, piece, after) if part is not None]), node.because("slice"))
         return before, piece
     if stride > 1 and whole % stride == 0 and length == whole // stride and start < stride:
         outer = fresh(length)
-        unify(dim, product([outer, fresh(stride, "a slice takes one of so many elements")]), "a strided slice")
+        unify(dim, product([outer, fresh(stride, node.because(_reasons.ONE_IN))]), node.because("a strided slice"))
         return None, outer
-    freeze(dim, "a strided slice" if stride > 1 else "an empty slice")
-    return None, fresh(length, "a slice")
+    reason = node.because(_reasons.STRIDED if stride > 1 else _reasons.EMPTY_SLICE)
+    freeze(dim, reason)
+    return None, fresh(length, reason)
 
 
 def _pad(node: Node) -> list[list[Dim]]:
@@ -121,9 +124,9 @@ def _pad(node: Node) -> list[list[Dim]]:
     for dim, (low, high, interior), length in zip(value.dims, added, node.shapes[0], strict=True):
         before, after = (fresh(n) if n > 0 else None for n in (low, high))
         if low < 0 or high < 0 or interior > 0 or size(dim) == 0:
-            freeze(dim, "padding between elements, or less than none")
+            freeze(dim, node.because(_reasons.PADDED))
             before = after = None
-            new.append(fresh(length, "padding between elements, or less than none"))
+            new.append(fresh(length, node.because(_reasons.PADDED)))
         else:
             new.append(concatenation([part for part in (before, dim, after) if part is not None]))
         edges.append((before, after))
@@ -139,7 +142,7 @@ def _tile(node: Node) -> list[list[Dim]]:
 
 def _rev(node: Node) -> list[list[Dim]]:
     for axis in axes(node.equation):
-        freeze(node.ins[0].dims[axis], "reversed")
+        freeze(node.ins[0].dims[axis], node.because(_reasons.REVERSED))
     return [list(node.ins[0].dims)]
 
 
@@ -156,12 +159,12 @@ def _drawn(node: Node) -> list[list[Dim]]:
 
 def _random_wrap(node: Node) -> list[list[Dim]]:
     *dims, words = node.ins[0].dims
-    freeze(words, "the words of a random key")
+    freeze(words, node.because(_reasons.KEY_WORDS))
     return [dims]
 
 
 def _random_unwrap(node: Node) -> list[list[Dim]]:
-    return [[*node.ins[0].dims, fresh(node.shapes[0][-1], "the words of a random key")]]
+    return [[*node.ins[0].dims, fresh(node.shapes[0][-1], node.because(_reasons.KEY_WORDS))]]
 
 
 RULES: dict[str, Rule] = {

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxprune._jaxpr._equations import Equation
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, size, unify
+from jaxprune.structured._axes._reasons import Reason, no_rule
 
 Dims = tuple[Dim, ...]
 
@@ -104,6 +105,10 @@ class Node:
         """The shapes of its results."""
         return self.equation.out_shapes
 
+    def because(self, text: str) -> Reason:
+        """Return a reason that knows this equation's place in the function."""
+        return Reason(text, lambda: self.equation.place)
+
 
 def walk(program: Program) -> Iterator[Node]:
     """Yield all nodes, those inside others as well; not those of derivatives."""
@@ -124,7 +129,7 @@ def free(shape: Sequence[int], reason: str | None = None) -> list[Dim]:
 
 def opaque(node: Node) -> list[list[Dim]]:
     """Freeze all that an equation touches."""
-    reason = f"{node.name} has no rule"
+    reason = node.because(no_rule(node.name))
     for value in node.ins:
         for dim in value.dims:
             freeze(dim, reason)
@@ -143,5 +148,6 @@ def elementwise(node: Node) -> list[list[Dim]]:
     """Make the axes of all operands one, those of the result as well."""
     rank = max((len(value.shape) for value in node.ins), default=0)
     full = [value for value in node.ins if len(value.shape) == rank]
-    dims = [together(node.name, [value.dims[axis] for value in full]) for axis in range(rank)]
+    reason = node.because(node.name)
+    dims = [together(reason, [value.dims[axis] for value in full]) for axis in range(rank)]
     return [list(dims) for _ in node.shapes]

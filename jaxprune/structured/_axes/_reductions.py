@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxprune._jaxpr._primitives import ARG_REDUCTIONS, CUMULATIVE, REDUCTIONS, WINDOWED
 from jaxprune._jaxpr._records import Convolution, Dot, Windows, axes
+from jaxprune.structured._axes import _reasons
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, product, unify
 from jaxprune.structured._axes._program import Node, Rule, free, together
 
@@ -12,7 +13,7 @@ def _dot_general(node: Node) -> list[list[Dim]]:
     left, right = node.ins
     (left_sum, right_sum), (left_batch, right_batch) = Dot.of(node.equation)
     for a, b in [*zip(left_sum, right_sum, strict=True), *zip(left_batch, right_batch, strict=True)]:
-        unify(left.dims[a], right.dims[b], "a contraction")
+        unify(left.dims[a], right.dims[b], node.because("a contraction"))
     batch = [left.dims[axis] for axis in left_batch]
     free_left = [dim for axis, dim in enumerate(left.dims) if axis not in (*left_sum, *left_batch)]
     free_right = [dim for axis, dim in enumerate(right.dims) if axis not in (*right_sum, *right_batch)]
@@ -28,25 +29,26 @@ def _convolution(node: Node) -> list[list[Dim]]:
     conv = Convolution.of(node.equation)
     (batch, features, *places), (outs, ins, *windows), groups = conv.image, conv.kernel, conv.groups
     if conv.image_groups > 1:
-        return _frozen(node, "a convolution with groups of images")
+        return _frozen(node, node.because(_reasons.IMAGE_GROUPS))
+    reason, convolved = node.because("a convolution"), node.because(_reasons.CONVOLVED)
     if groups > 1:
         group = fresh(groups)
-        unify(image.dims[features], product([group, kernel.dims[ins]]), "a grouped convolution")
-        unify(kernel.dims[outs], product([group, fresh(kernel.shape[outs] // groups)]), "a grouped convolution")
+        unify(image.dims[features], product([group, kernel.dims[ins]]), reason)
+        unify(kernel.dims[outs], product([group, fresh(kernel.shape[outs] // groups)]), reason)
         node.notes.groups = group
     else:
-        unify(image.dims[features], kernel.dims[ins], "a convolution")
+        unify(image.dims[features], kernel.dims[ins], reason)
     out: list[Any] = [None] * len(image.shape)
     out_batch, out_features, *out_places = conv.result
     out[out_batch], out[out_features] = image.dims[batch], kernel.dims[outs]
     for axis, (place, window, target) in enumerate(zip(places, windows, out_places, strict=True)):
-        freeze(kernel.dims[window], "the window of a convolution")
+        freeze(kernel.dims[window], node.because(_reasons.WINDOW))
         plain = conv.strides[axis] == conv.image_dilation[axis] == 1
         if kernel.shape[window] == 1 and plain and conv.padding[axis] == (0, 0):
             out[target] = image.dims[place]
         else:
-            freeze(image.dims[place], "a convolution runs along it")
-            out[target] = fresh(node.shapes[0][target], "a convolution runs along it")
+            freeze(image.dims[place], convolved)
+            out[target] = fresh(node.shapes[0][target], convolved)
     node.notes.units = [([], []), ([kernel.dims[outs]], [kernel.dims[ins]])]
     node.notes.macs = [*out, *(kernel.dims[window] for window in windows), kernel.dims[ins]]
     return [out]
@@ -66,7 +68,7 @@ def _reduce(node: Node) -> list[list[Dim]]:
 
 def _arg_reduce(node: Node) -> list[list[Dim]]:
     for axis in axes(node.equation):
-        freeze(node.ins[0].dims[axis], f"{node.name} numbers its elements")
+        freeze(node.ins[0].dims[axis], node.because(_reasons.numbers(node.name)))
     return _reduce(node)
 
 
@@ -74,16 +76,18 @@ def _along(node: Node) -> list[list[Dim]]:
     """Cumulative sums, sorting: a result of the same shape that depends on the order along one axis."""
     (along,) = axes(node.equation)
     for value in node.ins:
-        freeze(value.dims[along], f"{node.name} runs along it")
-    dims = [together(node.name, [value.dims[i] for value in node.ins]) for i in range(len(node.ins[0].shape))]
+        freeze(value.dims[along], node.because(_reasons.runs_along(node.name)))
+    dims = [
+        together(node.because(node.name), [value.dims[i] for value in node.ins]) for i in range(len(node.ins[0].shape))
+    ]
     return [list(dims) for _ in node.shapes]
 
 
 def _top_k(node: Node) -> list[list[Dim]]:
     (value,), (axis,) = node.ins, axes(node.equation)
-    freeze(value.dims[axis], "top_k numbers its elements")
+    freeze(value.dims[axis], node.because(_reasons.numbers("top_k")))
     dims = list(value.dims)
-    dims[axis] = fresh(node.shapes[0][axis], "top_k numbers its elements")
+    dims[axis] = fresh(node.shapes[0][axis], node.because(_reasons.numbers("top_k")))
     return [list(dims) for _ in node.shapes]
 
 
@@ -98,12 +102,12 @@ def _windowed(node: Node) -> list[list[Dim]]:
         ] == (0, 0)
         for operand in rest:
             if untouched:
-                unify(value.dims[axis], operand.dims[axis], node.name)
+                unify(value.dims[axis], operand.dims[axis], node.because(node.name))
             else:
-                freeze(operand.dims[axis], "a window runs along it")
+                freeze(operand.dims[axis], node.because(_reasons.POOLED))
         if not untouched:
-            freeze(value.dims[axis], "a window runs along it")
-            dims[axis] = fresh(shape[axis], "a window runs along it")
+            freeze(value.dims[axis], node.because(_reasons.POOLED))
+            dims[axis] = fresh(shape[axis], node.because(_reasons.POOLED))
     return [dims]
 
 

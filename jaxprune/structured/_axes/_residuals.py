@@ -4,12 +4,12 @@ Only what is evaluated once in a call is looked into: the program itself, and bo
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence, Set
+import heapq
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxprune._jaxpr._primitives import REMAT, SUMS
+from jaxprune.structured._axes._dominance import Dominance, Edge
 from jaxprune.structured._axes._program import Node, Program, Value
-
-_DATA = 1  # the bit of what depends on an argument that is no parameter
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,74 +39,140 @@ def find_branches(program: Program, params: Sequence[Value], state: Collection[i
         params: its parameters, the first of its arguments.
         state: the numbers of results that may go: state that is passed on.
     """
-    above: dict[int, int] = {}
-    for number, value in enumerate(program.ins):
-        above[id(value)] = (1 << number + 1) | (_DATA if number >= len(params) else 0)
-    anything = (1 << len(params) + 1) - 2  # the bits of the parameters
-    _find_ancestors(program, above, len(program.ins) + 1)
-    used = needed(program, (), program.outs)
-    results = [value for number, value in enumerate(program.outs) if number not in state]
-    before = needed(program, (), results)
+    sums = list(_sums(program, _Flow(program, len(params))))
+    inside = Dominance(program, [value for number, value in enumerate(program.outs) if number not in state], sums)
+    reached = _reached(program, inside) if state else {}
+    alone = _alone(program, state, reached)
+    own: dict[Edge, list[int]] = {}
+    for number, value in enumerate(params):
+        for edge in inside.edges(value) if inside.knows(value) else alone.get(id(value), frozenset()):
+            own.setdefault(edge, []).append(number)
     found = []
-    for node in _sums(program, above):
-        kept, branch = _sides(node)
-        if not above[id(branch)] & ~above.get(id(kept), 0) & anything:
-            continue  # it reads no parameter that the stream does not depend on
-        after = needed(program, (node,), results)
-        inside = before - after
-        lost: tuple[int, ...] = ()
-        if state:
-            made = _made_from(program, inside, node)
-            lost = tuple(number for number in state if id(program.outs[number]) in made)
-            after |= needed(program, (node,), [program.outs[number] for number in state if number not in lost])
-        own = tuple(n for n, value in enumerate(params) if id(value) in used and id(value) not in after)
-        if inside and own:
-            found.append(Branch(node, own, lost))
+    for node in sums:
+        assert node.notes.stream is not None
+        edge = (node, 1 - node.notes.stream)
+        if any(inside.knows(params[number]) for number in own.get(edge, [])):
+            lost = tuple(number for number in state if edge in reached[id(program.outs[number])])
+            found.append(Branch(node, tuple(own[edge]), lost))
     return _with_something_of_their_own(found)
 
 
 def _with_something_of_their_own(branches: list[Branch]) -> list[Branch]:
     # The parameters of two branches are disjoint, or those of one are among those of the other.
-    chosen: list[Branch] = []
+    covered: set[int] = set()
+    chosen = set()
     for branch in sorted(branches, key=lambda branch: len(branch.params)):
-        within = [other.params for other in chosen if set(other.params) <= set(branch.params)]
-        if set(branch.params) > set().union(*within):
-            chosen.append(branch)
+        if not covered.issuperset(branch.params):
+            chosen.add(branch)
+            covered.update(branch.params)
     return [branch for branch in branches if branch in chosen]
 
 
-def _find_ancestors(program: Program, above: dict[int, int], count: int) -> int:
-    """Number all values, and give each the numbers of what it depends on as the bits of an integer, its own as well."""
-    for node in program.nodes:
-        if node.name in REMAT:
-            count = _find_ancestors(node.bodies[0], above, count)
-            below = [above.get(id(value), 0) for value in node.bodies[0].outs]
-        else:
-            bits = 0
-            for value in node.ins:
-                bits |= above.get(id(value), 0)
-            below = [bits] * len(node.outs)
-        for value, bits in zip(node.outs, below, strict=True):
-            above[id(value)] = bits | (1 << count)
-            count += 1
-    return count
+class _Flow:
+    """What each value is made of; values are numbered in the order of their evaluation.
+
+    Args:
+        program: the function.
+        params: how many of its first arguments are parameters and no data.
+    """
+
+    def __init__(self, program: Program, params: int) -> None:
+        self._operands: dict[int, Sequence[Value]] = {}
+        self._data: set[int] = set(map(id, program.ins[params:]))
+        self._number: dict[int, int] = {id(value): 0 for value in program.ins}
+        self._read(program)
+
+    def _read(self, program: Program) -> None:
+        for node in program.nodes:
+            made: list[Sequence[Value]] = [node.ins] * len(node.outs)
+            if node.name in REMAT:
+                self._read(node.bodies[0])
+                made = [[value] for value in node.bodies[0].outs]
+            for value, operands in zip(node.outs, made, strict=True):
+                self._operands[id(value)] = operands
+                self._number[id(value)] = len(self._number)
+                if any(id(operand) in self._data for operand in operands):
+                    self._data.add(id(value))
+
+    def depends(self, value: Value, origins: Sequence[Value]) -> bool:
+        """Whether a value depends on data, and on one of the others."""
+        wanted = {id(origin) for origin in origins if id(origin) in self._number}
+        if not wanted or id(value) not in self._data:
+            return False
+        # The latest first, and none before the first of those wanted: not further back than it has to be.
+        first = min(self._number[origin] for origin in wanted)
+        seen, waiting = {id(value)}, [(-self._number[id(value)], id(value))]
+        while waiting:
+            _, latest = heapq.heappop(waiting)
+            if latest in wanted:
+                return True
+            for operand in map(id, self._operands.get(latest, ())):
+                if operand not in seen and self._number.get(operand, -1) >= first:
+                    seen.add(operand)
+                    heapq.heappush(waiting, (-self._number[operand], operand))
+        return False
 
 
-def _sums(program: Program, above: dict[int, int]) -> Iterator[Node]:
+def _sums(program: Program, flow: _Flow) -> Iterator[Node]:
     """Yield sums of which one operand depends on the other, and take note of which."""
     addends: dict[int, list[Value]] = {}
     for node in program.nodes:
         if node.name in REMAT:
-            yield from _sums(node.bodies[0], above)
+            yield from _sums(node.bodies[0], flow)
         if node.name in SUMS and all(value.shape == node.shapes[0] for value in node.ins):
             first, second = node.ins
             near = [(0, [first], second), (1, [second], first)]
             far = [(stream, addends.get(id(kept), []), branch) for stream, (kept,), branch in near]
-            stream = next((stream for stream, origins, branch in near + far if _depends(branch, origins, above)), None)
+            stream = next((stream for stream, origins, branch in near + far if flow.depends(branch, origins)), None)
             addends[id(node.outs[0])] = node.ins
             if stream is not None:
                 node.notes.stream = stream
                 yield node
+
+
+def _reached(program: Program, inside: Dominance) -> dict[int, frozenset[Edge]]:
+    """Return for each value the operands of sums that it depends on the inside of, otherwise than through them."""
+    found: dict[int, frozenset[Edge]] = {id(value): frozenset(inside.edges(value)) for value in program.ins}
+    none: frozenset[Edge] = frozenset()
+
+    def read(program: Program) -> None:
+        for node in program.nodes:
+            if node.name in REMAT:
+                read(node.bodies[0])
+                below = [found.get(id(value), none) for value in node.bodies[0].outs]
+            else:
+                each = (found.get(id(value), none) - {(node, number)} for number, value in enumerate(node.ins))
+                below = [none.union(*each)] * len(node.outs)
+            for value, edges in zip(node.outs, below, strict=True):
+                found[id(value)] = edges.union(inside.edges(value))
+
+    read(program)
+    return found
+
+
+def _alone(
+    program: Program, state: Collection[int], reached: Mapping[int, frozenset[Edge]]
+) -> dict[int, frozenset[Edge]]:
+    """Return for each value that state depends on the operands of sums with which all that state goes."""
+    found: dict[int, frozenset[Edge]] = {}
+
+    def meet(value: Value, edges: frozenset[Edge]) -> None:
+        found[id(value)] = found[id(value)] & edges if id(value) in found else edges
+
+    def read(program: Program) -> None:
+        for node in reversed(program.nodes):
+            above = [found[id(value)] for value in node.outs if id(value) in found]
+            if above:
+                body = node.bodies[0] if node.name in REMAT else None
+                for value in node.ins if body is None else body.outs:
+                    meet(value, frozenset.intersection(*above))
+                if body is not None:
+                    read(body)
+
+    for number in state:
+        meet(program.outs[number], reached[id(program.outs[number])])
+    read(program)
+    return found
 
 
 def _sides(node: Node) -> tuple[Value, Value]:
@@ -114,13 +180,6 @@ def _sides(node: Node) -> tuple[Value, Value]:
     stream = node.notes.stream
     assert stream is not None
     return node.ins[stream], node.ins[1 - stream]
-
-
-def _depends(value: Value, origins: Sequence[Value], above: dict[int, int]) -> bool:
-    """Whether a value depends on data, and on one of the others; the number of a value is the highest of its bits."""
-    bits = above.get(id(value), 0)
-    others = [above[id(other)] for other in origins if id(other) in above]
-    return bool(bits & _DATA) and any(bits >> (other.bit_length() - 1) & 1 for other in others)
 
 
 def needed(program: Program, dropped: Collection[Node], outs: Sequence[Value]) -> set[int]:
@@ -135,20 +194,6 @@ def needed(program: Program, dropped: Collection[Node], outs: Sequence[Value]) -
             found |= needed(node.bodies[0], dropped, node.bodies[0].outs)
         else:
             found.update(map(id, node.ins))
-    return found
-
-
-def _made_from(program: Program, start: Set[int], dropped: Node) -> set[int]:
-    """Return the identities of all values that depend on some of these values otherwise than through a branch."""
-    found = set(start)
-    for node in program.nodes:
-        if node.name in REMAT:
-            found |= _made_from(node.bodies[0], found, dropped)
-            reached = [id(value) in found for value in node.bodies[0].outs]
-        else:
-            ins = [_sides(node)[0]] if node is dropped else node.ins
-            reached = [any(id(value) in found for value in ins)] * len(node.outs)
-        found.update(id(value) for value, is_reached in zip(node.outs, reached, strict=True) if is_reached)
     return found
 
 

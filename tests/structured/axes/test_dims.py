@@ -28,6 +28,7 @@ from jaxprune.structured._axes._dims import (
     unify,
 )
 from jaxprune.structured._axes._layout import reshaped
+from jaxprune.structured._axes._reasons import SINGLE
 
 
 def test_variables_bind_and_the_older_one_stays():
@@ -51,7 +52,7 @@ def test_axes_of_one_element_say_nothing():
     assert describe(product([UNIT, Var(3), UNIT])) == "3"
     token = concatenation([UNIT, Var(4)])
     assert describe(token) == "[1, 4]"
-    assert [leaf.reason for leaf in leaves(token)] == ["a single element", None]
+    assert [leaf.reason for leaf in leaves(token)] == [SINGLE, None]
 
 
 def test_concatenations_take_the_common_refinement():
@@ -90,7 +91,7 @@ def test_a_product_distributes_over_a_concatenation():
     unify(concatenation([q, k, v]), product([three, heads, dims]), "reshape")
     assert describe(q) == describe(k) == describe(v) == "2 x 4"
     assert [list(leaves(x)) for x in (q, k, v)] == [[heads, dims]] * 3
-    assert {leaf.reason for leaf in leaves(three)} == {"a single element"}
+    assert {leaf.reason for leaf in leaves(three)} == {SINGLE}
 
 
 def test_a_product_over_parts_that_do_not_fit_is_frozen():
