@@ -231,8 +231,9 @@ def _counted(mask: Any, axes: tuple[int, ...]) -> np.ndarray:
 
 def _dead_units(mask: Any, axes: tuple[int, ...], roles: Axes) -> np.ndarray:
     """Count for each layer the output units of which nothing is kept."""
-    units = axes if roles.outputs is None else roles.outputs
-    alive = jnp.any(mask, tuple(axis for axis in axes if axis not in units), keepdims=True)
+    if roles.outputs is None:  # nobody knows what a unit is
+        return np.zeros((), np.int64)
+    alive = jnp.any(mask, tuple(axis for axis in axes if axis not in roles.outputs), keepdims=True)
     return _counted(~alive, axes)
 
 

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from jaxprune import rules
 from jaxprune._printing import as_json
 from jaxprune._tables import Table
+from jaxprune._tree._names import slashed
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.storage import _files
 from jaxprune.storage._checkpoint import Checkpoint, Writing
@@ -91,8 +92,7 @@ def report(options: argparse.Namespace) -> bool:
         for name, tensor in checkpoint.tensors.items():
             values, mask = tensor.load()
             mask = mask if tensor.encoded else _files.nonzero(tensor, values)
-            path = _files.path_of(name)
-            params[path], masks[path] = values, np.ones(values.shape, bool) if mask is None else mask
+            params[name], masks[name] = values, np.ones(values.shape, bool) if mask is None else mask
     write_page(options.out, params, masks, title=Path(options.model).name)
     return True
 
@@ -168,8 +168,8 @@ def _rule_of(options: argparse.Namespace) -> rules.Rule:
 
 
 def _prunable(options: argparse.Namespace, checkpoint: Checkpoint) -> Predicate:
-    only, skip = ([_files.path_of(glob) for glob in globs or []] for globs in (options.only, options.skip))
-    paths = [_files.path_of(name) for name in checkpoint.tensors]
+    only, skip = ([slashed(glob) for glob in globs or []] for globs in (options.only, options.skip))
+    paths = [slashed(name) for name in checkpoint.tensors]
     for glob in (*only, *skip):
         if not any(fnmatchcase(path, glob) for path in paths):
             raise ValueError(f"no tensor is named like {glob.replace('/', '.')!r}; try jaxprune summarize.")

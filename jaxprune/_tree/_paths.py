@@ -10,6 +10,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey, keystr
 
 from jaxprune._tree._leaves import is_array, is_nothing
+from jaxprune._tree._names import slashed
 
 KeyPath = tuple[Any, ...]
 
@@ -124,8 +125,9 @@ def spread(prefix: Any, paths: Sequence[str], what: str) -> list[Any]:
     """Give each path the entry of the tree `prefix`, called `what`, that stands at it or above it, or None."""
     found: list[Any] = [None] * len(paths)
     entries = flatten(prefix, what)
-    for path, name, entry in zip(entries.paths, entries.names, entries.leaves, strict=True):
-        below = [i for i, leaf in enumerate(paths) if not path or leaf == path or leaf.startswith(path + "/")]
+    leaves = [slashed(path) for path in paths]
+    for path, name, entry in zip(map(slashed, entries.paths), entries.names, entries.leaves, strict=True):
+        below = [i for i, leaf in enumerate(leaves) if not path or leaf == path or leaf.startswith(path + "/")]
         if not below:
             raise ValueError(f"{name} matches no leaf; {what} must be a tree prefix of the parameters.")
         for i in below:

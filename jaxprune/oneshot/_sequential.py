@@ -67,7 +67,8 @@ def sequential(
             a time: a tree prefix k reaches it whole, but k cannot differ within a stack.
         target: what the pruned layer imitates: the outputs of the dense model, or (as published) its own outputs
             before it was pruned, given the pruned model's inputs.
-        prunable: which leaves are pruned, as in `make_masks`.
+        prunable: which leaves are pruned, as in `make_masks`; recipes as published keep the head of a language model
+            (``lm_head``) dense, which is pruned here like any other kernel unless it is left out.
         sites: as in `make_masks`.
 
     Returns:

@@ -15,6 +15,11 @@ from jaxprune._tree._axes import Axes, conventional
 from jaxprune._tree._paths import flatten, spread
 from jaxprune.rules._rule import Rule
 
+_SAY_WHICH = (
+    "Let the function say which axis is which, by sites=jaxprune.find_sites(...), name it by the rule's axis=, or leave this "
+    "parameter dense with prunable=..."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -81,10 +86,7 @@ class Layer:
         if axis is not None:
             return self._own(axis, title)
         if self.roles.inputs is None:
-            raise ValueError(
-                f"{title} groups weights along the inputs, but {self.name} {self.roles.why}. "
-                "Leave this parameter dense with prunable=..."
-            )
+            raise ValueError(f"{title} groups weights along the inputs, but {self.name} {self.roles.why}. {_SAY_WHICH}")
         return self.roles.inputs
 
     def output_axes(self, title: str, axis: int | None = None) -> tuple[int, ...]:
@@ -92,10 +94,7 @@ class Layer:
         if axis is not None:
             return (self._own(axis, title),)
         if self.roles.outputs is None:
-            raise ValueError(
-                f"{title} looks at output units, but {self.name} {self.roles.why}. "
-                "Leave this parameter dense with prunable=..."
-            )
+            raise ValueError(f"{title} looks at output units, but {self.name} {self.roles.why}. {_SAY_WHICH}")
         return self.roles.outputs
 
     def spread(self, of_layers: jax.Array) -> jax.Array:

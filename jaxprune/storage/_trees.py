@@ -220,16 +220,20 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def outputs_of(path: str, values: np.ndarray) -> tuple[int, ...]:
-    """The axes of a tensor that number its output channels; all are one channel where it has a single axis."""
-    return (
-        conventional(path.replace(".", "/"), values.shape).outputs or () if values.ndim > 1 else ()
-    )  # PyTorch's names
+    """The axes of a tensor that number its output channels; all are one channel where it has a single axis.
+
+    Where its name does not tell, the last axis does as well: any axis gives scales that values can be restored by.
+    """
+    if values.ndim < 2:
+        return ()
+    outputs = conventional(path, values.shape).outputs
+    return (values.ndim - 1,) if outputs is None else outputs
 
 
 def _quantizable(path: str, values: np.ndarray, mask: np.ndarray | None) -> bool:
     if not is_floating(values) or values.dtype.itemsize == 1 or not values.size:
         return False
-    return is_kernel(path.replace(".", "/"), values) or not (mask is None or bool(mask.all()))
+    return is_kernel(path, values) or not (mask is None or bool(mask.all()))
 
 
 def _as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:
