@@ -15,6 +15,7 @@ from jaxprune._printing import Printable, as_json
 from jaxprune._rows import Row
 from jaxprune._selection import _counts, _moments
 from jaxprune._tree._axes import Axes, Stacked
+from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Prunable
@@ -199,7 +200,7 @@ def summarize(
 def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, roles: Axes, uses: int | None) -> Iterator[LayerRow]:
     axes = tuple(axis for axis in range(leaf.ndim) if axis not in roles.stack)
     shape, layers = tuple(leaf.shape[axis] for axis in axes), tuple(leaf.shape[axis] for axis in roles.stack)
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
+    floating = is_floating(leaf) and leaf.size > 0
     counts = np.full(layers, math.prod(shape), np.int64) if mask is None else _counted(mask, axes)
     if floating:
         mask = jnp.ones_like(leaf, dtype=bool) if mask is None else mask
@@ -219,7 +220,7 @@ def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, roles: Axes, us
             dead_units=int(dead[index]),
             dense_bytes=size * leaf.dtype.itemsize,
             stored_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept),
-            int8_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating else None),
+            int8_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating and not is_complex(leaf) else None),
             macs=None if uses is None else uses * size,
             macs_kept=None if uses is None else uses * kept,
         )

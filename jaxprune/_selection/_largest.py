@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Inexact
 
 from jaxprune._selection._counts import Count
 from jaxprune._selection._order import MOST
@@ -18,7 +18,7 @@ from jaxprune._selection._pools import Operand, Pools, Sums
 
 
 def keep_largest(
-    values: Float[Array, "*shape"], removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool
+    values: Inexact[Array, "*shape"], removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool
 ) -> Bool[Array, "*shape"]:
     """Mask the `removed` smallest entries of each pool.
 
@@ -27,7 +27,7 @@ def keep_largest(
     `values`.
 
     Args:
-        values: a floating-point array of any shape.
+        values: a floating-point array of any shape; complex numbers rank by magnitude only.
         removed: how many entries to mask, at most a pool's size; of shape `()`, or one for each pool. May be traced.
         batch: the axes that number the pools, in rising order; one pool consists of all other axes.
         magnitude: whether to rank by `|values|`, or else by the signed values.
@@ -37,11 +37,11 @@ def keep_largest(
     """
     if values.size == 0:
         return jnp.ones_like(values, dtype=bool)
-    return _keep_largest(values, Count(*map(jnp.asarray, removed)), batch=batch, magnitude=magnitude)
+    return _keep_largest(_moduli(values), Count(*map(jnp.asarray, removed)), batch=batch, magnitude=magnitude)
 
 
 def keep_largest_jointly(
-    values: Sequence[Float[Array, "..."]],
+    values: Sequence[Inexact[Array, "..."]],
     removed: Count,
     *,
     magnitude: bool,
@@ -53,7 +53,7 @@ def keep_largest_jointly(
     are compared in the dtype they promote to.
 
     Args:
-        values: floating-point arrays of any shapes.
+        values: floating-point arrays of any shapes; complex numbers rank by magnitude only.
         removed: how many entries to mask, at most the number of unprotected ones; of shape `()`. May be traced.
         magnitude: whether to rank by `|values|`, or else by the signed values.
         protected: bool arrays of the shapes of `values`: where `True`, the entry is never masked.
@@ -61,10 +61,15 @@ def keep_largest_jointly(
     Returns:
         A list of bool arrays of the shapes of `values`, `True` = keep.
     """
+    values = list(map(_moduli, values))
     operands = [(array,) for array in values] if protected is None else list(zip(values, protected, strict=True))
     filled = [operand for operand in operands if operand[0].size]
     removed = Count(*map(jnp.asarray, removed))
     return _with_empty(values, _keep_largest_jointly(filled, removed, magnitude=magnitude) if filled else [])
+
+
+def _moduli(values: jax.Array) -> jax.Array:
+    return jnp.abs(values) if jnp.issubdtype(values.dtype, jnp.complexfloating) else values
 
 
 def _with_empty(values: Sequence[jax.Array], masks: Sequence[jax.Array]) -> list[jax.Array]:

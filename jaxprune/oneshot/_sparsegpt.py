@@ -71,6 +71,7 @@ def sparsegpt(
     Raises:
         ValueError: a prunable leaf multiplies no calibrated data, or is of another shape; k, the rule or a block does
             not fit; a Gram matrix is not finite. The message names the leaf.
+        TypeError: a leaf to prune is complex.
 
     Warns:
         DampingWarning: damping was raised.

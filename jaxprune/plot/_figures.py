@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxprune._summary import Summary
+from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._paths import flatten
 from jaxprune.choose._sensitivity import Sensitivity
 from jaxprune.plot._style import (
@@ -32,13 +33,14 @@ def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
     """Draw a histogram of weights, those below the threshold grey, the others blue.
 
     Args:
-        values: weights of any shape; those that are not finite are left out.
+        values: weights of any shape, of complex ones their moduli; those that are not finite are left out.
         threshold: the magnitude below which weights are removed, >= 0.
         axes: where to draw.
 
     Returns:
         The axes; their first patch holds the removed weights, their second one the kept ones.
     """
+    values, name = (np.abs(values), "modulus of the weight") if is_complex(values) else (values, "weight")
     flat = np.asarray(values, np.float64).ravel()
     flat = flat[np.isfinite(flat)]
     below = np.abs(flat) < float(threshold)
@@ -68,7 +70,7 @@ def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
         (0.97, "right", f"{100 * (1 - share):.1f} % kept", BLUE),
     ):
         axes.text(x, 0.96, text, transform=axes.transAxes, ha=align, va="top", color=color, fontweight="bold")
-    axes.set_xlabel("weight", color=INK)
+    axes.set_xlabel(name, color=INK)
     axes.set_ylabel("number of weights", color=INK)
     return frame(axes)
 
@@ -224,10 +226,14 @@ def thresholds_of(params: Any, summary: Summary) -> dict[str, tuple[np.ndarray, 
     flat = flatten(params, "params")
     by_path = dict(zip(flat.paths, flat.leaves, strict=True))
     return {
-        row.path: (np.asarray(by_path[row.path], np.float32), row.threshold)
+        row.path: (_in_float32(by_path[row.path]), row.threshold)
         for row in summary.rows
         if row.prunable and row.threshold is not None and row.path in by_path
     }
+
+
+def _in_float32(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf, np.complex64 if is_complex(leaf) else np.float32)
 
 
 def _name_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -31,7 +31,8 @@ class Layer:
     Attributes:
         path: the normalised path, ``block/dense/kernel``.
         name: the leaf's name in messages, ``params['block']['dense']['kernel']``.
-        values: the scores, or the weights themselves where their magnitude is the score; any floating dtype.
+        values: the scores, or the weights themselves where their magnitude is the score; any floating dtype, of weights
+            also complex.
         roles: what its axes are.
         magnitude: whether `values` are weights, ranked by magnitude. Keeping the weights spares a copy of the tree
             in float32 and lets a rule measure them (a standard deviation needs their signs).
@@ -119,7 +120,7 @@ def _flatten_layer(
     layer: Layer,
 ) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], _Known]:
     # Mapped over by a rule, a layer holds its mask.
-    child = layer.score if jnp.issubdtype(layer.values.dtype, jnp.floating) else layer.values
+    child = layer.score if jnp.issubdtype(layer.values.dtype, jnp.inexact) else layer.values
     return ((GetAttrKey("value"), child),), (layer.path, layer.name, layer.roles, layer.pooled)
 
 
@@ -140,7 +141,7 @@ def read_layers(scores: Any) -> tuple[list[Layer], Callable[[Sequence[Any]], Any
         for path, name, leaf in zip(tree.paths, tree.names, tree.leaves, strict=True)
     ]
     for layer in layers:
-        if not jnp.issubdtype(layer.values.dtype, jnp.floating):
+        if not jnp.issubdtype(layer.values.dtype, jnp.inexact if layer.magnitude else jnp.floating):
             raise TypeError(f"{layer.name} has dtype {layer.values.dtype}; scores are floating-point numbers.")
     return layers, tree.build
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxprune import rules
 from jaxprune._masks import make_masks
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune._tree._names import slashed
 from jaxprune._tree._patterns import matches
 from jaxprune._tree._prunable import Predicate, is_kernel
@@ -21,7 +21,7 @@ from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.storage import _ranking
 from jaxprune.storage._checkpoint import Checkpoint, Encode, Writing, plan
 from jaxprune.storage._tensors import BITS, Encoded, Stored, encode
-from jaxprune.storage._trees import Saved, check_metadata, outputs_of
+from jaxprune.storage._trees import Saved, check_metadata, is_quantizable, outputs_of
 
 # (tensor, its values) -> its mask, or None to keep it whole.
 MaskOf = Callable[[Stored, np.ndarray], np.ndarray | None]
@@ -195,7 +195,9 @@ def nonzero(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
 
 def _mask_of_one(rule: AnyRule, k: float, name: str, values: np.ndarray) -> np.ndarray:
     # Rules rank no 8-bit floats, nor more than 32 bits unless JAX is told to.
-    wide = values if values.dtype.itemsize in (2, 4) else values.astype(np.float32)
+    wide = (
+        values if values.dtype.itemsize in (2, 4) else values.astype(np.complex64 if is_complex(values) else np.float32)
+    )
     return np.asarray(make_masks({name: jax.device_put(wide)}, k, rule=rule, prunable={name: True})[name])
 
 
@@ -236,7 +238,10 @@ def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, 
         kept = math.prod(values.shape) if mask is None else int(np.count_nonzero(mask))
         plain: Any = values if mask is None else np.where(mask, values, np.zeros_like(values))
         return Encoded({tensor.name: plain}, kept, 8 * values.dtype.itemsize)
-    fits = quantize and is_floating(values) and values.dtype.itemsize > 1 and values.size
-    bits = quantize if fits and (mask is not None or is_kernel(tensor.name, values)) else None
+    bits = (
+        quantize
+        if quantize and is_quantizable(values) and (mask is not None or is_kernel(tensor.name, values))
+        else None
+    )
     outputs = outputs_of(tensor.name, values) if bits else ()
     return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)

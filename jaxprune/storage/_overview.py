@@ -1,6 +1,7 @@
 """What a model on disk holds, and how two models differ, one tensor in memory at a time."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxprune._printing import Printable
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune.storage._checkpoint import Checkpoint
 from jaxprune.storage._files import Done, nonzero
 from jaxprune.storage._tensors import Stored
@@ -105,7 +106,8 @@ def _overview(tensor: Stored) -> TensorRow:
     threshold = std = None
     if is_floating(values) and values.size:
         wide = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-        std = float(np.std(wide, dtype=np.float64))
+        parts = [wide.real, wide.imag] if is_complex(wide) else [wide]
+        std = math.hypot(*(float(np.std(part, dtype=np.float64)) for part in parts))
         if mask is not None and 0 < kept < values.size:
             threshold = float(np.min(np.abs(wide[mask])))
     return TensorRow(
