@@ -60,7 +60,8 @@ def convert(options: argparse.Namespace) -> bool:
     """Write a model in another way."""
     _check_target(options)
     with Checkpoint(options.model) as checkpoint:
-        return _write(options, checkpoint, _files.stored_or_paying, {}, set(checkpoint.tensors))
+        prunable = {name for name, tensor in checkpoint.tensors.items() if _files.counts(tensor)}
+        return _write(options, checkpoint, _files.stored_or_paying, {}, prunable)
 
 
 def diff(options: argparse.Namespace) -> bool:
@@ -87,13 +88,17 @@ def report(options: argparse.Namespace) -> bool:
     from jaxprune._report import report as write_page
 
     _refuse_existing(Path(options.out), options.force)
-    params, masks = {}, {}
+    params, masks, counted = {}, {}, set()
     with Checkpoint(options.model) as checkpoint:
         for name, tensor in checkpoint.tensors.items():
             values, mask = tensor.load()
             mask = mask if tensor.encoded else _files.nonzero(tensor, values)
+            if _files.counts(tensor):
+                counted.add(slashed(name))
             params[name], masks[name] = values, np.ones(values.shape, bool) if mask is None else mask
-    write_page(options.out, params, masks, title=Path(options.model).name)
+    write_page(
+        options.out, params, masks, title=Path(options.model).name, prunable=lambda path, leaf: slashed(path) in counted
+    )
     return True
 
 

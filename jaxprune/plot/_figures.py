@@ -172,26 +172,31 @@ def accuracy(
     return frame(axes)
 
 
-def mask(values: Any, axes: "Axes") -> "Axes":
+def mask(values: Any, axes: "Axes", *, outputs: Sequence[int] | None = (-1,)) -> "Axes":
     """Draw a mask as an image, kept weights blue, removed ones white.
 
     Args:
-        values: a mask of any shape, True = keep. Its last axis (outputs, in Flax) runs to the right, all others run
-            down. Of a larger mask each cell shows the share kept of a block, so that it fits MAX_CELLS.
+        values: a mask of any shape, True = keep. The axes of its outputs run to the right, all others run down. Of a
+            larger mask each cell shows the share kept of a block, so that it fits MAX_CELLS.
         axes: where to draw.
+        outputs: the axes that number the outputs: the last one in Flax, ``(0,)`` in PyTorch and Equinox; None where that is
+            not known, and then the last axis runs to the right.
 
     Returns:
         The axes; their first image holds the shares.
     """
     table = np.asarray(jax.device_get(values), np.float64)
-    table = table.reshape(-1, table.shape[-1]) if table.ndim > 1 else np.atleast_2d(table)
+    right = [axis % table.ndim for axis in ((-1,) if outputs is None else outputs)] if table.ndim else []
+    down = [axis for axis in range(table.ndim) if axis not in right]
+    table = np.transpose(table, [*down, *right]).reshape(math.prod(table.shape[axis] for axis in down), -1)
     shares = _shrunk(_shrunk(table, 0), 1)
     axes.imshow(
         shares, cmap=_blues(), vmin=0, vmax=1, interpolation="nearest", aspect="auto",
         extent=(0, table.shape[1], table.shape[0], 0),
     )  # fmt: skip
-    axes.set_xlabel("outputs (last axis)", color=INK)
-    axes.set_ylabel("inputs (all other axes)", color=INK)
+    along = "last axis" if right == [len(down)] else f"axis {', '.join(map(str, right))}"
+    axes.set_xlabel(along if outputs is None else f"outputs ({along})", color=INK)
+    axes.set_ylabel("all other axes" if outputs is None else "inputs (all other axes)", color=INK)
     axes.set_title(f"{table.mean():.1%} of {table.size:,} weights kept", color=INK, fontsize="medium")
     axes.tick_params(colors=INK)
     return axes

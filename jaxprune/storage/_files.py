@@ -93,8 +93,8 @@ def convert_file(
 ) -> Saved:
     """Write a model on disk anew: sparse from plain, plain from sparse, quantised, compressed; one tensor at a time.
 
-    Masks that are stored are kept. In a plain tensor that is a kernel (see `is_kernel`) the zeros count as pruned, if
-    there are so many that the bitmask pays.
+    Masks that are stored are kept. In a plain tensor that is a kernel (see `is_kernel`) the zeros count as pruned; they are
+    stored under a bitmask if there are so many that it pays.
 
     Args:
         source: as in `prune_file`.
@@ -201,6 +201,13 @@ def _mask_of_one(rule: AnyRule, k: float, name: str, values: np.ndarray) -> np.n
     return np.asarray(make_masks({name: jax.device_put(wide)}, k, rule=rule, prunable={name: True})[name])
 
 
+def counts(tensor: Stored) -> bool:
+    """Whether a tensor's weights count as prunable: it is a kernel by its name, or lies under a mask."""
+    if "bitmask" in tensor.members:
+        return True
+    return tensor.count > 0 and is_floating(tensor) and is_kernel(tensor.name, tensor)
+
+
 def stored_or_paying(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
     """Mask a plain kernel by its zeros, where there are so many that the bitmask pays."""
     mask = None if tensor.encoded else nonzero(tensor, values)
@@ -234,14 +241,13 @@ def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, 
     mask = mask_of(tensor, values)
     if before is not None:
         mask = before if mask is None else before & mask
+    # Whether or not its mask is stored, the zeros of a kernel count as pruned, as in `summarize_file`.
+    known = nonzero(tensor, values) if mask is None else mask
+    kept = math.prod(values.shape) if known is None else int(np.count_nonzero(known))
     if dense:
-        kept = math.prod(values.shape) if mask is None else int(np.count_nonzero(mask))
         plain: Any = values if mask is None else np.where(mask, values, np.zeros_like(values))
         return Encoded({tensor.name: plain}, kept, 8 * values.dtype.itemsize)
-    bits = (
-        quantize
-        if quantize and is_quantizable(values) and (mask is not None or is_kernel(tensor.name, values))
-        else None
-    )
+    fits = is_quantizable(values) and (mask is not None or is_kernel(tensor.name, values))
+    bits = quantize if fits else None
     outputs = outputs_of(tensor.name, values) if bits else ()
-    return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)
+    return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)._replace(kept=kept)
