@@ -244,8 +244,11 @@ def as_metric(value: Any, what: str) -> float:
 
 
 def caution_rising(dense: float, pruned: float, share: float, k: float) -> None:
-    """Warn where the metric is better with weights gone, by more than chance: it is a loss, most likely."""
-    if share > 0 and pruned - dense > _BY_CHANCE * abs(dense):
+    """Warn where the metric is better with weights gone, by more than chance: it is a loss, most likely.
+
+    What is negative is a loss negated already, which may fall where a network has not been trained.
+    """
+    if share > 0 and dense >= 0 and pruned - dense > _BY_CHANCE * abs(dense):
         caution(
             f"The metric rises as weights go: {dense:.4g} unpruned, {pruned:.4g} at k = {k:g} ({share:.0%} removed). Larger = "
             "better: of a loss, evaluate is to return the negative."

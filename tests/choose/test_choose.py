@@ -288,4 +288,6 @@ def test_a_metric_may_rise_a_little():
     jaxprune.sensitivity(evaluate, PARAMS, [0.25, 0.5, 0.9], rule=rules.layer_sparsity)
     jaxprune.search_k(evaluate, PARAMS, max_drop=0.03, rule=rules.layer_sparsity, steps=4)
     jaxprune.sensitivity(lambda params: -squared_error(params), PARAMS, [0.5], rule=rules.layer_sparsity)
+    # A loss negated of a network that is worse than zeros.
+    jaxprune.sensitivity(lambda params: -energy(params), PARAMS, [0.5], rule=rules.layer_sparsity)
     jaxprune.sensitivity(lambda params: 0.5, PARAMS, [0.0], rule=rules.layer_sparsity)
