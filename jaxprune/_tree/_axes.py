@@ -1,5 +1,6 @@
 """Which axes of a leaf count layers, which number its inputs and which its outputs."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -67,10 +68,11 @@ def conventional(path: str, shape: tuple[int, ...], stack: tuple[int, ...] = ())
 _Layout = tuple[int, tuple[int, ...]]
 _IN_OUT: _Layout = (-2, (-1,))
 _OUT_IN: _Layout = (1, (0,))
-_ATTENTION_INPUTS = frozenset({"query", "key", "value"})
-_ATTENTION_OUTPUTS = frozenset({"out", "attention_output"})
-_TRANSPOSED = frozenset({"transpose", "transposed", "deconv", "upconv", "convt", "upscale", "upscaling", "upsampler"})
-_WIDENING, _NARROWING = frozenset({"c_attn", "c_fc"}), frozenset({"c_proj", "q_attn"})
+# Modules of projections to heads and back, and of GPT-2 that give more or fewer features than they take.
+_ATTENTION_INPUTS, _ATTENTION_OUTPUTS = ("query", "key", "value"), ("out", "attention_output")
+_WIDENING, _NARROWING = ("c_attn", "c_fc"), ("c_proj", "q_attn")
+# Words in the name of a convolution that makes its output larger.
+_TRANSPOSED = re.compile("transposed?|deconv|upconv|convt|ups?|upscal(e|ing)|upsampler?")
 
 _OF_A_TRANSPOSED_CONVOLUTION = (
     "belongs to a transposed convolution, of which frameworks keep inputs and outputs in either order"
@@ -82,12 +84,12 @@ _OF_THREE_AXES = (
 
 def _weight_layout(module: str, shape: tuple[int, ...]) -> _Layout | str:
     """Of a leaf that PyTorch or Equinox would call so; a sentence about the leaf where it cannot be told."""
-    if module in _WIDENING | _NARROWING and len(shape) == 2:
+    if module in (*_WIDENING, *_NARROWING) and len(shape) == 2:
         # GPT-2 as published keeps (in, out) under the names that its later writings use for (out, in).
         if shape[0] == shape[1]:
             return "may lie either way: GPT-2's own files keep (in, out), others of these names (out, in)"
         return _OUT_IN if (shape[0] > shape[1]) == (module in _WIDENING) else _IN_OUT
-    if len(shape) > 2 and (_TRANSPOSED.intersection(words(module)) or module in ("up", "ups")):
+    if len(shape) > 2 and any(map(_TRANSPOSED.fullmatch, words(module))):
         return _OF_A_TRANSPOSED_CONVOLUTION
     if len(shape) == 3 and not _is_convolution(module) and shape[2] >= shape[0]:
         return _OF_THREE_AXES
@@ -101,10 +103,10 @@ def _kernel_layout(module: str, name: str, shape: tuple[int, ...]) -> _Layout | 
         return "belongs to an einsum, whose equation alone says which axes are inputs"
     if len(shape) == 2:
         return _IN_OUT
+    if any(map(_TRANSPOSED.fullmatch, said)):
+        return (-1, (-2,)) if name == "w" else _OF_A_TRANSPOSED_CONVOLUTION  # Haiku has but one way
     if not KERNEL.fullmatch(name):
         return _layout_by_shape(shape)
-    if _TRANSPOSED.intersection(said):
-        return (-1, (-2,)) if name == "w" else _OF_A_TRANSPOSED_CONVOLUTION  # Haiku has but one way
     if len(shape) == 3:
         if module in _ATTENTION_INPUTS:
             return (0, (1, 2))

@@ -1,7 +1,7 @@
 """Which leaves are pruned, by name and shape."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,47 +17,23 @@ Predicate = Callable[[str, Any], bool]
 # A predicate of path and leaf, glob patterns of paths or of modules above them, a tree (prefix) of bools, or sites.
 Prunable = Predicate | str | Sequence[str] | Any
 
-# Words in a leaf's own name that rule it out.
-_NOT_NAMED = frozenset(
-    {
-        "bias",
-        "biases",
-        "b",
-        "scale",
-        "offset",
-        "gamma",
-        "beta",
-        "alpha",
-        "g",
-        "gain",
-        "mean",
-        "var",
-        "average",
-        "log",
-        "lora",
-    }
-    | {
-        "table",
-        "token",
-        "tokens",
-        "logits",
-        "latents",
-        "queries",
-        "probe",
-        "prompts",
-        "codebook",
-        "codevectors",
-        "vector",
-    }
-    | {"rope", "rotary", "rotations", "freqs", "sin", "cos"}
+# Words in a leaf's own name that rule it out: what is added or scales, statistics, tables, what is learnt as an input, angles.
+_NOT_NAMED = re.compile(
+    "bias(es)?|b|scales?|offsets?|gamma|beta|alpha|g|gain|log|lora|mean|var|average|const(ant)?|noise"
+    "|table|tokens?|logits|latents|queries|probe|prompts|codebook|codevectors|vector"
+    "|rope|rotary|rotations|freqs|sin|cos"
 )
-_EMBEDDING = frozenset({"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe"})
-_POSITION = frozenset({"pos", "position", "positions", "positional", "cls"})
-# Words in the name of the module that holds a weight, which make it a table.
-_TABLE = _EMBEDDING | _POSITION | {"bias", "table", "token", "tokens", "codebook", "rope", "rotary"}
+_EMBEDDING = re.compile("embed(ding|dings|der)?|emb|wte|wpe")
+_POSITION = re.compile("pos|positions?|positional|pe|cls")
+# In the name of the module that holds a weight, which make it a table.
+_TABLE = re.compile("bias|table|tokens?|queries|codebook|rope|rotary")
 _NORM = re.compile(r"\w*norms?|ln|bn|gn")
-# Words in the name of what multiplies its inputs, even where it makes or takes embeddings.
-_PRODUCT = re.compile(r"\w*conv|proj|project|projection|linear|lin|dense|fc|mlp|mapping|patch")
+# In the name of what multiplies its inputs, even where it makes or takes embeddings.
+_PRODUCT = re.compile(r"\w*conv|project(ion)?|proj|linear|lin|dense|fc|mlp|mapping|patch")
+
+
+def _says(spoken: Iterable[str], *words: re.Pattern[str]) -> bool:
+    return any(word.fullmatch(said) for said in spoken for word in words)
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
@@ -87,7 +63,7 @@ def is_kernel(path: str, leaf: Any) -> bool:
     *modules, name = parts or [""]
     if KERNEL.fullmatch(name):
         return True
-    weight = WEIGHT.fullmatch(name) is not None
+    weight = WEIGHT.fullmatch(name) is not None or name == "weights"
     # A layer of one unit has a matrix of one row; other leaves with a single long axis are vectors.
     if sum(n > 1 for n in shape) < 2 and not (weight and len(shape) == 2) and parts:
         return False
@@ -96,28 +72,26 @@ def is_kernel(path: str, leaf: Any) -> bool:
 
 def _is_kernel_weight(modules: list[str], ndim: int) -> bool:
     """Of what PyTorch and Equinox call ``weight``, in tables and norms too: go by the module that holds it."""
-    nearest = words(modules[-1]) if modules else []
-    if any(_NORM.fullmatch(word) for word in nearest):
+    said = [words(module) for module in modules]
+    around, nearest = [[], [], *said][-2:]
+    if _says(nearest, _NORM) or any("lora" in spoken for spoken in said):
         return False
-    if any(_PRODUCT.fullmatch(word) for word in nearest):
+    if _says(nearest, _PRODUCT):
         return True
     if ndim >= 4:  # no table has as many axes
-        return not _POSITION.intersection(nearest)
-    if _TABLE.intersection(nearest) or modules[-1:] == ["shared"]:  # T5's and BART's table
+        return not _says(nearest, _POSITION)
+    if _says(nearest, _EMBEDDING, _POSITION, _TABLE) or modules[-1:] == ["shared"]:  # T5's and BART's table
         return False
-    return ndim == 3 or not any(_EMBEDDING.intersection(words(part)) for part in modules)
+    return ndim == 3 or not _says(around, _EMBEDDING)
 
 
 def _is_kernel_of_own_name(modules: list[str], name: str) -> bool:
     own = words(name)
-    if _NOT_NAMED.intersection(own) or any(
-        _NORM.fullmatch(word) for part in [*modules[-1:], name] for word in words(part)
-    ):
+    if _says(own, _NOT_NAMED, _NORM) or (modules and _says(words(modules[-1]), _NORM)):
         return False
-    if any(_PRODUCT.fullmatch(word) for word in own):
+    if _says(own, _PRODUCT):
         return True
-    said = {word for part in [*modules, name] for word in words(part)}
-    return not said & (_EMBEDDING | _POSITION)
+    return not _says([word for part in (*modules, name) for word in words(part)], _EMBEDDING, _POSITION)
 
 
 def _owner(params: Any, path: KeyPath) -> str:
@@ -136,7 +110,7 @@ def _owner(params: Any, path: KeyPath) -> str:
 def _in_tables_or_norms(params: Any) -> list[bool]:
     """Say for each leaf whether the class that holds it is an embedding or a norm."""
     owners = [_owner(params, path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    return [bool(_EMBEDDING.intersection(words(owner))) or "Norm" in owner for owner in owners]
+    return [_says(words(owner), _EMBEDDING) or "Norm" in owner for owner in owners]
 
 
 def kernels(params: Any, tree: Tree, layers: Sequence[Any]) -> list[bool]:

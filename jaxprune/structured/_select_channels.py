@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._leaves import is_complex
+from jaxprune._tree._names import slashed
 from jaxprune._tree._paths import flatten
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.scores._channels import channel_norm
@@ -234,7 +235,7 @@ def _shares(graph: Graph, k: float | Mapping[str, float]) -> dict[str, float]:
 
 def _answers(group: ChannelGroup, key: str) -> bool:
     produced = [member for member in group.members if member.produces] or group.members[:1]
-    return group.name == key or all((member.path + "/").startswith(key + "/") for member in produced)
+    return group.name == key or all(slashed(member.path + "/").startswith(slashed(key + "/")) for member in produced)
 
 
 def _check_share(share: Any, name: str) -> None:

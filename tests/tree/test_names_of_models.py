@@ -71,6 +71,14 @@ KERNELS = [
     ("time_embedding.linear_1.weight", (1280, 320), 1, (0,)),
     ("down_blocks.0.resnets.0.conv1.weight", (320, 320, 3, 3), 1, (0,)),
     ("ups.0.weight_v", (512, 256, 16), None, None),
+    ("up1.up.weight", (1024, 512, 2, 2), None, None),
+    ("down_blocks.0.upsamplers.0.conv.weight", (320, 320, 3, 3), 1, (0,)),
+    ("model.layers.0.mlp.up_proj.weight", (11008, 4096), 1, (0,)),
+    ("features.1.0.block.1.fc1.weight", (8, 32, 1, 1), 1, (0,)),
+    ("transformer.blocks.0.attn.Wqkv.weight", (12288, 4096), 1, (0,)),
+    ("esm.contact_head.regression.weight", (1, 660), 1, (0,)),
+    ("model.layers.0.mlp.experts.gate_up_proj", (32, 2880, 5760), None, None),
+    ("text_embedder.layers.0.attn.query.weight", (64, 64), 1, (0,)),
     ("e.f.b.0.weight", (64, 32), 1, (0,)),
     ("lstm.weight_hh_l0_reverse", (64, 16), 1, (0,)),
     # Equinox
@@ -84,6 +92,7 @@ KERNELS = [
     ("Conv_0/kernel", (5, 8, 16), 1, (2,)),
     ("embedding/kernel", (16, 16, 3, 768), 2, (3,)),
     ("ConvTranspose_0/kernel", (2, 2, 8, 16), None, None),
+    ("up/kernel", (2, 2, 8, 16), None, None),
     ("Dense_0/kernel", (8, 1), 0, (1,)),
     ("DenseGeneral_0/kernel", (8, 3, 4), None, None),
     ("heads/kernel", (8, 3, 4), None, None),
@@ -101,6 +110,7 @@ KERNELS = [
     ("conv1_d_transpose/w", (4, 16, 8), 2, (1,)),
     ("transformer/linear/w", (64, 64), 0, (1,)),
     ("gru/w_h", (64, 192), 0, (1,)),
+    ("evoformer/attention//weights", (256, 128), 0, (1,)),
     # Keras
     ("conv2d_3/kernel", (3, 3, 8, 16), 2, (3,)),
     ("conv2d_transpose/kernel", (3, 3, 16, 8), None, None),
@@ -115,6 +125,7 @@ KERNELS = [
     ("filters", (3, 3, 4, 8), 2, (3,)),
     ("filters", (8, 4, 3, 3), 1, (0,)),
     ("filters", (3, 3, 3, 3), None, None),
+    ("deconv", (3, 3, 4, 8), None, None),
     ("wq", (8, 2, 4), None, None),
 ]
 
@@ -168,6 +179,17 @@ OTHERS = [
     ("Dense_0/bias", (1, 64)),
     ("norms/0/weight", (4, 5)),
     ("row", (1, 64)),
+    ("embeddings.words.weight", (1000, 64)),
+    ("q_proj.lora_A.weight", (8, 64)),
+    ("encode_positions.pe", (1, 600, 768)),
+    ("synthesis.b4.const", (1, 512, 4, 4)),
+    ("embeddings.position_embeddings.weights.0", (512, 1, 64)),
+    ("transformer_module.queries_features.weight", (100, 256)),
+    ("model.layers.0.self_attn.q_proj.lora_A.default.weight", (8, 4096)),
+    ("model.layers.0.mlp.down_proj.scales", (86, 4096)),
+    ("model.layers.0.mlp.down_proj.weight_scale", (4096, 2)),
+    ("model.layers.0.mlp.experts.gate_up_proj_bias", (32, 5760)),
+    ("emb_rel_k", (1, 9, 96)),
 ]
 
 
