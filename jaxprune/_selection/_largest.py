@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Inexact
 
 from jaxprune._selection._counts import Count
@@ -97,10 +98,13 @@ def _by_platform(
 
     XLA's CPU compiler writes a condition down in full before it sums it up, unless several sums are one reduction. Such
     a reduction of a sharded array is partitioned by gathers, but where there is one CPU device nothing is sharded on
-    CPU. Other compilers fuse plain sums, and read their common operand once.
+    CPU; only an Explicit mesh, of one device too, refuses to regroup the entries for it. Other compilers fuse plain sums,
+    and read their common operand once.
     """
+    meshes = [jax.typeof(array).sharding.mesh for operand in operands for array in operand]
+    explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
     try:
-        cpu = _sum_in_one if len(jax.devices("cpu")) == 1 else _sum_stacked
+        cpu = _sum_in_one if len(jax.devices("cpu")) == 1 and not explicit else _sum_stacked
     except RuntimeError:  # JAX has been told to do without its CPU backend.
         cpu = _sum_each
     select = functools.partial(_select, magnitude=magnitude, batch=batch)

@@ -353,8 +353,6 @@ def test_a_file_is_pruned_as_the_tree_of_its_names(tmp_path):
     np.testing.assert_array_equal(masks["model"]["layers"]["0"]["self_attn"]["q_proj"]["weight"].sum(1), 6)
     # A transposed kernel has its inputs first or second, and is not guessed at.
     safetensors.numpy.save_file({"up.0.up.weight": rng.normal(size=(4, 4, 2, 2))}, tmp_path / "source")
-    with pytest.raises(
-        ValueError, match=r"params\['up.0.up.weight'\] of shape .* transposed convolution.*axis="
-    ):
+    with pytest.raises(ValueError, match=r"params\['up.0.up.weight'\] of shape .* transposed convolution.*axis="):
         storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4))
     storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4, axis=0))
