@@ -63,6 +63,7 @@ def make_masks(
 
     Warns:
         PruningWarning: outside jit, when a layer would have been emptied.
+        UserWarning: by default, when leaves have no names to go by, as in a list, or are the state of an optimizer.
 
     >>> import jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.array([[3.0, -1.0], [1.0, -3.0]]), "bias": jnp.zeros(2)}}

@@ -72,7 +72,7 @@ _OUT_IN: _Layout = (1, (0,))
 _ATTENTION_INPUTS, _ATTENTION_OUTPUTS = ("query", "key", "value"), ("out", "attention_output")
 _WIDENING, _NARROWING = ("c_attn", "c_fc"), ("c_proj", "q_attn")
 # Words in the name of a convolution that makes its output larger.
-_TRANSPOSED = re.compile("transposed?|deconv|upconv|convt|ups?|upscal(e|ing)|upsampler?")
+_TRANSPOSED = re.compile("transposed?|deconvs?|upconv|tconv|convt|t|ups?|upscal(e|ing)|upsampler?|resize")
 
 _OF_A_TRANSPOSED_CONVOLUTION = (
     "belongs to a transposed convolution, of which frameworks keep inputs and outputs in either order"

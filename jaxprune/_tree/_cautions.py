@@ -43,8 +43,12 @@ def caution_optimizer(tree: Tree, chosen: Sequence[bool]) -> None:
 
 
 def _is_of_optimizer(parts: list[str], known: set[str]) -> bool:
-    """Whether a leaf lies in an ``opt_state``, or is one of a pair of moments; a layer of its own may be called ``mu``."""
-    if "opt_state" in parts:
+    """Whether a leaf lies in an ``opt_state``, or in what optax calls so in a tuple, or is one of a pair of moments.
+
+    A layer of its own may be called ``mu``.
+    """
+    first = next((i for i, part in enumerate(parts) if not part.isdigit()), 0)
+    if "opt_state" in parts or (first and parts[first] in ("mu", "nu", "trace")):
         return True
     return any(
         "/".join([*parts[:i], other, *parts[i + 1 :]]) in known

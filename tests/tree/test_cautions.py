@@ -33,6 +33,8 @@ def train_state():
         (train_state, r"2 leaves, params\.opt_state\[0\]\.mu\['dense'\]\['kernel'\] the first"),
         (lambda: TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(0.1, 0.9)), r"1 leaves, .*\.trace"),
         (lambda: optax.adam(1e-3).init(PARAMS), r"2 leaves, params\[0\]\.mu\['dense'\]\['kernel'\]"),
+        (lambda: optax.sgd(0.1, 0.9).init(PARAMS), r"1 leaves, params\[0\]\.trace"),
+        (lambda: (PARAMS, optax.lion(1e-3).init(PARAMS)), r"1 leaves, params\[1\]\[0\]\.mu"),
         (lambda: (PARAMS, optax.adamw(1e-3).init(PARAMS)), r"2 leaves, params\[1\]\[0\]\.mu"),
         (
             lambda: nnx.state(nnx.Optimizer(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), optax.adam(1e-3), wrt=nnx.Param)),

@@ -71,6 +71,8 @@ KERNELS = [
     ("time_embedding.linear_1.weight", (1280, 320), 1, (0,)),
     ("down_blocks.0.resnets.0.conv1.weight", (320, 320, 3, 3), 1, (0,)),
     ("ups.0.weight_v", (512, 256, 16), None, None),
+    ("decoder.block.1.conv_t1.weight_v", (768, 384, 16), None, None),
+    ("neck.reassemble_stage.layers.0.resize.weight", (96, 96, 4, 4), None, None),
     ("up1.up.weight", (1024, 512, 2, 2), None, None),
     ("down_blocks.0.upsamplers.0.conv.weight", (320, 320, 3, 3), 1, (0,)),
     ("model.layers.0.mlp.up_proj.weight", (11008, 4096), 1, (0,)),
