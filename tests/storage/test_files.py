@@ -310,6 +310,11 @@ def test_compressed_rows_keep_kept_zeros_and_leave_the_rest_dense():
     assert sparse["whole"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
     with pytest.raises(ValueError, match="must be the 2 inputs"):
         storage.multiply_bcsr(jnp.ones((4, 3)), sparse["kernel"])
+    # A matrix of an einsum may lie either way; kept whole, it need not be known.
+    params = {"Einsum_0": {"kernel": jnp.eye(3)}}
+    assert storage.to_bcsr(params, {"Einsum_0": {"kernel": None}})["Einsum_0"]["kernel"].shape == (3, 3)
+    with pytest.raises(ValueError, match=r"params\['Einsum_0'\]\['kernel'\] of shape \(3, 3\) belongs to an einsum"):
+        storage.to_bcsr(params, {"Einsum_0": {"kernel": params["Einsum_0"]["kernel"] != 0}})
 
 
 def test_storage_errors_are_value_errors():

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import jaxprune
 from jaxprune import is_kernel, rules
@@ -220,6 +222,53 @@ def test_dots_are_slashes(path):
         other = path.replace(".", "/")
         assert is_kernel(path, of(shape)) == is_kernel(other, of(shape))
         assert conventional(path, shape) == conventional(other, shape)
+
+
+WORDS = st.sampled_from(
+    [
+        "kernel",
+        "w",
+        "weight",
+        "weights",
+        "weight_v",
+        "bias",
+        "embed",
+        "conv",
+        "Conv_0",
+        "ConvTranspose_0",
+        "up",
+        "query",
+        "out",
+        "einsum",
+        "norm",
+        "parametrizations",
+        "original1",
+        "0",
+        "7",
+        "c_attn",
+    ]
+)
+
+
+@given(
+    st.lists(st.one_of(WORDS, st.text(max_size=4)), max_size=4),
+    st.sampled_from("/."),
+    st.lists(st.integers(0, 9), max_size=5).map(tuple),
+    st.integers(0, 2),
+)
+def test_any_name_gets_a_verdict_and_known_axes_or_a_reason(parts, separator, shape, layers):
+    path, stack = separator.join(parts), tuple(range(min(layers, len(shape))))
+    assert is_kernel(path, of(shape)) in (True, False)
+    assert not is_kernel(path, of(shape[:1]))
+    axes = conventional(path, shape, stack)
+    own = [axis for axis in range(len(shape)) if axis not in stack]
+    if axes.inputs is None:
+        assert axes.why
+    else:
+        assert not axes.why
+        assert axes.inputs in own
+        assert set(axes.outputs) <= set(own) - {axes.inputs}
+        assert list(axes.outputs) == sorted(axes.outputs)
 
 
 def normal(*shape):
