@@ -268,6 +268,7 @@ def test_channels_are_cut_by_the_modulus():
     )
 
 
+@pytest.mark.slow
 def test_choices():
     def evaluate(params):
         return -jnp.sum(jnp.square(fn(params, X) - fn(PARAMS, X)))
@@ -316,6 +317,7 @@ def test_rows_compressed():
     np.testing.assert_allclose(storage.multiply_bcsr(x, sparse), x @ spectral(PRUNED), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path):
     from matplotlib.figure import Figure
 
