@@ -17,7 +17,8 @@ def wanda(params: Any, norms: Norms) -> Any:
     """Score weights by ``|w_ij| ||x_i||``: the magnitude times the norm of the input over the calibration data.
 
     Use it with `rules.row_sparsity` (as published), ``rules.n_m(m)`` or any other rule. A parameter that several products
-    share is scored by the root of the sum of the squares.
+    share is scored by the root of the sum of the squares. The published recipe keeps embeddings and the head (``lm_head``)
+    dense; `make_masks` prunes the head like any other kernel unless ``prunable=`` leaves it out.
 
     Args:
         params: a pytree of arrays.
