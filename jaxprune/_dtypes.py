@@ -14,6 +14,12 @@ def wide(dtype: Any) -> np.dtype:
     return dtype if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 8 else np.dtype(np.float32)
 
 
+def real(dtype: Any) -> np.dtype:
+    """The dtype of the moduli of complex numbers; of real ones their own."""
+    dtype = np.dtype(dtype)
+    return np.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
+
+
 def widen(x: jax.Array) -> jax.Array:
     """Return x in the dtype to compute in."""
     return x.astype(wide(x.dtype))
@@ -27,4 +33,4 @@ def with_infinities(x: jax.Array) -> jax.Array:
 def common(dtypes: Iterable[Any]) -> np.dtype:
     """The dtype in which floating-point numbers of all these dtypes can be held; their own where it is one."""
     found = {np.dtype(dtype) for dtype in dtypes}
-    return found.pop() if len(found) == 1 else max(map(wide, found), key=lambda dtype: dtype.itemsize)
+    return found.pop() if len(found) == 1 else np.result_type(*map(wide, found))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._tree._axes import Stacked
-from jaxprune._tree._leaves import is_floating, is_known, own
+from jaxprune._tree._leaves import is_complex, is_floating, is_known, own
 from jaxprune._tree._masks import align_masks, all_true, check_mask
 from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._paths import flatten, read_arrays
@@ -39,7 +39,8 @@ def make_masks(
     sharded it is the same); for global thresholds and counts call it outside, on the sharded arrays.
 
     Args:
-        params: a pytree of arrays of any shape. Leaves that are not floating-point are kept whole.
+        params: a pytree of arrays of any shape. Complex weights are ranked by their modulus; leaves that are not
+            floating-point are kept whole.
         k: the rule's strength: a number, a scalar array (may be traced), or a tree prefix of `params`, one k for each
             layer or subtree. For the default rule k >= 0.
         rule: ``(scores, k) -> masks``, one of `jaxprune.rules` or your own: it is given a tree of float32 scores that
@@ -62,6 +63,7 @@ def make_masks(
 
     Warns:
         PruningWarning: outside jit, when a layer would have been emptied.
+        UserWarning: by default, when leaves have no names to go by, as in a list, or are the state of an optimizer.
 
     >>> import jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.array([[3.0, -1.0], [1.0, -3.0]]), "bias": jnp.zeros(2)}}
@@ -99,10 +101,10 @@ def _given_scores(tree: Params, scores: Any) -> list[Any]:
     for name, leaf, score, fits in zip(tree.names, tree.leaves, given, tree.prunable, strict=True):
         if not fits:
             continue
-        if score is None or not is_floating(score) or np.shape(score) != np.shape(leaf):
+        if score is None or not is_floating(score) or is_complex(score) or np.shape(score) != np.shape(leaf):
             found = "None" if score is None else f"{jnp.asarray(score).dtype}{list(np.shape(score))}"
             raise ValueError(
-                f"scores for {name} are {found}, not floating-point numbers of its shape {list(np.shape(leaf))}."
+                f"scores for {name} are {found}, not real floating-point numbers of its shape {list(np.shape(leaf))}."
             )
         if is_known(score) and _has_nan(score):
             raise ValueError(f"scores for {name} hold NaN; a score says how much a weight matters (-inf: not at all).")
@@ -130,7 +132,7 @@ def _read_masks(masks: Any, layers: list[Layer | None], rule: AnyRule) -> list[j
 def apply_masks(params: Any, masks: Any) -> Any:
     """Set to zero what the masks do not keep: ``where(mask, param, 0)``.
 
-    Pruned weights become exactly ``+0.0``, whatever they were (NaN and infinity included); kept ones are untouched, bit
+    Pruned weights become exactly ``+0.0`` (complex ones ``0+0j``), whatever they were (NaN and infinity included); kept ones are untouched, bit
     for bit (but for a NaN's payload); dtypes, treedef and sharding are those of `params`. Differentiable: the gradient
     of a pruned weight is zero. Besides pruning once, this in the forward pass is the form that holds in any optimizer.
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxprune._printing import FEW_LINES, folded, printable
 from jaxprune._summary import LayerRow, Summary, amount, summarize
-from jaxprune._tree._axes import Stacked
-from jaxprune._tree._paths import flatten
+from jaxprune._tree._axes import Stacked, read_axes
+from jaxprune._tree._paths import flatten, read_arrays
 from jaxprune._tree._prunable import Prunable
 from jaxprune.choose._sensitivity import Sensitivity
 from jaxprune.sites._sites import Sites
@@ -75,7 +75,9 @@ def report(
         ValueError: the masks do not fit the parameters; the message names the leaf.
     """
     summary = summarize(params, masks, prunable=prunable, stacked=stacked, sites=sites, uses=uses)
-    parts = [*_overview(summary), *_layers(params, masks, summary)]
+    tree = read_arrays(params, "params")
+    outputs = {path: axes.outputs for path, axes in zip(tree.paths, read_axes(tree, stacked, sites), strict=True)}
+    parts = [*_overview(summary), *_layers(params, masks, summary, outputs)]
     if sensitivity is not None:
         parts += _of_sensitivity(sensitivity)
     if history:
@@ -131,7 +133,7 @@ def _row(row: LayerRow, told: bool) -> tuple[str, list[str]]:
     return ("" if row.prunable else "dense"), cells
 
 
-def _layers(params: Any, masks: Any, summary: Summary) -> Iterator[str]:
+def _layers(params: Any, masks: Any, summary: Summary, outputs: Mapping[str, tuple[int, ...] | None]) -> Iterator[str]:
     from jaxprune import plot
     from jaxprune.plot._figures import thresholds_of
 
@@ -146,11 +148,15 @@ def _layers(params: Any, masks: Any, summary: Summary) -> Iterator[str]:
 
         def draw(left: "Axes", right: "Axes", values: Any = values, cut: float = threshold, path: str = path) -> None:
             plot.weights(values, cut, left)
-            plot.mask(by_path[path], right)
+            plot.mask(by_path[path], right, outputs=outputs[path])
 
         yield f"<h3>{html.escape(printable(path))}</h3>" + _figure(
-            f"Weights and mask of {path}", draw, columns=2, height=3.2
+            f"Weights and mask of {path}{_to_the_right(outputs[path])}", draw, columns=2, height=3.2
         )
+
+
+def _to_the_right(outputs: tuple[int, ...] | None) -> str:
+    return "" if outputs is None else f", outputs (axis {', '.join(map(str, outputs))}) to the right"
 
 
 def _of_sensitivity(curves: Sensitivity) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxprune._printing import Printable, as_json
 from jaxprune._rows import Row
 from jaxprune._selection import _counts, _moments
 from jaxprune._tree._axes import Axes, Stacked
+from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Prunable
@@ -35,7 +36,8 @@ class LayerRow(Row):
 
     Attributes:
         prunable: whether it counts as prunable.
-        dead_units: output units of which no weight is kept.
+        dead_units: output units of which no weight is kept; 0 where nobody knows which axes number them.
+        unapplied: weights that the mask removes and that are not zero.
         int8_bytes: as `stored_bytes`, with values of one byte.
         macs: multiply-accumulates of one call with all weights; None where `summarize` was not told `uses`.
         macs_kept: those of the weights kept.
@@ -43,6 +45,7 @@ class LayerRow(Row):
 
     prunable: bool
     dead_units: int
+    unapplied: int
     int8_bytes: int
     macs: int | None
     macs_kept: int | None
@@ -68,8 +71,8 @@ class Summary(Printable):
 
     @property
     def remarks(self) -> list[str]:
-        """Say in words which layers are nearly empty, held by the guard, or have dead units."""
-        return [remark for row in self.rows for remark in _remarks(row)]
+        """Say in words whether the masks are applied, and which layers are nearly empty, held by the guard, or have dead units."""
+        return [*_not_applied(self.rows), *(remark for row in self.rows for remark in _remarks(row))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""
@@ -121,6 +124,18 @@ class Summary(Printable):
         return table
 
 
+def _not_applied(rows: Sequence[LayerRow]) -> Iterator[str]:
+    left = [row for row in rows if row.unapplied]
+    if left:
+        total, removed = (
+            sum(values) for values in zip(*((row.unapplied, row.size - row.kept) for row in rows), strict=True)
+        )
+        yield (
+            f"{total:,} of {removed:,} pruned weights are not zero, in {len(left)} layer(s), {left[0].path} the first: did you "
+            "call apply_masks?"
+        )
+
+
 def _remarks(row: LayerRow) -> Iterator[str]:
     if not row.prunable or row.kept == row.size:
         return
@@ -164,7 +179,8 @@ def summarize(
     Counts are exact for any size. Reads values: not for use under jit.
 
     Args:
-        params: the parameters, before or after `apply_masks`; statistics are of the values given.
+        params: the parameters; statistics are of the values given. Where pruned weights are not zero (before `apply_masks`,
+            or where an optimizer has moved them) a remark says so.
         masks: their masks, True = keep.
         prunable: which leaves count as prunable, as in `make_masks`.
         stacked: as in `make_masks`; each layer of a stack has a row of its own.
@@ -199,11 +215,14 @@ def summarize(
 def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, roles: Axes, uses: int | None) -> Iterator[LayerRow]:
     axes = tuple(axis for axis in range(leaf.ndim) if axis not in roles.stack)
     shape, layers = tuple(leaf.shape[axis] for axis in axes), tuple(leaf.shape[axis] for axis in roles.stack)
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size > 0
+    floating = is_floating(leaf) and leaf.size > 0
     counts = np.full(layers, math.prod(shape), np.int64) if mask is None else _counted(mask, axes)
+    unapplied = np.zeros(layers, np.int64)
     if floating:
         mask = jnp.ones_like(leaf, dtype=bool) if mask is None else mask
         cuts, stds = _measure(leaf, mask, axes=axes)
+        if (counts < math.prod(shape)).any():
+            unapplied = _counted(~jnp.asarray(mask) & (leaf != 0), axes)
     dead = _dead_units(mask, axes, roles) if prunable and floating else np.int64(0)
     dead = np.broadcast_to(dead, layers)
     for index in np.ndindex(layers):
@@ -217,9 +236,10 @@ def _rows(path: str, leaf: jax.Array, mask: Any, prunable: bool, roles: Axes, us
             std=float(stds[index]) if floating else None,
             prunable=prunable,
             dead_units=int(dead[index]),
+            unapplied=int(unapplied[index]),
             dense_bytes=size * leaf.dtype.itemsize,
             stored_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept),
-            int8_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating else None),
+            int8_bytes=leaf_bytes(shape, leaf.dtype.itemsize, kept, 8 if floating and not is_complex(leaf) else None),
             macs=None if uses is None else uses * size,
             macs_kept=None if uses is None else uses * kept,
         )
@@ -231,8 +251,9 @@ def _counted(mask: Any, axes: tuple[int, ...]) -> np.ndarray:
 
 def _dead_units(mask: Any, axes: tuple[int, ...], roles: Axes) -> np.ndarray:
     """Count for each layer the output units of which nothing is kept."""
-    units = axes if roles.outputs is None else roles.outputs
-    alive = jnp.any(mask, tuple(axis for axis in axes if axis not in units), keepdims=True)
+    if roles.outputs is None:  # nobody knows what a unit is
+        return np.zeros((), np.int64)
+    alive = jnp.any(mask, tuple(axis for axis in axes if axis not in roles.outputs), keepdims=True)
     return _counted(~alive, axes)
 
 

@@ -1,6 +1,9 @@
 """The same masks on one device and on eight, on Auto and Explicit meshes, and exported for cpu, cuda and tpu."""
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import chex
@@ -110,3 +113,24 @@ def test_export_for_every_platform() -> None:
     read = jax.export.deserialize(exported.serialize())
     for k in (0.3, 0.9):
         chex.assert_trees_all_equal(read.call(params, jnp.float32(k)), prune(params, jnp.float32(k)))
+
+
+ON_ONE_DEVICE = """
+import jax, jax.numpy as jnp, numpy as np
+from jaxprune import make_masks, rules
+assert len(jax.devices()) == 1
+params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)}
+for kind in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(kind,))
+    held = jax.device_put(params, jax.NamedSharding(mesh, jax.P("x")))
+    for rule in rules.global_sparsity, rules.layer_sparsity, rules.row_sparsity, rules.erk_sparsity:
+        expected = make_masks(params, 0.5, rule=rule)["w"]
+        np.testing.assert_array_equal(make_masks(held, 0.5, rule=rule)["w"], expected)
+        np.testing.assert_array_equal(jax.jit(lambda held: make_masks(held, 0.5, rule=rule))(held)["w"], expected)
+"""
+
+
+@pytest.mark.slow
+def test_counts_on_a_mesh_of_the_only_device() -> None:
+    """What a laptop has: programs for one device regroup entries, which an Explicit mesh refuses whatever its size."""
+    subprocess.run([sys.executable, "-c", ON_ONE_DEVICE], check=True, env={**os.environ, "XLA_FLAGS": ""})

@@ -110,6 +110,8 @@ HOLDERS: dict[str, tuple[Callable, Callable]] = {
     "tuple": (lambda: tuple(WEIGHTS), lambda t: [t[0][0], t[1][0]]),
     "list of NamedTuples": (lambda: [Dense(*layer) for layer in WEIGHTS], lambda t: [t[0].w, t[1].w]),
 }
+# Of tuples the warning is in order, and what it says is tested where it is made.
+pytestmark = pytest.mark.filterwarnings("ignore:(params|masks) has no names")
 every_holder = pytest.mark.parametrize(("make", "kernels"), HOLDERS.values(), ids=HOLDERS.keys())
 
 

@@ -72,6 +72,26 @@ def test_a_mask_as_an_image(axes):
     assert axes.get_title() == "75.0% of 4 weights kept"
 
 
+def test_the_outputs_of_a_mask_run_to_the_right(axes):
+    mask = np.zeros((2, 3, 5), bool)  # [outputs, inputs, taps], as PyTorch keeps a convolution
+    mask[1] = True
+    plot.mask(mask, axes, outputs=(0,))
+    np.testing.assert_array_equal(axes.images[0].get_array(), np.tile([0, 1], (15, 1)))
+    assert axes.get_xlabel() == "outputs (axis 0)"
+    assert axes.get_ylabel() == "inputs (all other axes)"
+    plot.mask(mask, axes, outputs=(1, 2))  # heads and their dimensions
+    np.testing.assert_array_equal(axes.images[-1].get_array(), np.repeat([[0], [1]], 15, 1))
+    assert axes.get_xlabel() == "outputs (axis 1, 2)"
+    plot.mask(mask, axes, outputs=None)
+    assert axes.images[-1].get_array().shape == (6, 5)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("last axis", "all other axes")
+    plot.mask(mask, axes)
+    assert axes.get_xlabel() == "outputs (last axis)"
+    for small in (np.array(True), np.array([True, False])):
+        plot.mask(small, axes)
+        assert axes.images[-1].get_array().shape == (1, small.size)
+
+
 def test_a_large_mask_shows_shares_of_blocks(axes):
     mask = np.zeros((2 * MAX_CELLS, 3), bool)
     mask[::2, 0] = True

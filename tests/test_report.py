@@ -113,3 +113,20 @@ def test_a_browser_renders_it(tmp_path):
     # The page's blue (bars and histograms) and the grey of what is removed are there.
     assert (np.abs(pixels - np.array([0, 0x72, 0xB2]) / 255).max(-1) < 0.02).mean() > 0.002
     assert (np.abs(pixels - 0xBB / 255).max(-1) < 0.02).mean() > 0.001
+
+
+def test_outputs_run_to_the_right_whoever_made_the_file(tmp_path):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
+    params = {
+        "encoder.fc.weight": weights,
+        "encoder.fc.kernel": weights,
+        "ConvTranspose_0.kernel": weights.reshape(2, 2, 3, 8),
+    }
+    masks = jaxprune.make_masks(params, 0.5, rule=jaxprune.rules.layer_sparsity)
+    jaxprune.report(tmp_path / "page.html", jaxprune.apply_masks(params, masks), masks)
+    said = {attributes["alt"] for tag, attributes in read(tmp_path / "page.html").tags if tag == "img"}
+    assert {text for text in said if "mask" in text} == {
+        "Weights and mask of encoder.fc.weight, outputs (axis 0) to the right",
+        "Weights and mask of encoder.fc.kernel, outputs (axis 1) to the right",
+        "Weights and mask of ConvTranspose_0.kernel",
+    }

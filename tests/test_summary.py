@@ -90,11 +90,40 @@ def test_layers_that_collapse_are_named() -> None:
     params = {name: {"kernel": jnp.ones((300, 2))} for name in ("empty", "held", "whole")}
     rows = {"empty": 5, "held": 1, "whole": 600}
     masks = {name: {"kernel": (jnp.arange(600) < n).reshape(300, 2)} for name, n in rows.items()}
-    assert summarize(params, masks).remarks == [
+    assert summarize(apply_masks(params, masks), masks).remarks == [
         "empty/kernel is nearly empty: 5 of 600 weights stay.",
         "held/kernel keeps only its last weight: the guard held it, the layer is lost.",
         "held/kernel has 1 dead unit(s), all of whose weights are gone; channels could be cut.",
     ]
+
+
+def test_masks_that_are_not_applied_are_said() -> None:
+    params = {
+        "a": {"kernel": jnp.array([[1.0, 2.0], [3.0, jnp.nan]])},
+        "b": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    }
+    masks = {
+        "a": {"kernel": jnp.array([[True, False], [True, False]])},
+        "b": {"kernel": jnp.array([[True, True], [True, False]]), "bias": jnp.array([True, False])},
+    }
+    found = summarize(params, masks)
+    assert [row.unapplied for row in found.rows] == [2, 1, 1]  # a NaN is not zero either; nor need a leaf be prunable
+    assert found.remarks[0] == (
+        "4 of 4 pruned weights are not zero, in 3 layer(s), a/kernel the first: did you call apply_masks?"
+    )
+    assert "did you call apply_masks?" in " ".join(str(found).split())
+    assert found.to_dict()["rows"][0]["unapplied"] == 2
+    applied = apply_masks(params, masks)
+    assert [row.unapplied for row in summarize(applied, masks).rows] == [0, 0, 0]
+    assert "apply_masks" not in str(summarize(applied, masks))
+    # An optimizer that does not know the masks has moved one of them.
+    applied["b"]["kernel"] = applied["b"]["kernel"].at[1, 1].set(-1e-3)
+    assert (
+        "1 of 4 pruned weights are not zero, in 1 layer(s), b/kernel the first" in summarize(applied, masks).remarks[0]
+    )
+    stack = {"kernel": jnp.ones((2, 2, 2))}
+    some = {"kernel": jnp.ones((2, 2, 2), bool).at[1, 0].set(False)}
+    assert [row.unapplied for row in summarize(stack, some, stacked="*").rows] == [0, 2]
 
 
 def test_pruning_does_not_change_the_counts() -> None:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from jaxprune import rules
 from jaxprune._printing import as_json
 from jaxprune._tables import Table
+from jaxprune._tree._names import slashed
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.storage import _files
 from jaxprune.storage._checkpoint import Checkpoint, Writing
@@ -59,7 +60,8 @@ def convert(options: argparse.Namespace) -> bool:
     """Write a model in another way."""
     _check_target(options)
     with Checkpoint(options.model) as checkpoint:
-        return _write(options, checkpoint, _files.stored_or_paying, {}, set(checkpoint.tensors))
+        prunable = {name for name, tensor in checkpoint.tensors.items() if _files.counts(tensor)}
+        return _write(options, checkpoint, _files.stored_or_paying, {}, prunable)
 
 
 def diff(options: argparse.Namespace) -> bool:
@@ -86,14 +88,17 @@ def report(options: argparse.Namespace) -> bool:
     from jaxprune._report import report as write_page
 
     _refuse_existing(Path(options.out), options.force)
-    params, masks = {}, {}
+    params, masks, counted = {}, {}, set()
     with Checkpoint(options.model) as checkpoint:
         for name, tensor in checkpoint.tensors.items():
             values, mask = tensor.load()
             mask = mask if tensor.encoded else _files.nonzero(tensor, values)
-            path = _files.path_of(name)
-            params[path], masks[path] = values, np.ones(values.shape, bool) if mask is None else mask
-    write_page(options.out, params, masks, title=Path(options.model).name)
+            if _files.counts(tensor):
+                counted.add(slashed(name))
+            params[name], masks[name] = values, np.ones(values.shape, bool) if mask is None else mask
+    write_page(
+        options.out, params, masks, title=Path(options.model).name, prunable=lambda path, leaf: slashed(path) in counted
+    )
     return True
 
 
@@ -168,8 +173,8 @@ def _rule_of(options: argparse.Namespace) -> rules.Rule:
 
 
 def _prunable(options: argparse.Namespace, checkpoint: Checkpoint) -> Predicate:
-    only, skip = ([_files.path_of(glob) for glob in globs or []] for globs in (options.only, options.skip))
-    paths = [_files.path_of(name) for name in checkpoint.tensors]
+    only, skip = ([slashed(glob) for glob in globs or []] for globs in (options.only, options.skip))
+    paths = [slashed(name) for name in checkpoint.tensors]
     for glob in (*only, *skip):
         if not any(fnmatchcase(path, glob) for path in paths):
             raise ValueError(f"no tensor is named like {glob.replace('/', '.')!r}; try jaxprune summarize.")

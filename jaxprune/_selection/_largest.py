@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jax.sharding import AxisType
+from jaxtyping import Array, Bool, Inexact
 
 from jaxprune._selection._alike import Kind, apart, for_each, groups, hidden_zero, take_row
 from jaxprune._selection._counts import Count
@@ -28,7 +29,7 @@ class Each(NamedTuple):
 
 
 def keep_largest(
-    values: Float[Array, "*shape"], removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool
+    values: Inexact[Array, "*shape"], removed: Count, *, batch: tuple[int, ...] = (), magnitude: bool
 ) -> Bool[Array, "*shape"]:
     """Mask the `removed` smallest entries of each pool.
 
@@ -37,7 +38,7 @@ def keep_largest(
     `values`.
 
     Args:
-        values: a floating-point array of any shape.
+        values: a floating-point array of any shape; complex numbers rank by magnitude only.
         removed: how many entries to mask, at most a pool's size; of shape `()`, or one for each pool. May be traced.
         batch: the axes that number the pools, in rising order; one pool consists of all other axes.
         magnitude: whether to rank by `|values|`, or else by the signed values.
@@ -49,7 +50,7 @@ def keep_largest(
 
 
 def keep_largest_each(
-    values: Sequence[Float[Array, "..."]], removed: Sequence[Count], each: Sequence[Each]
+    values: Sequence[Inexact[Array, "..."]], removed: Sequence[Count], each: Sequence[Each]
 ) -> list[Bool[Array, "..."]]:
     """Mask the smallest entries of each pool of many arrays, as `keep_largest` does of one; those of a kind by one program.
 
@@ -61,6 +62,7 @@ def keep_largest_each(
     Returns:
         A list of bool arrays of the shapes of `values`, `True` = keep.
     """
+    values = list(map(_moduli, values))
     filled = [i for i, array in enumerate(values) if array.size]
     masks = _keep_largest_each(
         [values[i] for i in filled],
@@ -71,7 +73,7 @@ def keep_largest_each(
 
 
 def keep_largest_jointly(
-    values: Sequence[Float[Array, "..."]],
+    values: Sequence[Inexact[Array, "..."]],
     removed: Count,
     *,
     magnitude: bool,
@@ -84,7 +86,7 @@ def keep_largest_jointly(
     are compared in the dtype they promote to.
 
     Args:
-        values: floating-point arrays of any shapes.
+        values: floating-point arrays of any shapes; complex numbers rank by magnitude only.
         removed: how many entries to mask, at most the number of unprotected ones; of shape `()`. May be traced.
         magnitude: whether to rank by `|values|`, or else by the signed values.
         protected: bool arrays of the shapes of `values`: where `True`, the entry is never masked.
@@ -93,6 +95,7 @@ def keep_largest_jointly(
     Returns:
         A list of bool arrays of the shapes of `values`, `True` = keep.
     """
+    values = list(map(_moduli, values))
     operands = [(array,) for array in values] if protected is None else list(zip(values, protected, strict=True))
     filled = [i for i, array in enumerate(values) if array.size]
     if not filled:
@@ -104,6 +107,10 @@ def keep_largest_jointly(
         kinds=tuple(i if kinds is None else kinds[i] for i in filled),
     )
     return _with_empty(values, masks)
+
+
+def _moduli(values: jax.Array) -> jax.Array:
+    return jnp.abs(values) if jnp.issubdtype(values.dtype, jnp.complexfloating) else values
 
 
 def _with_empty(values: Sequence[jax.Array], masks: Sequence[jax.Array]) -> list[jax.Array]:
@@ -129,10 +136,13 @@ def _by_platform(select: Callable[..., list[jax.Array]], *operands: Any) -> list
 
     XLA's CPU compiler writes a condition down in full before it sums it up, unless several sums are one reduction. Such
     a reduction of a sharded array is partitioned by gathers, but where there is one CPU device nothing is sharded on
-    CPU. Other compilers fuse plain sums, and read their common operand once.
+    CPU; only an Explicit mesh, of one device too, refuses to regroup the entries for it. Other compilers fuse plain sums,
+    and read their common operand once.
     """
+    meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(operands)]
+    explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
     try:
-        cpu = _sum_in_one if len(jax.devices("cpu")) == 1 else _sum_stacked
+        cpu = _sum_in_one if len(jax.devices("cpu")) == 1 and not explicit else _sum_stacked
     except RuntimeError:  # JAX has been told to do without its CPU backend.
         cpu = _sum_each
     return lax.platform_dependent(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Inexact
 
 from jaxprune._dtypes import widen
 
@@ -38,13 +38,15 @@ def _careful_variance(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.maximum(_finite_mean(jnp.square(centred), finite, axes) - jnp.square(rest), 0)
 
 
-def std(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*kept"]:
+def std(x: Inexact[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*kept"]:
     """Population standard deviation of the finite entries along `axes`, kept as axes of size 1, in float32.
 
     A variance as the mean square less the squared mean is half a pass cheaper than the centred one and as good as
     long as the mean is small; layers where it is not, with a NaN or infinity, or of numbers whose squares leave the range
-    of the dtype, take the centred way.
+    of the dtype, take the centred way. Of complex numbers it is the root of the mean square distance from their mean.
     """
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.hypot(std(jnp.real(x), axes), std(jnp.imag(x), axes))
     mean = jnp.mean(widen(x), axes, keepdims=True)
     # Without the barrier XLA's CPU backend computes both sums in one loop that it cannot vectorise.
     square = jnp.mean(jnp.square(widen(lax.optimization_barrier(x))), axes, keepdims=True)
@@ -57,7 +59,7 @@ def std(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*kept
     return lax.cond(jnp.all(sound), lambda: jnp.sqrt(variance), lambda: _scaled(widen(x), axes, careful))
 
 
-def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
+def mean(x: Inexact[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
     """Mean of the finite entries, or of their magnitudes, along `axes`, kept as axes of size 1, in float32."""
     rough = jnp.mean(widen(_signless(x, magnitude)), axes, keepdims=True)
     # The rounding errors of a sum of equal signs do not cancel; those of its remainder are a million times smaller.
@@ -70,7 +72,7 @@ def mean(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = 
     return lax.cond(jnp.all(jnp.isfinite(plain)), lambda: plain, careful)
 
 
-def largest(x: Float[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
+def largest(x: Inexact[Array, "*shape"], axes: tuple[int, ...], *, magnitude: bool = False) -> Float[Array, "*kept"]:
     """Largest finite entry, or magnitude, along `axes`, kept as axes of size 1, in float32; NaN where none is finite."""
     plain = widen(jnp.max(_signless(lax.optimization_barrier(x), magnitude), axes, keepdims=True))
 

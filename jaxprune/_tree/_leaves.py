@@ -17,9 +17,24 @@ def is_array(leaf: Any) -> bool:
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf holds floating-point numbers; integers, booleans and PRNG keys do not."""
+    """Whether a leaf holds floating-point numbers, real or complex; integers, booleans and PRNG keys do not."""
     dtype = getattr(leaf, "dtype", None)
-    return isinstance(leaf, float) if dtype is None else bool(jnp.issubdtype(dtype, jnp.floating))
+    return isinstance(leaf, float | complex) if dtype is None else bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def is_complex(leaf: Any) -> bool:
+    """Whether a leaf holds complex numbers."""
+    dtype = getattr(leaf, "dtype", None)
+    return isinstance(leaf, complex) if dtype is None else bool(jnp.issubdtype(dtype, jnp.complexfloating))
+
+
+def require_real(leaf: Any, name: str, title: str) -> None:
+    """Raise a TypeError of a leaf of complex numbers, where what is computed is known of real ones only."""
+    if is_complex(leaf):
+        raise TypeError(
+            f"{title} is of real weights, but {name} is {getattr(leaf, 'dtype', 'complex')}. Leave it out; by its modulus it is "
+            "pruned by make_masks without scores=, or with scores.magnitude."
+        )
 
 
 def is_known(array: jax.Array | float) -> bool:

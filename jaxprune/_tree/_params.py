@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxprune._tree._axes import Axes, Roles, Stacked, read_axes
+from jaxprune._tree._cautions import caution_nameless, caution_optimizer
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import Tree, read_arrays
 from jaxprune._tree._prunable import Prunable, kernels, verdicts
@@ -52,6 +53,9 @@ def read_params(
     Returns:
         The parameters.
 
+    Warns:
+        UserWarning: names are all there is to go by, and the leaves have none, or are those of an optimizer.
+
     Raises:
         ValueError: nothing is prunable, a pattern fits nothing, or a leaf has fewer axes than it should have layers.
         TypeError: a leaf is no array.
@@ -72,6 +76,9 @@ def read_params(
             f"No leaf is prunable. Found {shown or 'an empty tree'}. "
             "Pass prunable=, a function (path, leaf) -> bool, a glob pattern of paths or a tree of bools."
         )
+    if asked is None:
+        caution_nameless(tree, chosen)
+        caution_optimizer(tree, chosen)
     return Params(tree.what, tree.paths, tree.names, tree.leaves, tree.treedef, chosen, axes)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey, keystr
 
 from jaxprune._tree._leaves import is_array, is_nothing
+from jaxprune._tree._names import slashed
 
 KeyPath = tuple[Any, ...]
 
@@ -124,11 +125,13 @@ def read_arrays(tree: Any, what: str) -> Tree:
 def spread(prefix: Any, paths: Sequence[str], what: str) -> list[Any]:
     """Give each path the entry of the tree `prefix`, called `what`, that stands at it or above it, or None."""
     entries = flatten(prefix, what)
-    places = {path: place for place, path in enumerate(entries.paths)}
+    places = {slashed(path): place for place, path in enumerate(entries.paths)}
     found: list[Any] = [None] * len(paths)
     used: set[int] = set()
     for i, path in enumerate(paths):
-        above = [places[start] for start in itertools.accumulate(path.split("/"), "{}/{}".format) if start in places]
+        above = [
+            places[start] for start in itertools.accumulate(slashed(path).split("/"), "{}/{}".format) if start in places
+        ]
         above += [places[""]] if "" in places else []
         if above:
             found[i] = entries.leaves[max(above)]

@@ -3,16 +3,19 @@
 from fnmatch import fnmatchcase
 from typing import Any
 
+from jaxprune._tree._names import slashed
 from jaxprune._tree._paths import Tree
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a glob pattern fits a path or a module above the leaf.
+    """Whether a glob pattern fits a path or a module above the leaf; dots are slashes, in both.
 
     >>> matches("layers", "layers/dense/kernel"), matches("*/kernel", "layers/dense/bias")
     (True, False)
+    >>> matches("model/layers.*.weight", "model.layers.0.q_proj.weight")
+    True
     """
-    parts = path.split("/")
+    pattern, parts = slashed(pattern), slashed(path).split("/")
     return any(fnmatchcase("/".join(parts[: n + 1]), pattern) for n in range(len(parts)))
 
 

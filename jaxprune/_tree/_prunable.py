@@ -1,7 +1,7 @@
 """Which leaves are pruned, by name and shape."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune._tree._axes import Roles
 from jaxprune._tree._leaves import is_function
+from jaxprune._tree._names import KERNEL, WEIGHT, names, words
 from jaxprune._tree._paths import KeyPath, Tree
 from jaxprune._tree._patterns import as_patterns, fitting
 
@@ -16,34 +17,36 @@ Predicate = Callable[[str, Any], bool]
 # A predicate of path and leaf, glob patterns of paths or of modules above them, a tree (prefix) of bools, or sites.
 Prunable = Predicate | str | Sequence[str] | Any
 
-# A leaf of one of these names multiplies inputs in Flax and Haiku, whatever the module around it is called.
-_KERNEL = re.compile(r"kernel|w|w_?\d+|w_[a-z]+")
-# Words in a leaf's own name, in its module's name, and anywhere on its path, that rule it out otherwise.
-_NOT_NAMED = frozenset(
-    {"bias", "biases", "b", "scale", "offset", "gamma", "beta", "g", "gain", "mean", "var", "log", "lora", "table"}
-    | {"token", "tokens", "logits"}
+# Words in a leaf's own name that rule it out: what is added or scales, statistics, tables, what is learnt as an input, angles.
+_NOT_NAMED = re.compile(
+    "bias(es)?|b|scales?|offsets?|gamma|beta|alpha|g|gain|log|lora|mean|var|average|const(ant)?|noise"
+    "|table|tokens?|logits|latents|queries|probe|prompts|codebook|codevectors|vector"
+    "|rope|rotary|rotations|freqs|sin|cos"
 )
-_EMBEDDING = frozenset(
-    {"embed", "embedding", "embeddings", "embedder", "emb", "wte", "wpe", "pos", "position", "positional", "cls"}
-)
-_NORM = re.compile(r"\w*norm|ln|bn|gn")
+_EMBEDDING = re.compile("embed(ding|dings|der)?|emb|wte|wpe")
+_POSITION = re.compile("pos|positions?|positional|pe|cls")
+# In the name of the module that holds a weight, which make it a table.
+_TABLE = re.compile("bias|table|tokens?|queries|codebook|rope|rotary")
+_NORM = re.compile(r"\w*norms?|ln|bn|gn")
+# In the name of what multiplies its inputs, even where it makes or takes embeddings.
+_PRODUCT = re.compile(r"\w*conv|project(ion)?|proj|linear|lin|dense|fc|mlp|mapping|patch")
 
 
-def _words(part: str) -> list[str]:
-    """Split ``LayerNorm_0`` or ``pos_embedding`` into lower-case words."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
+def _says(spoken: Iterable[str], *words: re.Pattern[str]) -> bool:
+    return any(word.fullmatch(said) for said in spoken for word in words)
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
     """Say by name and shape whether a leaf is the kernel of a dense, convolution or recurrent layer.
 
     A kernel has two axes or more and multiplies the layer's inputs. Biases (also those of shape ``(heads,
-    head_dim)``), the scales of norms, embeddings and position tables are none. Understands the naming of Linen,
-    NNX, Equinox and Haiku; a bare array (in a tuple, or under a name of your own) counts when it has two axes or
-    more and its path speaks of no bias, norm or embedding.
+    head_dim)``), the scales of norms, embeddings and position tables are none. Understands the naming of Linen, NNX,
+    Equinox, Haiku, Keras and PyTorch; a bare array (in a tuple, or under a name of your own) counts when it has two axes
+    or more that are longer than 1 and its path speaks of no bias, norm or embedding. The head of a language model
+    (``lm_head``, ``logits``) is a kernel like any other: leave it out by ``prunable=`` where a recipe keeps it dense.
 
     Args:
-        path: the normalised path, ``encoder/Dense_0/kernel``.
+        path: the normalised path, ``encoder/Dense_0/kernel``; dots are slashes, as in ``encoder.layers.0.fc1.weight``.
         leaf: anything with a shape (of one layer, where layers are stacked).
 
     Returns:
@@ -53,20 +56,42 @@ def is_kernel(path: str, leaf: Any) -> bool:
     >>> is_kernel("Dense_0/kernel", np.ones((3, 2))), is_kernel("attention/query/bias", np.ones((4, 8)))
     (True, False)
     """
-    if np.ndim(leaf) < 2:
+    shape = np.shape(leaf)
+    if len(shape) < 2:
         return False
-    parts = [part for part in path.split("/") if not part.isdigit()]
-    if not parts:
+    parts = names(path)
+    *modules, name = parts or [""]
+    if KERNEL.fullmatch(name):
         return True
-    *modules, name = parts
-    if _KERNEL.fullmatch(name):
+    weight = WEIGHT.fullmatch(name) is not None or name == "weights"
+    # A layer of one unit has a matrix of one row; other leaves with a single long axis are vectors.
+    if sum(n > 1 for n in shape) < 2 and not (weight and len(shape) == 2) and parts:
+        return False
+    return _is_kernel_weight(modules, len(shape)) if weight else _is_kernel_of_own_name(modules, name)
+
+
+def _is_kernel_weight(modules: list[str], ndim: int) -> bool:
+    """Of what PyTorch and Equinox call ``weight``, in tables and norms too: go by the module that holds it."""
+    said = [words(module) for module in modules]
+    around, nearest = [[], [], *said][-2:]
+    if _says(nearest, _NORM) or any("lora" in spoken for spoken in said):
+        return False
+    if _says(nearest, _PRODUCT):
         return True
-    nearest = [*modules[-1:], name]
-    return not (
-        _NOT_NAMED.intersection(_words(name))
-        or any(_EMBEDDING.intersection(_words(part)) for part in parts)
-        or any(_NORM.fullmatch(word) for part in nearest for word in _words(part))
-    )
+    if ndim >= 4:  # no table has as many axes
+        return not _says(nearest, _POSITION)
+    if _says(nearest, _EMBEDDING, _POSITION, _TABLE) or modules[-1:] == ["shared"]:  # T5's and BART's table
+        return False
+    return ndim == 3 or not _says(around, _EMBEDDING)
+
+
+def _is_kernel_of_own_name(modules: list[str], name: str) -> bool:
+    own = words(name)
+    if _says(own, _NOT_NAMED, _NORM) or (modules and _says(words(modules[-1]), _NORM)):
+        return False
+    if _says(own, _PRODUCT):
+        return True
+    return not _says([word for part in (*modules, name) for word in words(part)], _EMBEDDING, _POSITION)
 
 
 def _owner(params: Any, path: KeyPath) -> str:
@@ -85,7 +110,7 @@ def _owner(params: Any, path: KeyPath) -> str:
 def _in_tables_or_norms(params: Any) -> list[bool]:
     """Say for each leaf whether the class that holds it is an embedding or a norm."""
     owners = [_owner(params, path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    return [bool(_EMBEDDING.intersection(_words(owner))) or "Norm" in owner for owner in owners]
+    return [_says(words(owner), _EMBEDDING) or "Norm" in owner for owner in owners]
 
 
 def kernels(params: Any, tree: Tree, layers: Sequence[Any]) -> list[bool]:

@@ -15,7 +15,7 @@ from jaxprune._printing import Printable
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._prunable import Prunable
 from jaxprune.algebra import count_kept
-from jaxprune.choose._sensitivity import Evaluate, as_metric
+from jaxprune.choose._sensitivity import Evaluate, as_metric, caution_rising
 from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.sites._sites import Sites
 
@@ -121,6 +121,9 @@ def search_k(
         ValueError: not exactly one aim is given, nothing between low and high meets it (the message says what can be
             had), the metric is NaN or no scalar, or low >= high.
 
+    Warns:
+        UserWarning: the metric is higher where most is removed than for the unpruned parameters, as a loss is.
+
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.arange(1.0, 11.0)[None]}
     >>> k = search_k(lambda params: params["kernel"].sum(), params, max_drop=6.0, rule=rules.layer_sparsity)
@@ -149,7 +152,8 @@ def search_k(
         return _within_budget(prune, cost, budget, float(low), high, steps, which)
     if evaluate is None:
         raise ValueError("search_k needs evaluate= for max_drop and min_metric.")
-    least, asked = _least(evaluate, params, max_drop, min_metric)
+    dense = as_metric(evaluate(params), "the unpruned parameters")
+    least, asked = _least(dense, max_drop, min_metric)
 
     def attempt(k: float) -> Trial:
         _, pruned, gone = prune(k)
@@ -157,11 +161,13 @@ def search_k(
         # Metrics are computed in float32: what differs by its rounding is equal.
         return Trial(k, float(gone), value, value >= least or math.isclose(value, least, rel_tol=1e-6))
 
-    return _largest_accepted(attempt, float(low), high, steps, asked)
+    found = _largest_accepted(attempt, float(low), high, steps, asked)
+    most = max(found.tried, key=lambda trial: trial.sparsity)
+    caution_rising(dense, most.value, most.sparsity, most.k)
+    return found
 
 
-def _least(evaluate: Evaluate, params: Any, max_drop: float | None, min_metric: float | None) -> tuple[float, str]:
-    dense = as_metric(evaluate(params), "the unpruned parameters")
+def _least(dense: float, max_drop: float | None, min_metric: float | None) -> tuple[float, str]:
     if max_drop is not None:
         if not max_drop >= 0:
             raise ValueError(f"search_k takes max_drop >= 0, in the metric's unit; got {max_drop!r}.")

@@ -15,6 +15,7 @@ from jaxprune._masks import make_masks
 from jaxprune._masks import sparsity as mask_sparsity
 from jaxprune._printing import Printable, as_json
 from jaxprune._tree._axes import Stacked
+from jaxprune._tree._cautions import caution
 from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._patterns import matches
 from jaxprune._tree._prunable import Prunable
@@ -29,6 +30,8 @@ Evaluate = Callable[[Any], Any]
 
 # A group that loses less than this of its weights is as good as dense.
 NEGLIGIBLE = 0.01
+# A metric may rise by such a share of itself where pruning does good.
+_BY_CHANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +160,9 @@ def sensitivity(
         ValueError: ks is empty or does not rise, a group matches nothing or a leaf twice, the metric is NaN or no
             scalar; and whatever `make_masks` raises.
 
+    Warns:
+        UserWarning: the metric is higher at the largest k than for the unpruned parameters, as a loss is.
+
     >>> import jax.numpy as jnp
     >>> params = {"a": {"kernel": jnp.array([[1.0, 4.0]])}, "b": {"kernel": jnp.array([[2.0, 3.0]])}}
     >>> total = lambda params: sum(float(leaf.sum()) for leaf in jax.tree.leaves(params))
@@ -218,6 +224,8 @@ def sensitivity(
         measured.append(metrics(masks, k))
         gone.append(np.asarray(removed, np.float64))
     metric, sparsity = np.asarray(measured).T, np.asarray(gone).T
+    together_sparsity = np.asarray(sizes, np.float64) @ sparsity / max(1, sum(sizes))
+    caution_rising(dense, metric[-1, -1], together_sparsity[-1], ks[-1])
     return Sensitivity(
         ks=ks,
         groups=tuple(members),
@@ -227,7 +235,7 @@ def sensitivity(
         metric=metric[:-1],
         sparsity=sparsity,
         together=metric[-1],
-        together_sparsity=np.asarray(sizes, np.float64) @ sparsity / max(1, sum(sizes)),
+        together_sparsity=together_sparsity,
     )
 
 
@@ -244,6 +252,18 @@ def as_metric(value: Any, what: str) -> float:
     if math.isnan(number):
         raise ValueError(f"evaluate returned NaN for {what}; a metric is a number, larger = better.")
     return number
+
+
+def caution_rising(dense: float, pruned: float, share: float, k: float) -> None:
+    """Warn where the metric is better with weights gone, by more than chance: it is a loss, most likely.
+
+    What is negative is a loss negated already, which may fall where a network has not been trained.
+    """
+    if share > 0 and dense >= 0 and pruned - dense > _BY_CHANCE * abs(dense):
+        caution(
+            f"The metric rises as weights go: {dense:.4g} unpruned, {pruned:.4g} at k = {k:g} ({share:.0%} removed). Larger = "
+            "better: of a loss, evaluate is to return the negative."
+        )
 
 
 def _check_rising(ks: Sequence[float]) -> tuple[float, ...]:

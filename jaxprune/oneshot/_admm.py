@@ -52,7 +52,7 @@ def admm(
         rule: as in `sparsegpt`.
         steps: of ADMM, >= 1; in the first three quarters of them the mask tightens (static).
         damping: as in `sparsegpt`.
-        prunable: as in `make_masks`.
+        prunable: as in `sparsegpt`.
         sites: as in `make_masks`.
 
     Returns:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32
 
-from jaxprune._tree._leaves import is_floating, is_known, own
+from jaxprune._tree._leaves import is_floating, is_known, own, require_real
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._solve import Solution, report, solve_each
@@ -44,6 +44,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     Raises:
         ValueError: a leaf with pruned weights multiplies no calibrated data, or is of another shape; masks do not fit; a
             Gram matrix is not finite. The message names the leaf.
+        TypeError: a leaf with pruned weights is complex.
 
     Warns:
         DampingWarning: damping was raised.
@@ -68,6 +69,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     leaves = []
     for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):
         if mask is not None and is_floating(leaf) and not _keeps_all(mask):
+            require_real(leaf, name, "reconstruct")
             sites = sites_of(grams, path, "reconstruct")
             dense, leaf = leaf, jnp.where(mask, leaf, jnp.zeros_like(leaf))
             for site in sites:

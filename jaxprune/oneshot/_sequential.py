@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
-from jaxprune._tree._leaves import is_floating, own
+from jaxprune._tree._leaves import is_floating, own, require_real
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Predicate, Prunable
@@ -67,7 +67,8 @@ def sequential(
             a time: a tree prefix k reaches it whole, but k cannot differ within a stack.
         target: what the pruned layer imitates: the outputs of the dense model, or (as published) its own outputs
             before it was pruned, given the pruned model's inputs.
-        prunable: which leaves are pruned, as in `make_masks`.
+        prunable: which leaves are pruned, as in `make_masks`; recipes as published keep the head of a language model
+            (``lm_head``) dense, which is pruned here like any other kernel unless it is left out.
         sites: as in `make_masks`.
 
     Returns:
@@ -76,6 +77,7 @@ def sequential(
     Raises:
         ValueError: there is no batch, a batch has another shape than the first, a prunable parameter multiplies no data
             in a way that is understood, or target is neither; and whatever the method raises.
+        TypeError: a leaf to prune is complex.
 
     >>> import functools, jax.numpy as jnp, jaxprune
     >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
@@ -98,6 +100,9 @@ def sequential(
     reading = read(fn, params, held[0])
     flat = reading.flat
     chosen = read_params(params, prunable=prunable, sites=sites).prunable
+    for name, leaf, fits in zip(flat.names, flat.leaves, chosen, strict=True):
+        if fits:
+            require_real(leaf, name, "sequential")
     paths = {path for path, fits in zip(flat.paths, chosen, strict=True) if fits}
     for path in paths:
         sites_of(Grams(reading.sites, {}, {}), path, "sequential")

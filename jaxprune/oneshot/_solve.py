@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Shaped
 
-from jaxprune._tree._leaves import is_known, own
+from jaxprune._tree._leaves import is_known, own, require_real
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import read_arrays
@@ -85,6 +85,8 @@ def prune_sites(
     leaves, masks = [], []
     for path, name, leaf, fits, strength in zip(flat.paths, flat.names, flat.leaves, chosen, ks, strict=True):
         mask = all_true(leaf)
+        if fits:
+            require_real(leaf, name, title)
         for site in sites_of(grams, path, title) if fits else ():
             weights, order = _in_groups(site, leaf, pattern.group)
             found = method(weights, _grams(grams, site, order), pattern.strength(strength, name, weights))

@@ -61,7 +61,8 @@ def sparsegpt(
             `rules.row_sparsity` `block`, and for N:M rules the size of a group (static). The reference takes 128.
         block: after how many inputs, rounded down to whole mask blocks, the errors are handed on to all later ones;
             changes the speed only (static).
-        prunable: which leaves to prune, as in `make_masks`.
+        prunable: which leaves to prune, as in `make_masks`: every matrix that multiplies data in layers, the head of a
+            language model (``lm_head``) among them. Recipes as published keep the head dense; leave it out to do so.
         sites: as in `make_masks`.
 
     Returns:
@@ -70,6 +71,7 @@ def sparsegpt(
     Raises:
         ValueError: a prunable leaf multiplies no calibrated data, or is of another shape; k, the rule or a block does
             not fit; a Gram matrix is not finite. The message names the leaf.
+        TypeError: a leaf to prune is complex.
 
     Warns:
         DampingWarning: damping was raised.

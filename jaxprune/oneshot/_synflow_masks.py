@@ -51,10 +51,10 @@ def synflow_masks(
         ValueError: rounds is less than 1, k outside [0, 1]; whatever `synflow` and `make_masks` raise.
 
     >>> import jax.numpy as jnp
-    >>> params = [jnp.array([[1.0, -2.0]]), jnp.array([[3.0], [5.0]])]
-    >>> fn = lambda params, x: x @ params[0] @ params[1]
+    >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [5.0]])}
+    >>> fn = lambda params, x: x @ params["w1"] @ params["w2"]
     >>> masks = synflow_masks(fn, params, jnp.zeros((1, 1)), 0.5, rounds=2)
-    >>> masks[0].tolist(), masks[1].tolist()  # the path over 2 and 5 is left
+    >>> masks["w1"].tolist(), masks["w2"].tolist()  # the path over 2 and 5 is left
     ([[False, True]], [[False], [True]])
 
     Reference: Tanaka, Kunin, Yamins, Ganguli, "Pruning neural networks without any data by iteratively

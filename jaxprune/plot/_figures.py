@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxprune._summary import Summary
+from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._paths import flatten
 from jaxprune.choose._sensitivity import Sensitivity
 from jaxprune.plot._style import (
@@ -34,13 +35,14 @@ def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
     """Draw a histogram of weights, those below the threshold grey, the others blue.
 
     Args:
-        values: weights of any shape; those that are not finite are left out.
+        values: weights of any shape, of complex ones their moduli; those that are not finite are left out.
         threshold: the magnitude below which weights are removed, >= 0.
         axes: where to draw.
 
     Returns:
         The axes; their first patch holds the removed weights, their second one the kept ones.
     """
+    values, name = (np.abs(values), "modulus of the weight") if is_complex(values) else (values, "weight")
     flat = np.asarray(values, np.float64).ravel()
     flat = flat[np.isfinite(flat)]
     below = np.abs(flat) < float(threshold)
@@ -70,7 +72,7 @@ def weights(values: Any, threshold: float, axes: "Axes") -> "Axes":
         (0.97, "right", f"{100 * (1 - share):.1f} % kept", BLUE),
     ):
         axes.text(x, 0.96, text, transform=axes.transAxes, ha=align, va="top", color=color, fontweight="bold")
-    axes.set_xlabel("weight", color=INK)
+    axes.set_xlabel(name, color=INK)
     axes.set_ylabel("number of weights", color=INK)
     return frame(axes)
 
@@ -177,26 +179,31 @@ def accuracy(
     return frame(axes)
 
 
-def mask(values: Any, axes: "Axes") -> "Axes":
+def mask(values: Any, axes: "Axes", *, outputs: Sequence[int] | None = (-1,)) -> "Axes":
     """Draw a mask as an image, kept weights blue, removed ones white.
 
     Args:
-        values: a mask of any shape, True = keep. Its last axis (outputs, in Flax) runs to the right, all others run
-            down. Of a larger mask each cell shows the share kept of a block, so that it fits MAX_CELLS.
+        values: a mask of any shape, True = keep. The axes of its outputs run to the right, all others run down. Of a
+            larger mask each cell shows the share kept of a block, so that it fits MAX_CELLS.
         axes: where to draw.
+        outputs: the axes that number the outputs: the last one in Flax, ``(0,)`` in PyTorch and Equinox; None where that is
+            not known, and then the last axis runs to the right.
 
     Returns:
         The axes; their first image holds the shares.
     """
     table = np.asarray(jax.device_get(values), np.float64)
-    table = table.reshape(-1, table.shape[-1]) if table.ndim > 1 else np.atleast_2d(table)
+    right = [axis % table.ndim for axis in ((-1,) if outputs is None else outputs)] if table.ndim else []
+    down = [axis for axis in range(table.ndim) if axis not in right]
+    table = np.transpose(table, [*down, *right]).reshape(math.prod(table.shape[axis] for axis in down), -1)
     shares = _shrunk(_shrunk(table, 0), 1)
     axes.imshow(
         shares, cmap=_blues(), vmin=0, vmax=1, interpolation="nearest", aspect="auto",
         extent=(0, table.shape[1], table.shape[0], 0),
     )  # fmt: skip
-    axes.set_xlabel("outputs (last axis)", color=INK)
-    axes.set_ylabel("inputs (all other axes)", color=INK)
+    along = "last axis" if right == [len(down)] else f"axis {', '.join(map(str, right))}"
+    axes.set_xlabel(along if outputs is None else f"outputs ({along})", color=INK)
+    axes.set_ylabel("all other axes" if outputs is None else "inputs (all other axes)", color=INK)
     axes.set_title(f"{table.mean():.1%} of {table.size:,} weights kept", color=INK, fontsize="medium")
     axes.tick_params(colors=INK)
     return axes
@@ -231,10 +238,14 @@ def thresholds_of(params: Any, summary: Summary) -> dict[str, tuple[np.ndarray, 
     flat = flatten(params, "params")
     by_path = dict(zip(flat.paths, flat.leaves, strict=True))
     return {
-        row.path: (np.asarray(by_path[row.path], np.float32), row.threshold)
+        row.path: (_in_float32(by_path[row.path]), row.threshold)
         for row in summary.rows
         if row.prunable and row.threshold is not None and row.path in by_path
     }
+
+
+def _in_float32(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf, np.complex64 if is_complex(leaf) else np.float32)
 
 
 def _name_ends(axes: "Axes", ends: Sequence[tuple[float, float, str, str]]) -> None:

@@ -25,7 +25,7 @@ def n_m(m: int, *, axis: int | None = None) -> Rule:
 
     Exact: every group keeps k weights, whatever the ties (among equals the lower index is kept) and the dtype; NaN
     ranks lowest. Groups run along the contraction, as sparse matrix units need: axis -2 of a Flax or Haiku kernel, the
-    input of an attention projection, axis 1 of an Equinox ``weight``. Costs m (m - 1) / 2 compares and no sort.
+    input of an attention projection, axis 1 of an Equinox or PyTorch ``weight``. Costs m (m - 1) / 2 compares and no sort.
 
     Args:
         m: the size of a group, >= 1.
@@ -36,7 +36,8 @@ def n_m(m: int, *, axis: int | None = None) -> Rule:
         A rule ``(scores, k) -> masks``, with k a whole number, 1 <= k <= m (may be traced).
 
     Raises:
-        ValueError: m < 1; by the rule: k is not within 1 to m, or an axis does not exist or divide into groups of m.
+        ValueError: m < 1; by the rule: k is not within 1 to m, or an axis does not exist or divide into groups of m, or
+            neither sites, axis, name nor shape tells which axis is inputs (a transposed convolution, an einsum).
 
     >>> import jax.numpy as jnp, jaxprune
     >>> params = {"kernel": jnp.array([[1.0], [4.0], [3.0], [2.0]])}
@@ -116,7 +117,8 @@ def channels(rule: AnyRule, *, axis: int | None = None, norm: Norm = channel_nor
         A rule ``(scores, k) -> masks``.
 
     Raises:
-        ValueError: by the rule, when a layer has no such axis; and whatever `rule` raises.
+        ValueError: by the rule, when a layer has no such axis, or nothing tells which axes are output units; and whatever
+            `rule` raises.
 
     >>> import jax.numpy as jnp, jaxprune
     >>> from jaxprune import rules

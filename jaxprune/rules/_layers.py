@@ -18,6 +18,11 @@ from jaxprune._tree._leaves import is_known
 from jaxprune._tree._paths import flatten, spread
 from jaxprune.rules._rule import Rule
 
+_SAY_WHICH = (
+    "Let the function say which axis is which, by sites=jaxprune.find_sites(...), name it by the rule's axis=, or leave this "
+    "parameter dense with prunable=..."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -29,7 +34,8 @@ class Layer:
     Attributes:
         path: the normalised path, ``block/dense/kernel``.
         name: the leaf's name in messages, ``params['block']['dense']['kernel']``.
-        values: the scores, or the weights themselves where their magnitude is the score; any floating dtype.
+        values: the scores, or the weights themselves where their magnitude is the score; any floating dtype, of weights
+            also complex.
         roles: what its axes are.
         magnitude: whether `values` are weights, ranked by magnitude. Keeping the weights spares a copy of the tree
             in float32 and lets a rule measure them (a standard deviation needs their signs).
@@ -91,10 +97,7 @@ class Layer:
         if axis is not None:
             return self._own(axis, title)
         if self.roles.inputs is None:
-            raise ValueError(
-                f"{title} groups weights along the inputs, but {self.name} {self.roles.why}. "
-                "Leave this parameter dense with prunable=..."
-            )
+            raise ValueError(f"{title} groups weights along the inputs, but {self.name} {self.roles.why}. {_SAY_WHICH}")
         return self.roles.inputs
 
     def output_axes(self, title: str, axis: int | None = None) -> tuple[int, ...]:
@@ -102,10 +105,7 @@ class Layer:
         if axis is not None:
             return (self._own(axis, title),)
         if self.roles.outputs is None:
-            raise ValueError(
-                f"{title} looks at output units, but {self.name} {self.roles.why}. "
-                "Leave this parameter dense with prunable=..."
-            )
+            raise ValueError(f"{title} looks at output units, but {self.name} {self.roles.why}. {_SAY_WHICH}")
         return self.roles.outputs
 
     def spread(self, of_layers: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ def _flatten_layer(
     layer: Layer,
 ) -> tuple[tuple[tuple[GetAttrKey, jax.Array]], _Known]:
     # Mapped over by a rule, a layer holds its mask.
-    child = layer.score if jnp.issubdtype(layer.values.dtype, jnp.floating) else layer.values
+    child = layer.score if jnp.issubdtype(layer.values.dtype, jnp.inexact) else layer.values
     return ((GetAttrKey("value"), child),), (layer.path, layer.name, layer.roles, layer.pooled)
 
 
@@ -151,7 +151,7 @@ def read_layers(scores: Any) -> tuple[list[Layer], Callable[[Sequence[Any]], Any
         for path, name, leaf in zip(tree.paths, tree.names, tree.leaves, strict=True)
     ]
     for layer in layers:
-        if not jnp.issubdtype(layer.values.dtype, jnp.floating):
+        if not jnp.issubdtype(layer.values.dtype, jnp.inexact if layer.magnitude else jnp.floating):
             raise TypeError(f"{layer.name} has dtype {layer.values.dtype}; scores are floating-point numbers.")
     return layers, tree.build
 

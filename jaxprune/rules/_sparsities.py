@@ -59,7 +59,8 @@ def row_sparsity(scores: Any, k: Any, *, axis: int | None = None, max_sparsity: 
         scores: as in `layer_sparsity`.
         k: as in `layer_sparsity`.
         axis: the axis of one layer that numbers the output units; None takes the framework's (the last one in Flax and
-            Haiku, heads and head_dim of an attention projection, the first one of an Equinox ``weight``).
+            Haiku, heads and head_dim of an attention projection, the first one of an Equinox or PyTorch ``weight``), and
+            raises where neither name nor shape tells.
         max_sparsity: as in `layer_sparsity`, of any unit.
 
     Returns:

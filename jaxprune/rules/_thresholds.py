@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._dtypes import wide
+from jaxprune._dtypes import real, wide
 from jaxprune._selection import _counts, _moments
 from jaxprune._selection._alike import Kind, for_each
 from jaxprune._selection._largest import keep_largest
@@ -37,7 +37,7 @@ def _max(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array
 def _one(values: jax.Array, magnitude: bool, axes: tuple[int, ...]) -> jax.Array:
     del magnitude
     shape = [1 if axis in axes else n for axis, n in enumerate(values.shape)]
-    return jnp.ones(shape, wide(values.dtype))
+    return jnp.ones(shape, wide(real(values.dtype)))
 
 
 class _Static(NamedTuple):
@@ -131,7 +131,7 @@ def std_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Keep the weights whose magnitude is at least k standard deviations of their layer.
 
     The deviation is the population's, over all entries of the layer, zeros included, accumulated in float32 or wider
-    and blind to NaN and infinity. Pruning again with the same k therefore changes nothing, as long as pruning has not
+    and blind to NaN and infinity; of complex weights, the root mean square distance from their mean. Pruning again with the same k therefore changes nothing, as long as pruning has not
     widened the distribution (it cannot where the mean is near zero). No layer is emptied: a threshold above the
     largest magnitude is lowered to it, and a layer without a finite weight is left as it is. A NaN weight goes.
 

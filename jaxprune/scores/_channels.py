@@ -13,7 +13,7 @@ from jaxprune.scores._leaves import nan_lowest, widen
 
 
 def channel_norm(kernel: jax.Array, axes: int | tuple[int, ...], *, ord: Literal[1, 2] = 2) -> jax.Array:
-    """Score each channel by the norm of its weights.
+    """Score each channel by the norm of its weights, of complex ones that of their moduli.
 
     A channel with a NaN weight scores minus infinity.
 
@@ -45,8 +45,8 @@ def channel_norm(kernel: jax.Array, axes: int | tuple[int, ...], *, ord: Literal
 
 @functools.partial(jax.jit, static_argnames=("axes", "ord"))
 def _channel_norm(kernel: jax.Array, *, axes: tuple[int, ...], ord: int) -> jax.Array:
-    kernel = widen(kernel)
-    sums = jnp.sum(jnp.abs(kernel) if ord == 1 else jnp.square(kernel), axes)
+    sizes = jnp.abs(widen(kernel))
+    sums = jnp.sum(sizes if ord == 1 else jnp.square(sizes), axes)
     return nan_lowest(sums if ord == 1 else jnp.sqrt(sums))
 
 
@@ -91,7 +91,7 @@ def _fpgm(kernel: jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
         filters = jnp.where(broken[:, None], 0.0, filters)
 
         def to_others(one: jax.Array) -> jax.Array:
-            distances = jnp.sqrt(jnp.sum(jnp.square(filters - one[None]), axis=1))
+            distances = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(filters - one[None])), axis=1))
             return jnp.sum(jnp.where(broken, 0.0, distances))
 
         return jnp.where(broken, -jnp.inf, lax.map(to_others, filters)).reshape(channels.shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import read_arrays
 from jaxprune.scores._evidence import align_evidence
-from jaxprune.scores._leaves import floats, leaf_score, map_leaves, with_floats
+from jaxprune.scores._leaves import floats, leaf_score, map_leaves, require_real_leaves, with_floats
 
 
 @leaf_score
@@ -46,11 +46,13 @@ def gradient(params: Any, grads: Any) -> Any:
 
 @leaf_score
 def _saliency(w: jax.Array, g: jax.Array) -> jax.Array:
-    return jnp.abs(w * g)
+    return jnp.abs(jnp.real(w * g))
 
 
 def saliency(params: Any, grads: Any) -> Any:
     """Score weights by ``|w g|``, the change of the loss when a weight becomes zero, to first order (Taylor).
+
+    Of a complex weight that change is ``|Re(w g)|``, with the gradient as JAX gives it.
 
     Arguments and errors as in `gradient`. The reference squares the product, which ranks the same.
 
@@ -87,6 +89,7 @@ def fisher(params: Any, squared_grads: Any) -> Any:
 
     Raises:
         ValueError: squared_grads lacks a leaf, has one too many or of another shape; the message names it.
+        TypeError: a leaf of params is complex.
 
     >>> import jax.numpy as jnp
     >>> fisher([jnp.array([2.0, -3.0])], [jnp.array([1.0, 4.0])])[0].tolist()
@@ -97,6 +100,7 @@ def fisher(params: Any, squared_grads: Any) -> Any:
     networks and Fisher pruning", 2018.
     """
     flat = read_arrays(params, "params")
+    require_real_leaves(flat, "scores.fisher")
     return map_leaves(_fisher, flat, align_evidence(squared_grads, flat, "squared_grads"))
 
 
@@ -149,6 +153,9 @@ def grasp(loss: Callable[[Any], jax.Array], params: Any) -> Any:
     Returns:
         Scores of the treedef of params, float32.
 
+    Raises:
+        TypeError: a leaf of params is complex.
+
     >>> import jax.numpy as jnp
     >>> def loss(params):  # g = (w0^3, 2 w1), the diagonal of H is (3 w0^2, 2)
     ...     return params[0] ** 4 / 4 + params[1] ** 2
@@ -159,6 +166,7 @@ def grasp(loss: Callable[[Any], jax.Array], params: Any) -> Any:
     2020, section 4 and algorithm 2.
     """
     flat = read_arrays(params, "params")
+    require_real_leaves(flat, "scores.grasp")
     gradient_of = jax.grad(lambda weights: loss(flat.build(with_floats(flat, weights))))
     weights = floats(flat)
     _, products = jax.jvp(gradient_of, (weights,), (gradient_of(weights),))
@@ -167,7 +175,7 @@ def grasp(loss: Callable[[Any], jax.Array], params: Any) -> Any:
 
 @leaf_score
 def _movement(w: jax.Array, g: jax.Array, previous: jax.Array) -> jax.Array:
-    return previous - w * g
+    return previous - jnp.real(w * g)
 
 
 def movement(params: Any, grads: Any, *, previous: Any = None) -> Any:
@@ -202,7 +210,7 @@ def movement(params: Any, grads: Any, *, previous: Any = None) -> Any:
     flat = read_arrays(params, "params")
     grads = align_evidence(grads, flat, "grads")
     if previous is None:
-        so_far = [jnp.zeros_like(leaf) if is_floating(leaf) else None for leaf in flat.leaves]
+        so_far = [jnp.zeros_like(jnp.real(leaf)) if is_floating(leaf) else None for leaf in flat.leaves]
     else:
         so_far = align_evidence(previous, flat, "previous")
     return map_leaves(_movement, flat, grads, so_far)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._dtypes import wide
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_floating, require_real
 from jaxprune._tree._paths import Tree
 
 
@@ -19,6 +19,12 @@ def widen(x: jax.typing.ArrayLike) -> jax.Array:
     if dtype == jax.dtypes.float0:  # what jax.grad(..., allow_int=True) returns for integers
         return jnp.zeros(np.shape(x), jnp.float32)
     return jnp.asarray(x, wide(dtype))
+
+
+def require_real_leaves(flat: Tree, title: str) -> None:
+    """Raise a TypeError that names the first leaf of complex numbers."""
+    for name, leaf in flat.named():
+        require_real(leaf, name, title)
 
 
 def nan_lowest(scores: jax.Array, *where: jax.Array) -> jax.Array:

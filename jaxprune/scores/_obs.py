@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import read_arrays
-from jaxprune.scores._leaves import nan_lowest
+from jaxprune.scores._leaves import nan_lowest, require_real_leaves
 from jaxprune.sites._calibrate import Grams
 from jaxprune.sites._factorise import check_damping, factorise, inverse_root
 from jaxprune.sites._matrices import as_matrices, sites_of
@@ -31,6 +31,7 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
 
     Raises:
         ValueError: grams are of other parameters; the message names the leaf.
+        TypeError: a leaf of params is complex.
 
     >>> import jax.numpy as jnp, jaxprune
     >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
@@ -41,7 +42,7 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
     Reference: Hassibi, Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1993, equation 5.
     """
     check_damping(damping, "scores.obs")
-    read_arrays(params, "params")
+    require_real_leaves(read_arrays(params, "params"), "scores.obs")
     flat = grams.sites.require_params(params)
     known = {site.path for site in grams.sites} - set(grams.sites.tables)
 

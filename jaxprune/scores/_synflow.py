@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune._dtypes import wide
 from jaxprune._tree._leaves import is_floating, is_known
 from jaxprune._tree._paths import flatten, read_arrays
-from jaxprune.scores._leaves import floats, leaf_score, map_leaves, widen, with_floats
+from jaxprune.scores._leaves import floats, leaf_score, map_leaves, require_real_leaves, widen, with_floats
 
 
 @leaf_score
@@ -42,7 +42,7 @@ def synflow(fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
         Scores of the treedef of params, float32, larger = keep.
 
     Raises:
-        TypeError: x holds integers: the ones belong behind the embedding.
+        TypeError: x holds integers: the ones belong behind the embedding; or a leaf of params is complex.
         ValueError: outside jit, when R is not finite.
 
     >>> import jax.numpy as jnp
@@ -55,6 +55,7 @@ def synflow(fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
     conserving synaptic flow", 2020, section 6.
     """
     flat = read_arrays(params, "params")
+    require_real_leaves(flat, "scores.synflow")
     inputs = flatten(x, "x")
     for name, leaf in zip(inputs.names, inputs.leaves, strict=True):
         if not is_floating(leaf):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import read_arrays
-from jaxprune.scores._leaves import nan_lowest, widen
+from jaxprune.scores._leaves import nan_lowest, require_real_leaves, widen
 from jaxprune.sites._calibrate import Norms
 from jaxprune.sites._sites import Site
 
@@ -17,7 +17,8 @@ def wanda(params: Any, norms: Norms) -> Any:
     """Score weights by ``|w_ij| ||x_i||``: the magnitude times the norm of the input over the calibration data.
 
     Use it with `rules.row_sparsity` (as published), ``rules.n_m(m)`` or any other rule. A parameter that several products
-    share is scored by the root of the sum of the squares.
+    share is scored by the root of the sum of the squares. The published recipe keeps embeddings and the head (``lm_head``)
+    dense; `make_masks` prunes the head like any other kernel unless ``prunable=`` leaves it out.
 
     Args:
         params: a pytree of arrays.
@@ -29,6 +30,7 @@ def wanda(params: Any, norms: Norms) -> Any:
 
     Raises:
         ValueError: norms are of other parameters; the message names the leaf.
+        TypeError: a leaf of params is complex.
 
     >>> import jax.numpy as jnp, jaxprune
     >>> params = {"kernel": jnp.array([[3.0], [-2.0]])}
@@ -87,7 +89,7 @@ def _score(
     of_leaf: Callable[[jax.Array], jax.Array],
 ) -> Any:
     """Score every leaf by the sum over its sites of ``of_site(weights [N, I, O], norms [N, I])``."""
-    read_arrays(params, "params")
+    require_real_leaves(read_arrays(params, "params"), "a score from norms")
     flat = norms.sites.require_params(params)
 
     def score(leaf: Any, sites: list[Site]) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune._dtypes import real
 from jaxprune._tree._axes import Stacked, read_axes
 from jaxprune._tree._paths import read_arrays
 from jaxprune._tree._sharding import without_explicit_axes
@@ -21,7 +22,7 @@ def _magnitude(w: jax.Array) -> jax.Array:
 
 
 def magnitude(params: Any) -> Any:
-    """Score weights by their magnitude, ``|w|``.
+    """Score weights by their magnitude, ``|w|``, of complex ones their modulus.
 
     What `make_masks` ranks by when it is given no scores, without a copy of the parameters.
 
@@ -36,7 +37,7 @@ def magnitude(params: Any) -> Any:
 def _random(w: jax.Array, key: jax.Array, position: int) -> jax.Array:
     def draw(w: jax.Array, key: jax.Array) -> jax.Array:
         w = widen(w)
-        noise = jax.random.uniform(jax.random.fold_in(key, position), w.shape, w.dtype)
+        noise = jax.random.uniform(jax.random.fold_in(key, position), w.shape, real(w.dtype))
         return nan_lowest(noise, w)
 
     return without_explicit_axes(draw, w)(w, key)
@@ -90,7 +91,7 @@ def _lamp(w: jax.Array, *, stack: tuple[int, ...]) -> jax.Array:
         found = jnp.moveaxis(jax.vmap(_lamp_layer)(layers).reshape(magnitudes.shape), first, stack)
         return nan_lowest(jnp.where(jnp.isinf(wide), jnp.inf, found), wide)
 
-    return widen(w) if w.size == 0 else without_explicit_axes(score, w)(w)
+    return jnp.abs(widen(w)) if w.size == 0 else without_explicit_axes(score, w)(w)
 
 
 def lamp(params: Any, *, stacked: Stacked = None, sites: Sites | None = None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxprune._tree._leaves import is_complex
 from jaxprune.sites._accumulate import grams, sums_of_squares
 from jaxprune.sites._find import Reading, read
 from jaxprune.sites._sites import Site, Sites
@@ -110,6 +111,7 @@ def calibrate_norms(
     Raises:
         ValueError: there is no batch, a batch has another shape than the first, an activation is NaN or infinite (the
             message names the parameter that it meets), or no site is left.
+        TypeError: a parameter, or what it multiplies, is complex.
 
     Warns:
         CalibrationWarning: parameters are used in ways that are not understood.
@@ -149,6 +151,7 @@ def calibrate_grams(
 
     Raises:
         ValueError: as in `calibrate_norms`.
+        TypeError: as in `calibrate_norms`.
 
     Warns:
         CalibrationWarning: a site has met fewer samples than it has inputs, so that its Gram matrix is singular; or
@@ -183,7 +186,12 @@ def _calibrate(
             first = inputs
             reading = read(fn, params, inputs)
             sites = _selected(reading.sites, where, rank)
+            for site in sites:
+                _require_real(site, reading.flat.by_path[site.path])
             update, totals = _accumulator(reading, inputs, measure, rank, {g for site in sites for g in site.groups})
+            for site in sites:
+                for group in site.groups:
+                    _require_real(site, totals[0][group])
         require_alike(inputs, first, number)
         totals = update(reading.flat.leaves, jax.tree.leaves(inputs), totals)
     if reading is None:
@@ -231,6 +239,14 @@ def _selected(sites: Sites, where: Callable[[Site], bool] | None, rank: int) -> 
             else "There is nothing to calibrate: the function multiplies no input by a floating-point parameter."
         )
     return chosen
+
+
+def _require_real(site: Site, array: Any) -> None:
+    if is_complex(array):
+        raise TypeError(
+            f"Calibration is of real numbers, but {site.name}, or what it multiplies, is complex. Leave it out with "
+            "where=lambda site: ...; by its modulus it is pruned by make_masks without scores=."
+        )
 
 
 def _accumulator(

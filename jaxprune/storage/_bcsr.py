@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._masks import apply_masks
+from jaxprune._tree._axes import Axes, conventional
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
 from jaxprune.storage._bitmask import take
-from jaxprune.storage._trees import outputs_of
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCSR
@@ -27,15 +27,16 @@ def to_bcsr(params: Any, masks: Any) -> Any:
     leaves (biases, convolutions, matrices that are kept whole) come back dense, zero where they are pruned.
 
     Args:
-        params: a pytree of arrays. A matrix is ``(inputs, outputs)``, or ``(outputs, inputs)`` where its name begins
-            with ``weight``, as in Equinox and PyTorch.
+        params: a pytree of arrays. A matrix is ``(inputs, outputs)``, or ``(outputs, inputs)`` where it is called
+            ``weight``, as in Equinox and PyTorch.
         masks: their masks, as `apply_masks` takes them. Read on the host: not under jit.
 
     Returns:
         A tree like `params` with a BCSR in place of each pruned matrix; it passes through jit as any pytree.
 
     Raises:
-        ValueError: a mask does not fit; the message names the leaf.
+        ValueError: a mask does not fit, or the name of a pruned matrix does not tell which axis is inputs; the message
+            names the leaf.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.array([[0.0, 2.0], [3.0, 0.0], [0.0, 5.0]])}
@@ -45,11 +46,11 @@ def to_bcsr(params: Any, masks: Any) -> Any:
     """
     flat = flatten(apply_masks(params, masks), "params")
     leaves = []
-    for path, leaf, mask in zip(flat.paths, flat.leaves, align_masks(masks, flat), strict=True):
+    for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):
         if mask is None or leaf.ndim != 2 or bool(np.all(mask)):
             leaves.append(leaf)
         else:
-            leaves.append(_rows(path, np.asarray(leaf), np.asarray(mask)))
+            leaves.append(_rows(conventional(path, leaf.shape), name, np.asarray(leaf), np.asarray(mask)))
     return flat.build(leaves)
 
 
@@ -76,10 +77,12 @@ def multiply_bcsr(x: jax.Array, matrix: "BCSR") -> jax.Array:
     return (matrix @ padded.T).T[: len(vectors)].reshape(*x.shape[:-1], outputs)
 
 
-def _rows(path: str, values: np.ndarray, mask: np.ndarray) -> "BCSR":
+def _rows(axes: Axes, name: str, values: np.ndarray, mask: np.ndarray) -> "BCSR":
     from jax.experimental.sparse import BCSR
 
-    if outputs_of(path, values) == (1,):
+    if axes.outputs is None:
+        raise ValueError(f"{name} {axes.why}. Give it a name that tells, or leave it whole in masks.")
+    if axes.outputs == (1,):
         values, mask = values.T, mask.T
     ends = np.cumsum(np.count_nonzero(mask, axis=1))
     columns = np.flatnonzero(mask) % mask.shape[1]

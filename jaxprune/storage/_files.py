@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxprune import rules
 from jaxprune._masks import make_masks
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_complex, is_floating
+from jaxprune._tree._names import slashed
 from jaxprune._tree._patterns import matches
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.rules._guard import check_max_sparsity
@@ -20,7 +21,7 @@ from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.storage import _ranking
 from jaxprune.storage._checkpoint import Checkpoint, Encode, Writing, plan
 from jaxprune.storage._tensors import BITS, Encoded, Stored, encode
-from jaxprune.storage._trees import Saved, check_metadata, outputs_of
+from jaxprune.storage._trees import Saved, check_metadata, is_quantizable, outputs_of
 
 # (tensor, its values) -> its mask, or None to keep it whole.
 MaskOf = Callable[[Stored, np.ndarray], np.ndarray | None]
@@ -92,8 +93,8 @@ def convert_file(
 ) -> Saved:
     """Write a model on disk anew: sparse from plain, plain from sparse, quantised, compressed; one tensor at a time.
 
-    Masks that are stored are kept. In a plain tensor that is a kernel (see `is_kernel`) the zeros count as pruned, if
-    there are so many that the bitmask pays.
+    Masks that are stored are kept. In a plain tensor that is a kernel (see `is_kernel`) the zeros count as pruned; they are
+    stored under a bitmask if there are so many that it pays.
 
     Args:
         source: as in `prune_file`.
@@ -126,11 +127,11 @@ def convert_file(
 
 def choose_tensors(checkpoint: Checkpoint, prunable: Predicate | str | Sequence[str] | None) -> list[str]:
     """Return the names of the tensors to prune; raise a ValueError when there is none."""
-    fits = _predicate(prunable, [path_of(name) for name in checkpoint.tensors])
+    fits = _predicate(prunable, list(checkpoint.tensors))
     chosen = [
         name
         for name, tensor in checkpoint.tensors.items()
-        if tensor.count and is_floating(tensor) and fits(path_of(name), jax.ShapeDtypeStruct(tensor.shape, np.float32))
+        if tensor.count and is_floating(tensor) and fits(slashed(name), jax.ShapeDtypeStruct(tensor.shape, np.float32))
     ]
     if not chosen:
         names = ", ".join(list(checkpoint.tensors)[:4]) or "none"
@@ -138,16 +139,16 @@ def choose_tensors(checkpoint: Checkpoint, prunable: Predicate | str | Sequence[
     return chosen
 
 
-def _predicate(prunable: Predicate | str | Sequence[str] | None, paths: list[str]) -> Predicate:
+def _predicate(prunable: Predicate | str | Sequence[str] | None, names: list[str]) -> Predicate:
     if prunable is None:
         return is_kernel
     if callable(prunable):
         return prunable
-    patterns = [path_of(pattern) for pattern in ([prunable] if isinstance(prunable, str) else prunable)]
+    patterns = [prunable] if isinstance(prunable, str) else list(prunable)
     for pattern in patterns:
-        if not any(matches(pattern, path) for path in paths):
+        if not any(matches(pattern, name) for name in names):
             raise ValueError(
-                f"prunable={pattern!r} matches no tensor; they are named like {paths[0] if paths else None!r}."
+                f"prunable={pattern!r} matches no tensor; they are named like {names[0] if names else None!r}."
             )
     return lambda path, leaf: any(matches(pattern, path) for pattern in patterns)
 
@@ -185,23 +186,26 @@ def _over_all(
     return of_one
 
 
-def path_of(name: str) -> str:
-    """A tensor's name as a path: the dots of PyTorch's names are slashes."""
-    return name.replace(".", "/")
-
-
 def nonzero(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
     """What a plain tensor says of its mask: the zeros of a kernel count as pruned."""
-    if not (is_floating(values) and is_kernel(path_of(tensor.name), values)):
+    if not (is_floating(values) and is_kernel(tensor.name, values)):
         return None
     return values != 0
 
 
 def _mask_of_one(rule: AnyRule, k: float, name: str, values: np.ndarray) -> np.ndarray:
-    path = path_of(name)
     # Rules rank no 8-bit floats, nor more than 32 bits unless JAX is told to.
-    wide = values if values.dtype.itemsize in (2, 4) else values.astype(np.float32)
-    return np.asarray(make_masks({path: jax.device_put(wide)}, k, rule=rule, prunable={path: True})[path])
+    wide = (
+        values if values.dtype.itemsize in (2, 4) else values.astype(np.complex64 if is_complex(values) else np.float32)
+    )
+    return np.asarray(make_masks({name: jax.device_put(wide)}, k, rule=rule, prunable={name: True})[name])
+
+
+def counts(tensor: Stored) -> bool:
+    """Whether a tensor's weights count as prunable: it is a kernel by its name, or lies under a mask."""
+    if "bitmask" in tensor.members:
+        return True
+    return tensor.count > 0 and is_floating(tensor) and is_kernel(tensor.name, tensor)
 
 
 def stored_or_paying(tensor: Stored, values: np.ndarray) -> np.ndarray | None:
@@ -237,11 +241,13 @@ def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, 
     mask = mask_of(tensor, values)
     if before is not None:
         mask = before if mask is None else before & mask
+    # Whether or not its mask is stored, the zeros of a kernel count as pruned, as in `summarize_file`.
+    known = nonzero(tensor, values) if mask is None else mask
+    kept = math.prod(values.shape) if known is None else int(np.count_nonzero(known))
     if dense:
-        kept = math.prod(values.shape) if mask is None else int(np.count_nonzero(mask))
         plain: Any = values if mask is None else np.where(mask, values, np.zeros_like(values))
         return Encoded({tensor.name: plain}, kept, 8 * values.dtype.itemsize)
-    fits = quantize and is_floating(values) and values.dtype.itemsize > 1 and values.size
-    bits = quantize if fits and (mask is not None or is_kernel(path_of(tensor.name), values)) else None
+    fits = is_quantizable(values) and (mask is not None or is_kernel(tensor.name, values))
+    bits = quantize if fits else None
     outputs = outputs_of(tensor.name, values) if bits else ()
-    return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)
+    return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)._replace(kept=kept)

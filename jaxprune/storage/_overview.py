@@ -1,6 +1,7 @@
 """What a model on disk holds, and how two models differ, one tensor in memory at a time."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxprune._printing import Printable
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune.storage._checkpoint import Checkpoint
-from jaxprune.storage._files import Done, nonzero
+from jaxprune.storage._files import Done, counts, nonzero
 from jaxprune.storage._tensors import Stored
 from jaxprune.storage._trees import TensorRow
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class FileOverview(Printable):
-    """What `summarize_file` found; `bytes` are those on disk, `dense_bytes` those of all tensors as arrays."""
+    """What `summarize_file` found.
+
+    `bytes` are those on disk, `dense_bytes` those of all tensors as arrays; `prunable_sparsity` is the fraction removed of
+    the kernels (see `is_kernel`) and of what lies under a mask, `sparsity` that of all.
+    """
 
     path: str
     bytes: int
@@ -28,6 +33,7 @@ class FileOverview(Printable):
     size: int
     kept: int
     sparsity: float
+    prunable_sparsity: float
     metadata: dict[str, str]
     tensors: tuple[TensorRow, ...]
 
@@ -51,6 +57,7 @@ class FileOverview(Printable):
             shape = " x ".join(map(str, row.shape))
             table.add_row(row.path, shape, dtype, *figures, f"{row.kept:,}", share, f"{row.stored_bytes:,}")
         table.add_section()
+        table.add_row("prunable weights", "", "", "", "", "", f"{self.prunable_sparsity:.2%}", "")
         table.add_row("all", "", "", "", "", f"{self.kept:,}", f"{self.sparsity:.2%}", f"{self.bytes:,}")
         return table
 
@@ -81,10 +88,12 @@ def summarize_file(path: str | os.PathLike[str], *, done: Done = lambda name: No
         StorageError: the model is damaged.
     """
     with Checkpoint(path) as checkpoint:
-        rows = []
+        rows, counted = [], []
         for tensor in checkpoint.tensors.values():
             rows.append(_overview(tensor))
+            counted += rows[-1:] if counts(tensor) else []
             done(tensor.name)
+        prunable = sum(row.size for row in counted)
         size, kept = sum(row.size for row in rows), sum(row.kept for row in rows)
         return FileOverview(
             path=str(path),
@@ -93,6 +102,7 @@ def summarize_file(path: str | os.PathLike[str], *, done: Done = lambda name: No
             size=size,
             kept=kept,
             sparsity=1 - kept / size if size else 0.0,
+            prunable_sparsity=1 - sum(row.kept for row in counted) / prunable if prunable else 0.0,
             metadata=checkpoint.metadata,
             tensors=tuple(rows),
         )
@@ -105,7 +115,8 @@ def _overview(tensor: Stored) -> TensorRow:
     threshold = std = None
     if is_floating(values) and values.size:
         wide = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-        std = float(np.std(wide, dtype=np.float64))
+        parts = [wide.real, wide.imag] if is_complex(wide) else [wide]
+        std = math.hypot(*(float(np.std(part, dtype=np.float64)) for part in parts))
         if mask is not None and 0 < kept < values.size:
             threshold = float(np.min(np.abs(wide[mask])))
     return TensorRow(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from jaxprune._selection import _counts
+from jaxprune._tree._leaves import is_complex
 from jaxprune.rules import _erk
 from jaxprune.rules._guard import most_removed
 
@@ -85,7 +86,7 @@ def checked_total(k: float, size: int, most: int, max_sparsity: float, rule: str
 
 def _keys(values: np.ndarray) -> np.ndarray:
     """Map magnitudes to integers of the same order; a NaN ranks below zero."""
-    sizes = np.abs(values.astype(np.float32)).reshape(-1)
+    sizes = np.abs(values if is_complex(values) else values.astype(np.float32)).astype(np.float32).reshape(-1)
     keys = sizes.view(np.uint32) + np.uint32(1)
     keys[np.isnan(sizes)] = 0
     return keys

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._selection import _counts
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import read_arrays
 
@@ -40,7 +40,7 @@ def stored_bytes(params: Any, masks: Any, *, bits: int | None = None) -> int:
             if mask is None
             else int(_counts.to_numpy(_counts.count_true(jnp.asarray(mask), tuple(range(mask.ndim)))))
         )
-        total += leaf_bytes(shape, itemsize, kept, bits if is_floating(leaf) else None)
+        total += leaf_bytes(shape, itemsize, kept, bits if is_floating(leaf) and not is_complex(leaf) else None)
     return total
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxprune._rows import Row
 from jaxprune._tree._axes import conventional
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._prunable import is_kernel
@@ -76,7 +76,7 @@ def save_sparse(
             (e4m3fn, e5m2), 16, 32 and 64 bits, bfloat16, integers of 8 to 64 bits, bool, complex64.
         masks: their masks, as `apply_masks` takes them; None stores every leaf plain.
         metadata: strings for the file's header, such as the rule and its k; `read_metadata` returns them.
-        quantize: 8 or 4 to store kernels (see `is_kernel`) and pruned leaves as integers of so many bits, symmetric,
+        quantize: 8 or 4 to store kernels (see `is_kernel`) and pruned leaves of real numbers as integers of so many bits, symmetric,
             with one scale for each output channel; None to keep every value.
         compress: whether to pass the file through zstd (needs ``jaxprune[storage]``). It then leaves out the row
             offsets, and ``zstd -d`` makes a plain safetensors file of it.
@@ -220,16 +220,25 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def outputs_of(path: str, values: np.ndarray) -> tuple[int, ...]:
-    """The axes of a tensor that number its output channels; all are one channel where it has a single axis."""
-    return (
-        conventional(path.replace(".", "/"), values.shape).outputs or () if values.ndim > 1 else ()
-    )  # PyTorch's names
+    """The axes of a tensor that number its output channels; all are one channel where it has a single axis.
+
+    Where its name does not tell, the last axis does as well: any axis gives scales that values can be restored by.
+    """
+    if values.ndim < 2:
+        return ()
+    outputs = conventional(path, values.shape).outputs
+    return (values.ndim - 1,) if outputs is None else outputs
+
+
+def is_quantizable(values: np.ndarray) -> bool:
+    """Whether integer codes and a scale can stand for values: real floating-point numbers of more than one byte."""
+    return is_floating(values) and not is_complex(values) and values.dtype.itemsize > 1 and values.size > 0
 
 
 def _quantizable(path: str, values: np.ndarray, mask: np.ndarray | None) -> bool:
-    if not is_floating(values) or values.dtype.itemsize == 1 or not values.size:
+    if not is_quantizable(values):
         return False
-    return is_kernel(path.replace(".", "/"), values) or not (mask is None or bool(mask.all()))
+    return is_kernel(path, values) or not (mask is None or bool(mask.all()))
 
 
 def _as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from jaxprune.structured._axes._dims import Var
@@ -57,7 +58,7 @@ def find_blocks(
 
 def _common(paths: Sequence[str]) -> str:
     """Return the common beginning of those paths that begin as most of them do."""
-    split = [path.split("/") for path in paths]
+    split = [re.split("([/.])", path) for path in paths]  # PyTorch's names have dots
     ((root, _),) = collections.Counter(parts[0] for parts in split).most_common(1)
     levels = zip(*(parts for parts in split if parts[0] == root), strict=False)
-    return "/".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    return "".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)).rstrip("/.")

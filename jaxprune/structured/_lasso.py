@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._paths import flatten
 from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import whole
@@ -67,8 +68,11 @@ def _weights(shape: tuple[int, ...], member: Member) -> int:
 
 def _squares(leaf: Any, member: Member, size: int) -> jax.Array:
     """Sum the squares of a member's weights, by channel."""
-    leaf = jnp.asarray(leaf).astype(jnp.float32)
-    summed = jnp.square(leaf).sum([axis for axis in range(leaf.ndim) if axis != member.axis])
+    leaf = jnp.asarray(leaf)
+    squares = jnp.square(jnp.real(leaf).astype(jnp.float32))
+    if is_complex(leaf):  # by its parts: the modulus has no gradient at zero
+        squares += jnp.square(jnp.imag(leaf).astype(jnp.float32))
+    summed = squares.sum([axis for axis in range(leaf.ndim) if axis != member.axis])
     return whole(summed)[member.elements(size)].sum(1)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._tree._leaves import is_complex
+from jaxprune._tree._names import slashed
 from jaxprune._tree._paths import flatten
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.scores._channels import channel_norm
@@ -233,7 +235,7 @@ def _shares(graph: Graph, k: float | Mapping[str, float]) -> dict[str, float]:
 
 def _answers(group: ChannelGroup, key: str) -> bool:
     produced = [member for member in group.members if member.produces] or group.members[:1]
-    return group.name == key or all((member.path + "/").startswith(key + "/") for member in produced)
+    return group.name == key or all(slashed(member.path + "/").startswith(slashed(key + "/")) for member in produced)
 
 
 def _check_share(share: Any, name: str) -> None:
@@ -252,7 +254,7 @@ def _rows(graph: Graph, params: Any, scores: Any) -> dict[str, np.ndarray]:
     cut = {member.path for group in graph.groups for member in group.members}
     # Through float32: NumPy computes in bfloat16 slowly, and loses what it sums.
     return {
-        path: np.asarray(leaf).astype(np.float32)
+        path: np.asarray(leaf).astype(np.complex64 if is_complex(leaf) else np.float32)
         for path, leaf in zip(given.paths, given.leaves, strict=True)
         if path in cut
     }

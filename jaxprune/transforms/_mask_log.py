@@ -85,15 +85,19 @@ def tell(
 
 
 def _of_leaf(roles: Axes, weight: jax.Array, param: jax.Array, old: jax.Array, new: jax.Array) -> dict[str, Any]:
-    outputs = range(new.ndim) if roles.outputs is None else roles.outputs
-    inputs = tuple(axis for axis in range(new.ndim) if axis not in (*roles.stack, *outputs))
     return {
         "removed": _count(~new),
         "changed": _count(old ^ new),
-        "dead_units": _count(~jnp.any(new, inputs)),
+        "dead_units": _count(_dead_units(roles, new)),
         "escaped": _count(~old & (param != 0)),
         "threshold": jnp.min(jnp.where(old & new, jnp.abs(widen(weight)), jnp.inf)),
     }
+
+
+def _dead_units(roles: Axes, mask: jax.Array) -> jax.Array:
+    if roles.outputs is None:  # nobody knows what a unit is
+        return jnp.zeros((), bool)
+    return ~jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis not in (*roles.stack, *roles.outputs)))
 
 
 def _count(condition: jax.Array) -> Count:

@@ -67,8 +67,9 @@ def _shrink(weight: jax.Array, s: Any, name: str, stack: tuple[int, ...]) -> jax
             f"the threshold for {name} has shape {list(shape)}; it must be a scalar"
             + (f" or of shape {list(layers)}, one for each stacked layer." if stack else ".")
         )
-    threshold = jax.nn.sigmoid(jnp.asarray(s, weight.dtype))
+    size = jnp.abs(weight)
+    threshold = jax.nn.sigmoid(jnp.asarray(s, size.dtype))
     if shape:
         threshold = jnp.expand_dims(threshold, [axis for axis in range(weight.ndim) if axis not in stack])
-    size = jnp.abs(weight)
-    return jnp.where(size > threshold, jnp.sign(weight) * (size - threshold), jnp.zeros_like(weight))
+    shrunk = jnp.sign(weight) * (size - threshold).astype(weight.dtype)
+    return jnp.where(size > threshold, shrunk, jnp.zeros_like(weight))

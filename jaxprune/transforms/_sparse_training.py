@@ -130,7 +130,7 @@ def rigl(
 
     def by_gradient(gradient: jax.Array, leaf: int, count: jax.Array) -> jax.Array:
         del leaf, count
-        return jnp.abs(gradient.astype(jnp.float32))
+        return jnp.abs(gradient).astype(jnp.float32)
 
     which = {"prunable": prunable, "stacked": stacked, "sites": sites}
     return _drop_and_grow("rigl", by_gradient, inner, masks, Steps(every, begin, until), drop_fraction, which, log)

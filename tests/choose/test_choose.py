@@ -257,3 +257,37 @@ def test_search_k_refuses(arguments, message):
     arguments = {"evaluate": kept_share, "rule": rules.layer_sparsity} | arguments
     with pytest.raises(ValueError, match=message):
         jaxprune.search_k(params=LINE, **arguments)
+
+
+def squared_error(params):
+    """A loss: it rises as weights go."""
+    return sum(
+        jnp.mean(jnp.square(leaf - PARAMS[name]["kernel"])) for name in "ab" for leaf in [params[name]["kernel"]]
+    )
+
+
+RISES = r"The metric rises as weights go: .* unpruned, .* at k = .* removed\)\. Larger = better: of a loss, evaluate"
+
+
+def test_a_loss_is_no_metric():
+    with pytest.warns(UserWarning, match=RISES):
+        curves = jaxprune.sensitivity(squared_error, PARAMS, [0.5, 0.75], rule=rules.layer_sparsity)
+    assert curves.dense == 0.0
+    for aim in ({"max_drop": 0.01}, {"min_metric": 0.0}):
+        with pytest.warns(UserWarning, match=RISES):
+            k = jaxprune.search_k(squared_error, PARAMS, rule=rules.layer_sparsity, steps=4, **aim)
+        assert float(k) == 1.0  # whatever is pruned, the loss is no lower than before
+
+
+def test_a_metric_may_rise_a_little():
+    # Pruning does good at first, or is no worse than chance in the end; nothing is removed at all.
+    def evaluate(params):
+        kept = sum(jnp.mean(params[name]["kernel"] != 0) for name in "ab") / 2
+        return jnp.where(kept > 0.6, 0.93, jnp.where(kept > 0.3, 0.95, 0.9055))
+
+    jaxprune.sensitivity(evaluate, PARAMS, [0.25, 0.5, 0.9], rule=rules.layer_sparsity)
+    jaxprune.search_k(evaluate, PARAMS, max_drop=0.03, rule=rules.layer_sparsity, steps=4)
+    jaxprune.sensitivity(lambda params: -squared_error(params), PARAMS, [0.5], rule=rules.layer_sparsity)
+    # A loss negated of a network that is worse than zeros.
+    jaxprune.sensitivity(lambda params: -energy(params), PARAMS, [0.5], rule=rules.layer_sparsity)
+    jaxprune.sensitivity(lambda params: 0.5, PARAMS, [0.0], rule=rules.layer_sparsity)

@@ -99,6 +99,36 @@ def test_convert_there_and_back_is_no_difference(model, tmp_path, capsys):
     assert capsys.readouterr().out == "no differences\n"
 
 
+def test_every_command_reports_the_same_sparsity(model, tmp_path, capsys):
+    """Of the prunable weights: kernels, and what lies under a mask; zeros count whether or not a bitmask pays."""
+    for options in (
+        ["--k", "0.02"],
+        ["--k", "0.75"],
+        ["--k", "0.75", "--only", "embeddings*"],
+        ["--k", "0.75", "--dense"],
+    ):
+        sparse, again, plain = (tmp_path / f"{name}{len(options)}{options[1]}" for name in ("sparse", "again", "plain"))
+        pruned = run_json(capsys, "prune", model, sparse, "--rule", "layer_sparsity", *options)
+        kernels = 2 * 128 + (160 if "--only" in options else 0)
+        removed = sum(row["size"] - row["kept"] for row in pruned["tensors"])
+        if "--only" not in options:
+            assert pruned["prunable_sparsity"] == pytest.approx(removed / kernels)
+        for command in (
+            ["convert", sparse, again],
+            ["convert", sparse, plain, "--dense"],
+            ["convert", sparse, tmp_path / "none", "--dry-run", "--quantize", "8"],
+            ["summarize", sparse],
+        ):
+            found = run_json(capsys, *command)
+            assert found["prunable_sparsity"] == pytest.approx(removed / kernels)
+            assert found["sparsity"] == pytest.approx(pruned["sparsity"])
+        if "--only" not in options:  # where zeros of a table lie under no mask, they are a table's own
+            assert run_json(capsys, "summarize", plain)["prunable_sparsity"] == pytest.approx(removed / kernels)
+            assert run_json(capsys, "convert", plain, again, "--force")["prunable_sparsity"] == pytest.approx(
+                removed / kernels
+            )
+
+
 def test_diff_says_where_and_exits_with_1(model, tmp_path, capsys):
     assert run("prune", model, tmp_path / "out", "--rule", "layer_sparsity", "--k", "0.5") == 0
     capsys.readouterr()
@@ -135,7 +165,7 @@ def test_report_writes_a_page(model, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert run("report", tmp_path / "out", page) == 0
     text = page.read_text()
-    assert "layer/0/dense/weight" in text
+    assert "layer.0.dense.weight" in text
     assert "75" in text
     assert run("report", tmp_path / "out", page) == 2
     assert "is there already" in capsys.readouterr().err

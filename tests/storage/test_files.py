@@ -178,7 +178,7 @@ def test_patterns_say_which_tensors_are_pruned(tmp_path):
     safetensors.numpy.save_file({"a.weight": W, "b.weight": W}, tmp_path / "source")
     saved = storage.prune_file(tmp_path / "source", tmp_path / "t", 0.5, rule=rules.layer_sparsity, prunable="b.*")
     assert [row.kept < row.size for row in saved.tensors] == [False, True]
-    with pytest.raises(ValueError, match=r"prunable='c/\*' matches no tensor; they are named like 'a/weight'"):
+    with pytest.raises(ValueError, match=r"prunable='c.\*' matches no tensor; they are named like 'a.weight'"):
         storage.prune_file(tmp_path / "source", tmp_path / "t", 0.5, prunable=["c.*"])
 
 
@@ -310,7 +310,54 @@ def test_compressed_rows_keep_kept_zeros_and_leave_the_rest_dense():
     assert sparse["whole"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
     with pytest.raises(ValueError, match="must be the 2 inputs"):
         storage.multiply_bcsr(jnp.ones((4, 3)), sparse["kernel"])
+    # A matrix of an einsum may lie either way; kept whole, it need not be known.
+    params = {"Einsum_0": {"kernel": jnp.eye(3)}}
+    assert storage.to_bcsr(params, {"Einsum_0": {"kernel": None}})["Einsum_0"]["kernel"].shape == (3, 3)
+    with pytest.raises(ValueError, match=r"params\['Einsum_0'\]\['kernel'\] of shape \(3, 3\) belongs to an einsum"):
+        storage.to_bcsr(params, {"Einsum_0": {"kernel": params["Einsum_0"]["kernel"] != 0}})
 
 
 def test_storage_errors_are_value_errors():
     assert issubclass(StorageError, ValueError)
+
+
+def test_a_file_is_pruned_as_the_tree_of_its_names(tmp_path):
+    """Which tensors, and along which axes: dotted names in a dict, in nested dicts and in a file are read alike."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "model.layers.0.self_attn.q_proj.weight": (8, 12),
+        "model.embed_tokens.weight": (12, 8),
+        "h.0.attn.c_attn.weight": (4, 12),  # inputs first, as in GPT-2's files
+        "patch_embed.proj.weight": (4, 8, 2, 2),
+        "pos_conv_embed.conv.weight_v": (8, 4, 4),
+        "pos_conv_embed.conv.weight_g": (1, 1, 4),
+        "grn.weight": (1, 1, 1, 8),
+        "norm.bias": (8,),
+        "lm_head.weight": (12, 8),
+    }
+    flat = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(flat, tmp_path / "source")
+    for rule, k in ((rules.n_m(4), 1), (rules.row_sparsity, 0.5), (rules.global_sparsity, 0.5)):
+        storage.prune_file(tmp_path / "source", tmp_path / "target", k, rule=rule)
+        _, found = load_sparse(tmp_path / "target")
+        expected = jaxprune.make_masks(flat, k, rule=rule)
+        assert {name for name, mask in expected.items() if not mask.all()} == {
+            *list(shapes)[:1], *list(shapes)[2:5], "lm_head.weight"
+        }  # fmt: skip
+        for name in shapes:
+            np.testing.assert_array_equal(found[name], expected[name])
+    nested: dict = {}
+    for name, array in flat.items():
+        *modules, last = name.split(".")
+        within = nested
+        for module in modules:
+            within = within.setdefault(module, {})
+        within[last] = array
+    masks = jaxprune.make_masks(nested, 0.5, rule=rules.row_sparsity)
+    np.testing.assert_array_equal(masks["h"]["0"]["attn"]["c_attn"]["weight"].sum(0), 2)
+    np.testing.assert_array_equal(masks["model"]["layers"]["0"]["self_attn"]["q_proj"]["weight"].sum(1), 6)
+    # A transposed kernel has its inputs first or second, and is not guessed at.
+    safetensors.numpy.save_file({"up.0.up.weight": rng.normal(size=(4, 4, 2, 2))}, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"params\['up.0.up.weight'\] of shape .* transposed convolution.*axis="):
+        storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4))
+    storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4, axis=0))

@@ -159,6 +159,18 @@ def test_costs_by_hand():
     assert count_macs(graph) == 2 * (36 * (36 + 32 + 72 + 32) + 12)
 
 
+def test_a_module_is_named_with_dots_or_slashes():
+    params = {"h.0.up.weight": jnp.eye(4), "h.0.down.weight": jnp.eye(4)}
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["h.0.up.weight"].T) @ params["h.0.down.weight"].T
+
+    graph = trace(fn, params, jnp.ones((2, 4)))
+    for name in ("h.0.up", "h/0/up", "h.0.up.weight"):
+        plan = select_channels(graph, params, {name: 0.5})
+        assert plan.kept == {"h.0.up.weight": {0: (0, 1)}, "h.0.down.weight": {1: (0, 1)}}
+
+
 def test_global_choice_goes_for_what_matters_least():
     graph, params = two_layers(width=8, inner=8)
     weak = {**params, "c": params["c"].at[:, :4].mul(1e-3), "d": params["d"].at[:4].mul(1e-3)}

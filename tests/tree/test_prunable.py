@@ -182,7 +182,13 @@ def test_a_whole_nnx_module_with_its_counters_and_keys() -> None:
 def test_bare_arrays(kind: type) -> None:
     arrays = [jnp.ones((4, 3)), jnp.ones(3), jnp.ones((3, 3, 4, 8)), jnp.ones(())]
     params = {f"layer{i}": array for i, array in enumerate(arrays)} if kind is dict else kind(arrays)
-    assert pruned(params) == ({"layer0", "layer2"} if kind is dict else {"0", "2"})
+    if kind is dict:
+        assert pruned(params) == {"layer0", "layer2"}
+    else:
+        with pytest.warns(UserWarning, match=r"params has no names \(params\[0\], params\[1\], ...\).*by sites="):
+            assert pruned(params) == {"0", "2"}
+        # Whoever says which leaves are pruned has said it.
+        assert pruned(params, prunable=lambda path, leaf: leaf.ndim == 4) == {"2"}
     assert pruned(arrays[0]) == {""}
 
 
