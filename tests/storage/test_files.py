@@ -185,10 +185,10 @@ def test_patterns_say_which_tensors_are_pruned(tmp_path):
 def test_pruning_again_keeps_what_is_pruned(tmp_path):
     safetensors.numpy.save_file(torch_like(), tmp_path / "source")
     storage.prune_file(tmp_path / "source", tmp_path / "a", 0.5, rule=rules.layer_sparsity)
-    storage.prune_file(tmp_path / "a", tmp_path / "a", 0.9, rule=rules.layer_sparsity)
+    storage.prune_file(tmp_path / "a", tmp_path / "again", 0.9, rule=rules.layer_sparsity)
     storage.prune_file(tmp_path / "source", tmp_path / "b", 0.9, rule=rules.layer_sparsity)
-    assert storage.diff_files(tmp_path / "a", tmp_path / "b") == []
-    storage.prune_file(tmp_path / "a", tmp_path / "a", 0.1, rule=rules.layer_sparsity)
+    assert storage.diff_files(tmp_path / "again", tmp_path / "b") == []
+    storage.prune_file(tmp_path / "again", tmp_path / "a", 0.1, rule=rules.layer_sparsity)
     assert storage.diff_files(tmp_path / "a", tmp_path / "b") == []
 
 
