@@ -138,7 +138,8 @@ def admm_matrix(
         some = keep_largest(jnp.where(mask, jnp.inf, scores), _counts.from_float(removed), magnitude=False)
         return mask | (some & (share < 1))
 
-    def improve(step: jax.Array, state: Any) -> Any:
+    def improve(step: Any, state: Any) -> Any:
+        step = jnp.asarray(step, jnp.int32)  # a Python number where jit is disabled
         sparse, dual, mask = state
         free = jnp.matmul(inverse, target + _PENALTY * (sparse - dual), precision=lax.Precision.HIGHEST)
         pulled = free + dual

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32
 
 from jaxprune._tree._leaves import is_floating, is_known
-from jaxprune._tree._masks import align_masks
+from jaxprune._tree._masks import align_masks, kept
 from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._solve import Solution, report, solve_each
 from jaxprune.sites._calibrate import Grams
@@ -69,7 +69,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):
         if mask is not None and is_floating(leaf) and not _keeps_all(mask):
             sites = sites_of(grams, path, "reconstruct")
-            dense, leaf = leaf, jnp.where(mask, leaf, jnp.zeros_like(leaf))
+            dense, leaf = leaf, kept(leaf, mask)
             for site in sites:
                 weights = as_matrices(site, dense)
                 found = _reconstruct(
