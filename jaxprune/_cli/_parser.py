@@ -27,7 +27,7 @@ _RULES = "Rules, and what k is:\n" + "\n".join(f"  {name}: {strength}" for name,
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and where to read more, rather than the whole usage."""
-        self.exit(MISUSED, f"{self.prog}: error: {message}\nMore: {self.prog} --help\n")
+        self.exit(MISUSED, f"{self.prog}: error: {printable(message)}\nMore: {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
