@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.examples
             )
             results[name] = kills(name, share, Path(folder), options.seed + number, console)
+            console.print(f"{name}: {results[name]}")
     console.print_json(data=results)
     timing.write_json(options.json, results)
     return int(any(found["different"] or found["failed"] for found in results.values()))
