@@ -23,7 +23,6 @@ from benchmarks import timing
 from jaxprune import rules
 from jaxprune.oneshot import _admm, _reconstruct, _sparsegpt
 from jaxprune.oneshot._pattern import read_pattern
-from jaxprune.rules._layers import Layer
 from jaxprune.rules._rule import Rule
 
 BLOCK, DAMPING = 128, 0.01
@@ -82,7 +81,7 @@ def variants(size: int, pattern: str) -> tuple[dict[str, Callable[[], Any]], dic
     weights, gram = problem(size)
     rule, k = PATTERNS[pattern]
     chosen = read_pattern(rule, "sparsegpt")
-    strength = chosen.strength(k, Layer("kernel", "kernel", jnp.asarray(weights)[None], stack=1))
+    strength = chosen.strength(k, "kernel", jnp.asarray(weights)[None])
     operands = jnp.asarray(weights)[None], jnp.asarray(gram)[None], strength, DAMPING
     sparsegpt = functools.partial(
         _sparsegpt._prune, pattern=chosen, mask_block=BLOCK if chosen.counts else chosen.group, block=BLOCK
@@ -93,7 +92,7 @@ def variants(size: int, pattern: str) -> tuple[dict[str, Callable[[], Any]], dic
     runs = {
         "jaxprune sparsegpt": lambda: jax.block_until_ready(sparsegpt(*operands).weights),
         "jaxprune reconstruct, 30 steps": lambda: jax.block_until_ready(
-            reconstruct(*operands[:2], masks, DAMPING).weights
+            reconstruct(*operands[:2], (masks, jnp.full(1, 2.0 * size)), DAMPING).weights
         ),
         "jaxprune admm, 30 + 30 steps": lambda: jax.block_until_ready(admm(*operands).weights),
     }

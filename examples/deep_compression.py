@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Read the command line.
 
     Raises:
-      UsageError: the sparsities do not rise.
+      UsageError: the sparsities do not rise, or what compresses the files is missing.
     """
     parser = options.parser(__doc__, "runs/deep_compression", PRESETS)
     add = parser.add_argument
@@ -71,6 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add("--sparsities", type=options.number(1), nargs="+", help=f"the steps of pruning {PRESETS.help('sparsities')}")
     settings = options.complete(Settings, parser.parse_args(arguments), PRESETS)
     options.require_rising("--sparsities", settings.sparsities)
+    options.require_package("zstandard", "a compressed file")
     return settings
 
 

@@ -10,7 +10,7 @@ from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._leaves import is_complex, is_floating, is_known, own
-from jaxprune._tree._masks import align_masks, all_true, check_mask
+from jaxprune._tree._masks import align_masks, all_true, check_mask, kept
 from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._paths import flatten, read_arrays
 from jaxprune._tree._prunable import Prunable
@@ -155,7 +155,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
     tree = read_arrays(params, "params")
     return tree.build(
         [
-            own(leaf) if mask is None or not is_floating(leaf) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+            own(leaf) if mask is None or not is_floating(leaf) else kept(leaf, mask)
             for leaf, mask in zip(tree.leaves, align_masks(masks, tree), strict=True)
         ]
     )

@@ -72,7 +72,8 @@ def report(
     Raises:
         ModuleNotFoundError: matplotlib is missing.
         OSError: the file cannot be written.
-        ValueError: the masks do not fit the parameters; the message names the leaf.
+        ValueError: the masks do not fit the parameters; the message names the leaf. Or `path` is a device, a pipe or a
+            folder.
     """
     summary = summarize(params, masks, prunable=prunable, stacked=stacked, sites=sites, uses=uses)
     tree = read_arrays(params, "params")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,12 @@ def require_rising(option: str, strengths: Sequence[float]) -> None:
     """Raise a UsageError unless each strength is above the one before."""
     if any(low >= high for low, high in zip(strengths, strengths[1:], strict=False)):
         raise UsageError(f"{option} must rise, since each prunes what the one before has left; got {tuple(strengths)}")
+
+
+def require_package(name: str, purpose: str) -> None:
+    """Raise a UsageError unless a package is there that is imported late, when hours of training may have passed."""
+    if importlib.util.find_spec(name) is None:
+        raise UsageError(f"{purpose} needs the package {name}: pip install {name}")
 
 
 def count(low: int) -> Any:

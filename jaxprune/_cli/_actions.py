@@ -19,6 +19,7 @@ from jaxprune._tables import Table
 from jaxprune._tree._names import slashed
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.storage import _files
+from jaxprune.storage._atomic import require_file
 from jaxprune.storage._checkpoint import Checkpoint, Writing
 from jaxprune.storage._overview import diff_files, summarize_file
 
@@ -47,8 +48,8 @@ def summarize(options: argparse.Namespace) -> bool:
 def prune(options: argparse.Namespace) -> bool:
     """Prune a model and write it."""
     rule = _rule_of(options)
-    _check_target(options)
     with Checkpoint(options.model) as checkpoint:
+        _check_target(options, checkpoint)
         names = _files.choose_tensors(checkpoint, _prunable(options, checkpoint))
         mask_of = _files.masks_by(rule, options.k, checkpoint, names)
         k = f"{options.k:g}" if options.m is None else f"{options.k:g} of {options.m}"
@@ -58,8 +59,8 @@ def prune(options: argparse.Namespace) -> bool:
 
 def convert(options: argparse.Namespace) -> bool:
     """Write a model in another way."""
-    _check_target(options)
     with Checkpoint(options.model) as checkpoint:
+        _check_target(options, checkpoint)
         prunable = {name for name, tensor in checkpoint.tensors.items() if _files.counts(tensor)}
         return _write(options, checkpoint, _files.stored_or_paying, {}, prunable)
 
@@ -87,9 +88,12 @@ def report(options: argparse.Namespace) -> bool:
     """Write a page about a model; unlike the others, this holds the whole model in memory."""
     from jaxprune._report import report as write_page
 
-    _refuse_existing(Path(options.out), options.force)
+    page = Path(options.out)
     params, masks, counted = {}, {}, set()
     with Checkpoint(options.model) as checkpoint:
+        require_file(page)
+        checkpoint.require_apart(page)
+        _refuse_existing(page, options.force)
         for name, tensor in checkpoint.tensors.items():
             values, mask = tensor.load()
             mask = mask if tensor.encoded else _files.nonzero(tensor, values)
@@ -97,7 +101,7 @@ def report(options: argparse.Namespace) -> bool:
                 counted.add(slashed(name))
             params[name], masks[name] = values, np.ones(values.shape, bool) if mask is None else mask
     write_page(
-        options.out, params, masks, title=Path(options.model).name, prunable=lambda path, leaf: slashed(path) in counted
+        page, params, masks, title=Path(options.model).name, prunable=lambda path, leaf: slashed(path) in counted
     )
     return True
 
@@ -186,7 +190,7 @@ def _prunable(options: argparse.Namespace, checkpoint: Checkpoint) -> Predicate:
     return fits
 
 
-def _check_target(options: argparse.Namespace) -> None:
+def _check_target(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
     if options.quantize is not None and options.dense:
         raise ValueError("--quantize stores integers and --dense does not; choose one.")
     target, folder = Path(options.out), Path(options.model).is_dir()
@@ -194,6 +198,7 @@ def _check_target(options: argparse.Namespace) -> None:
         kinds = ("folder", "file") if folder else ("file", "folder")
         raise ValueError(f"{options.out} is a {kinds[1]}, but {options.model} is a {kinds[0]}; name another output.")
     if not options.dry_run:
+        checkpoint.check_target(target)
         _refuse_existing(target, options.force)
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from jaxprune._cli import _actions as actions
+from jaxprune._interrupt import INTERRUPTED
 from jaxprune._printing import printable
 
-OK, DIFFERENT, MISUSED, INTERRUPTED = 0, 1, 2, 130
+OK, DIFFERENT, MISUSED = 0, 1, 2
 
 _DESCRIPTION = """Prune, convert and compare models on disk: safetensors files, or folders of shards with their index.
 
@@ -26,7 +27,7 @@ _RULES = "Rules, and what k is:\n" + "\n".join(f"  {name}: {strength}" for name,
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and where to read more, rather than the whole usage."""
-        self.exit(MISUSED, f"{self.prog}: error: {message}\nMore: {self.prog} --help\n")
+        self.exit(MISUSED, f"{self.prog}: error: {printable(message)}\nMore: {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: by ``--help``, and for words that cannot be understood.
     """
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         with warnings.catch_warnings():
             # Each tensor is masked twice, and would warn twice.
             warnings.simplefilter("once")
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(action=actions.report)
     report.add_argument("model", help="a safetensors file, or a folder of shards")
     report.add_argument("out", help="the page to write")
-    report.add_argument("--force", action="store_true", help="replace what is there")
+    report.add_argument("--force", action="store_true", help="replace the file that is there; never the model itself")
 
     for command in (summarize, prune, convert, diff):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -136,7 +137,7 @@ def _add_paths(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dense", action="store_true", help="write zeros: a plain file that anything reads")
     command.add_argument("--quantize", type=int, choices=(8, 4), help="store kernels as integers of so many bits")
     command.add_argument("--compress", action="store_true", help="pass the file through zstd")
-    command.add_argument("--force", action="store_true", help="replace what is there")
+    command.add_argument("--force", action="store_true", help="replace the file that is there; never the model itself")
     command.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
+from jax.sharding import AxisType
 
 from jaxprune._jaxpr._primitives import CALLS
 
@@ -217,9 +219,18 @@ def evaluate(equation: Equation, values: Sequence[Any]) -> list[Any]:
     given = {id(atom): (atom, value) for atom, value in variables}
     wanted = [var for var in eqn.outvars if not _is_dropped(var)]
     invars = [var for var, _ in given.values()]
-    single = equation.jaxpr.replace(constvars=[], invars=invars, eqns=[eqn], outvars=wanted)
+    single = equation.jaxpr.replace(constvars=[], invars=invars, eqns=[_in_this_mesh(eqn)], outvars=wanted)
     results = iter(jax.core.eval_jaxpr(single, [], *(value for _, value in given.values())))
     return [None if _is_dropped(var) else next(results) for var in eqn.outvars]
+
+
+def _in_this_mesh(eqn: Any) -> Any:
+    """An equation that was traced where a mesh with explicit axes was set, as if traced where it is evaluated."""
+    here = jax.sharding.get_abstract_mesh()
+    before = eqn.ctx.cur_abstract_mesh
+    if before == here or AxisType.Explicit not in before.axis_types:
+        return eqn
+    return eqn.replace(ctx=jax.make_jaxpr(lax.neg)(0.0).eqns[0].ctx)
 
 
 def evaluate_body(body: Body, values: Sequence[Any]) -> list[Any]:

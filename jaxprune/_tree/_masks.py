@@ -22,6 +22,12 @@ def all_true(leaf: Any) -> jax.Array:
     return sharded_as(jnp.ones_like(leaf, dtype=bool), leaf)
 
 
+def kept(leaf: Any, mask: Any) -> jax.Array:
+    """Return a leaf where its mask keeps it and ``+0.0`` elsewhere, of its dtype and sharding."""
+    # A zero without axes: under jit, zeros_like of an array from outside forgets axes that are explicit.
+    return jnp.where(mask, leaf, jnp.zeros((), jnp.result_type(leaf)))
+
+
 def check_mask(mask: Any, what: str, leaf: Any) -> None:
     """Raise a ValueError unless a mask is bool and of its leaf's shape; `what` begins the message."""
     dtype, shape = getattr(mask, "dtype", type(mask).__name__), np.shape(mask)

@@ -37,6 +37,19 @@ def without_explicit_axes(
     return jax.sharding.auto_axes(function, out_sharding=_fitted(sharding, like.shape if shape is None else shape))
 
 
+def through_compiler(function: Callable[..., Any], *operands: Any) -> Any:
+    """Call a function of trees of arrays; where any of them has explicit axes, with all axes given to the compiler.
+
+    What mixes axes in ways that sharding in types does not follow runs there as on an Auto mesh. Its results are then the
+    same on every device.
+    """
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    explicit = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if explicit is None:
+        return function(*operands)
+    return jax.sharding.auto_axes(function, out_sharding=NamedSharding(explicit, PartitionSpec()))(*operands)
+
+
 def _fitted(sharding: Any, shape: tuple[int, ...]) -> NamedSharding:
     def parts(axes: Any) -> int:
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -12,8 +12,8 @@ from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._selection._largest import keep_largest
 from jaxprune._tree._prunable import Prunable
+from jaxprune.oneshot._least_squares import reconstruct_matrix
 from jaxprune.oneshot._pattern import Pattern, read_pattern
-from jaxprune.oneshot._reconstruct import reconstruct_matrix
 from jaxprune.oneshot._solve import Solution, prune_sites, solve_each
 from jaxprune.rules._rule import AnyRule
 from jaxprune.sites._calibrate import Grams
@@ -51,7 +51,7 @@ def admm(
         k: as in `sparsegpt`.
         rule: as in `sparsegpt`.
         steps: of ADMM, >= 1; in the first three quarters of them the mask tightens (static).
-        damping: as in `sparsegpt`.
+        damping: as in `sparsegpt`, for masks and weights.
         prunable: as in `sparsegpt`.
         sites: as in `make_masks`.
 
@@ -138,7 +138,8 @@ def admm_matrix(
         some = keep_largest(jnp.where(mask, jnp.inf, scores), _counts.from_float(removed), magnitude=False)
         return mask | (some & (share < 1))
 
-    def improve(step: jax.Array, state: Any) -> Any:
+    def improve(step: Any, state: Any) -> Any:
+        step = jnp.asarray(step, jnp.int32)  # a Python number where jit is disabled
         sparse, dual, mask = state
         free = jnp.matmul(inverse, target + _PENALTY * (sparse - dual), precision=lax.Precision.HIGHEST)
         pulled = free + dual

@@ -13,6 +13,7 @@ from jaxprune._tree._leaves import is_floating, own, require_real
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Predicate, Prunable
+from jaxprune._tree._sharding import through_compiler
 from jaxprune.sites._accumulate import cross_products, grams
 from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
 from jaxprune.sites._contractions import Contraction, Use
@@ -196,7 +197,7 @@ class _Pruner:
             pairs = zip(data[0].current, data[0].dense, strict=True)
             cross = _sum(_cross_products(contraction, x, y) for x, y in pairs)
             leaf = jnp.asarray(self.leaves[position])
-            aim = _aim(site.matrices(leaf).astype(jnp.float32), gram, cross)
+            aim = through_compiler(_aim, site.matrices(leaf).astype(jnp.float32), gram, cross)
             self.leaves[position] = site.put(leaf, aim)
         self.prune(site.path, Grams(Sites((site,)), {group: gram}, {group: counts}))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float32, Shaped
+from jaxtyping import Array, Bool, Float32
 
 from jaxprune._tree._leaves import is_known, own, require_real
 from jaxprune._tree._masks import all_true
@@ -152,10 +152,10 @@ def report(found: Solution, name: str, damping: float) -> None:
 
 
 def solve_each(
-    solve: Callable[[jax.Array, Factor, jax.Array], tuple[jax.Array, jax.Array]],
+    solve: Callable[[jax.Array, Factor, Any], tuple[jax.Array, jax.Array]],
     weights: Float32[Array, "n inputs outputs"],
     grams: Float32[Array, "n inputs inputs"],
-    others: Shaped[Array, "n *other"],
+    others: Any,
     damping: Float32[Array, ""],
 ) -> Solution:
     """Solve for each of N matrices by itself; small ones side by side.
@@ -167,20 +167,20 @@ def solve_each(
             It sees weights of dead features as zeros, which go first; those it keeps stay what they were.
         weights: the matrices.
         grams: their Gram matrices.
-        others: an array for each matrix, which `solve` takes.
+        others: a tree of arrays with an entry for each matrix, which `solve` takes.
         damping: the share of the mean diagonal to add.
     """
 
-    def of_one(weights: jax.Array, gram: jax.Array, other: jax.Array) -> Solution:
+    def of_one(weights: jax.Array, gram: jax.Array, other: Any) -> Solution:
         factor = factorise(gram, damping)
         dead = factor.dead[:, None]
         found, mask = solve(jnp.where(dead, 0.0, weights), factor, other)
         return Solution(jnp.where(mask & dead, weights, found), mask, factor.damping, factor.condition)
 
-    def of_all(*arrays: jax.Array) -> Solution:
+    def of_all(*arrays: Any) -> Solution:
         n, inputs, outputs = weights.shape
         if n == 1:
-            return jax.tree.map(lambda array: array[None], of_one(*(array[0] for array in arrays)))
+            return jax.tree.map(lambda array: array[None], of_one(*jax.tree.map(lambda array: array[0], arrays)))
         if n * inputs * (inputs + outputs) <= _SIDE_BY_SIDE:
             return jax.vmap(of_one)(*arrays)
         return jax.lax.map(lambda each: of_one(*each), arrays)

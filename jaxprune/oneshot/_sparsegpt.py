@@ -56,7 +56,9 @@ def sparsegpt(
             matrices (stacked layers, experts, groups of a convolution), each is pruned by itself and k may be ``[N]``.
         rule: `rules.layer_sparsity`, `rules.row_sparsity` or ``rules.n_m(m)`` (static).
         damping: the share of the mean diagonal that is added to a Gram matrix, >= 0; it grows tenfold, with a warning,
-            where float32 cannot factorise the sum.
+            where float32 cannot factorise the sum. It decides which weights go as well. `reconstruct` of the result's
+            masks and the dense parameters chooses a damping of its own for the weights that stay, which serves unseen data
+            better than the one given here does.
         mask_block: how many inputs have their masks chosen together, at most `block`; None takes 32, for
             `rules.row_sparsity` `block`, and for N:M rules the size of a group (static). The reference takes 128.
         block: after how many inputs, rounded down to whole mask blocks, the errors are handed on to all later ones;

@@ -1,5 +1,6 @@
 """Sums of squares and Gram matrices of data, as a contraction with a parameter sees it."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune._dtypes import wide, widen
+from jaxprune._tree._sharding import through_compiler
 from jaxprune.sites._contractions import Contraction, Window
 
 # Most entries of the patches of a convolution that are written down at once.
@@ -24,7 +25,7 @@ def sums_of_squares(contraction: Contraction, operands: Sequence[Any]) -> tuple[
     Of a table, of which rows are read: the inputs are one-hot vectors, so the sums count how often each was read.
     """
     kinds = {"dot": _dot_squares, "conv": _conv_squares, "gather": _reads, "ragged": _ragged_squares}
-    return _whole(kinds[contraction.kind], contraction, operands)
+    return through_compiler(functools.partial(kinds[contraction.kind], contraction), operands)
 
 
 def grams(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
@@ -33,22 +34,13 @@ def grams(contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array,
     Accumulated at the highest precision whatever the dtype of the data.
     """
     kinds = {"dot": _dot_gram, "conv": _conv_gram, "ragged": _ragged_gram}
-    return _whole(kinds[contraction.kind], contraction, operands)
+    return through_compiler(functools.partial(kinds[contraction.kind], contraction), operands)
 
 
 def cross_products(contraction: Contraction, left: Any, right: Any) -> jax.Array:
     """Return ``left^T right`` of two inputs of the same samples, ``[B, I, I]``, for a product or a convolution."""
     kinds = {"dot": _dot_products, "conv": _conv_products}
-    return kinds[contraction.kind](contraction, left, right)
-
-
-def _whole(function: Any, contraction: Contraction, operands: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-    """Call the function, on a mesh with explicit axes through the compiler; its results are the same everywhere."""
-    mesh = jax.typeof(operands[0]).sharding.mesh
-    if AxisType.Explicit in mesh.axis_types:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return jax.sharding.auto_axes(lambda *ops: function(contraction, ops), out_sharding=everywhere)(*operands)
-    return function(contraction, operands)
+    return through_compiler(functools.partial(kinds[contraction.kind], contraction), left, right)
 
 
 def _part(contraction: Contraction, x: jax.Array) -> jax.Array:

@@ -270,7 +270,8 @@ def _accumulator(
         return jax.tree.map(jnp.add, totals, of_batch(leaves, inputs))
 
     shapes = jax.eval_shape(of_batch, reading.flat.leaves, jax.tree.leaves(inputs))
-    return update, jax.tree.map(jnp.zeros_like, shapes)
+    # Placed as they will be, which on a mesh with explicit axes zeros_like could do only with the mesh set.
+    return update, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype, device=shape.sharding), shapes)
 
 
 def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import signal
+import stat
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 
@@ -13,32 +17,89 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place when the block ends well.
 
     Whatever stops the process, `path` holds the old content or the new one: the data reach the disk before the name
-    does. A process killed in between leaves ``.<name>.<random>.tmp`` behind; an exception does not.
+    does. The new file has the old one's permissions and, where this process may give them, its owner and group.
+
+    An exception leaves no temporary file behind, nor does SIGTERM or SIGHUP in the main thread, where the program handles
+    them in no way of its own. SIGKILL may leave ``.<name>.<random>.tmp``.
+
+    Raises:
+        ValueError: `path` is there and no file, see `require_file`.
     """
+    require_file(path)
     target = Path(os.path.realpath(path))  # what a symbolic link points at is replaced, not the link
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), _mode(target))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
+
+    def forget() -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+    try:
+        with _before_termination(forget):
+            with os.fdopen(descriptor, "wb") as file:
+                _adopt(file.fileno(), target)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, target)
+    except BaseException:
+        forget()
         raise
     _sync_folder(target.parent)
 
 
-def _mode(target: Path) -> int:
-    """The permissions of the file that is replaced, or those of any new file."""
+def require_file(path: Path) -> None:
+    """Raise a ValueError where a file would take the place of something else: a device, a pipe, a socket, a folder."""
     try:
-        return target.stat().st_mode & 0o7777
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is {_kind(mode)}, which is not replaced by a file; name another output.")
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def _adopt(descriptor: int, target: Path) -> None:
+    """Give a new file the owner, group and permissions of the one that it replaces, or those of any new file."""
+    try:
+        old = target.stat()
     except FileNotFoundError:
         umask = os.umask(0)
         os.umask(umask)
-        return 0o666 & ~umask
+        os.fchmod(descriptor, 0o666 & ~umask)
+        return
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, owner, group)
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))  # last: a change of owner clears some of them
+
+
+@contextlib.contextmanager
+def _before_termination(clean: Callable[[], None]) -> Iterator[None]:
+    """Call `clean` before SIGTERM or SIGHUP end the process in this block, unless the program handles or ignores them."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        clean()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot handle signals
+        yield
+        return
+    unhandled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in unhandled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in unhandled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _sync_folder(folder: Path) -> None:

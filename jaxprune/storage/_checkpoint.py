@@ -61,13 +61,41 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close every shard."""
-        self.close()
+        """Close every shard; raise a StorageError where one has changed since it was opened."""
+        try:
+            if error is None:
+                self.require_unchanged()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close every shard."""
         for file in self.files.values():
             file.close()
+
+    def require_unchanged(self) -> None:
+        """Raise a StorageError where a shard was written to since it was opened."""
+        for file in self.files.values():
+            file.require_unchanged()
+
+    def check_target(self, target: Path) -> None:
+        """Raise a ValueError where this model, written anew to `target`, would replace itself or what is no file."""
+        names = (*self.files, self.index_name) if self.path.is_dir() else ()
+        for path in [target / name for name in names] or [target]:
+            _atomic.require_file(path)
+            self.require_apart(path)
+
+    def require_apart(self, path: Path) -> None:
+        """Raise a ValueError where `path` is a file of this model, by whatever name or link."""
+        for source in (*self.files, *([] if self.index is None else [self.index])):
+            read = self.path / source if self.path.is_dir() else self.path
+            if path.exists() and path.samefile(read):
+                raise ValueError(f"{path} is {read} itself, which is read to write it; name another output.")
+
+    @property
+    def index_name(self) -> str:
+        """The name of the index of a folder that this model is written to."""
+        return self.index or "model" + INDEX_ENDING
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -127,6 +155,7 @@ class Writing:
         index: the name of the folder's index; None for a single file.
         weight_map: the shard of every tensor in the files.
         compress: whether the files pass through zstd.
+        check: called when all of a file is written, before it takes its place; what it raises leaves the old one there.
     """
 
     rows: tuple[TensorRow, ...]
@@ -134,6 +163,7 @@ class Writing:
     index: str | None
     weight_map: Mapping[str, str]
     compress: bool
+    check: Callable[[], None]
 
     def write(self, target: Path) -> Saved:
         """Write a file, or a folder (made if it is not there) with the index last; each file whole or not at all."""
@@ -142,7 +172,7 @@ class Writing:
             target.mkdir(parents=True, exist_ok=True)
         for shard, (chunks, metadata) in self.shards.items():
             path = target if self.index is None else target / shard
-            size += _writer.write(path, chunks, metadata, compress=self.compress)
+            size += _writer.write(path, chunks, metadata, compress=self.compress, check=self.check)
         if self.index is not None:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self.weight_map.items()))}
             with _atomic.replacing(target / self.index) as out:
@@ -188,8 +218,8 @@ def plan(
             weight_map |= dict.fromkeys(specs, shard)
             done(tensor.name)
         shards[shard] = chunks, {**metadata, **own_metadata(version(), members)}
-    index = source.index or "model" + INDEX_ENDING
-    return Writing(tuple(rows), shards, index if source.path.is_dir() else None, weight_map, compress)
+    index = source.index_name if source.path.is_dir() else None
+    return Writing(tuple(rows), shards, index, weight_map, compress, source.require_unchanged)
 
 
 def _again(encode: Encode, tensor: Stored, done: Callable[[str], None]) -> Callable[[], _writer.Arrays]:

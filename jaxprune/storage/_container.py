@@ -69,11 +69,13 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a file and check its header; raise a StorageError if it is not a whole safetensors file."""
         self.path = Path(path)
-        self._file: IO[bytes] = open(self.path, "rb")  # noqa: SIM115, closed by close()
+        self._source: BinaryIO = open(self.path, "rb")  # noqa: SIM115, closed by close()
+        self._file: IO[bytes] = self._source
         try:
-            self.stored = os.fstat(self._file.fileno()).st_size
-            if self._file.read(4) == _zstd.MAGIC:
-                self._file = self._expand(self._file)
+            self.stored = os.fstat(self._source.fileno()).st_size
+            self._opened = _version(self._source)
+            if self._source.read(4) == _zstd.MAGIC:
+                self._file = self._expand(self._source)
             self.metadata, self.entries = self._read_header()
         except BaseException:
             self.close()
@@ -86,12 +88,25 @@ class TensorFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file."""
-        self.close()
+        """Close the file; raise a StorageError where it has changed since it was opened."""
+        try:
+            if error is None:
+                self.require_unchanged()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._source.close()
+
+    def require_unchanged(self) -> None:
+        """Raise a StorageError where the file was written to since it was opened: what was read may be of two states.
+
+        One that took its place under the same name does no harm, since it is not the one that is read.
+        """
+        if _version(self._source) != self._opened:
+            self.fail("has changed while it was read; read it again when nobody writes to it")
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor as a new array."""
@@ -126,7 +141,6 @@ class TensorFile:
         except BaseException:
             expanded.close()
             raise
-        file.close()
         return expanded
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, Span]]:
@@ -218,6 +232,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON")
+
+
+def _version(file: BinaryIO) -> tuple[int, int]:
+    """What changes when a file is written to: its size, and when that was."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _read_into(file: IO[bytes], data: np.ndarray) -> int:

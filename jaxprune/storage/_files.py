@@ -49,7 +49,7 @@ def prune_file(
 
     Args:
         source: a safetensors file, plain or written by `save_sparse`, or a folder of shards with their index.
-        target: the file or folder to write; may be the source itself. Each file appears whole or not at all.
+        target: the file or folder to write, not the source itself. Each file appears whole or not at all.
         k: the rule's strength, one number.
         rule: ``(scores, k) -> masks``, as in `make_masks`.
         prunable: ``(path, leaf) -> bool``, or glob patterns of paths or of modules above the tensor; the path has slashes
@@ -64,10 +64,11 @@ def prune_file(
         A `Saved`, as from `save_sparse`.
 
     Raises:
-        StorageError: the source is damaged.
-        ValueError: nothing is prunable, or k does not fit the rule.
+        StorageError: the source is damaged, or changed while it was read.
+        ValueError: nothing is prunable, k does not fit the rule, or the target is the source, a device or a pipe.
     """
     with Checkpoint(source) as checkpoint:
+        checkpoint.check_target(Path(target))
         names = choose_tensors(checkpoint, prunable)
         planned = plan_file(
             checkpoint,
@@ -109,10 +110,11 @@ def convert_file(
         A `Saved`.
 
     Raises:
-        StorageError: the source is damaged.
-        ValueError: a tensor to quantise holds NaN or infinity.
+        StorageError: the source is damaged, or changed while it was read.
+        ValueError: a tensor to quantise holds NaN or infinity, or the target is the source, a device or a pipe.
     """
     with Checkpoint(source) as checkpoint:
+        checkpoint.check_target(Path(target))
         planned = plan_file(
             checkpoint,
             stored_or_paying,

@@ -18,6 +18,8 @@ from jaxprune.storage._trees import TensorRow
 if TYPE_CHECKING:
     from jaxprune._tables import Table
 
+_PIECE = 2**20  # entries of a tensor that are looked at together
+
 
 @dataclasses.dataclass(frozen=True)
 class FileOverview(Printable):
@@ -114,11 +116,11 @@ def _overview(tensor: Stored) -> TensorRow:
     kept = values.size if mask is None else int(np.count_nonzero(mask))
     threshold = std = None
     if is_floating(values) and values.size:
-        wide = values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-        parts = [wide.real, wide.imag] if is_complex(wide) else [wide]
-        std = math.hypot(*(float(np.std(part, dtype=np.float64)) for part in parts))
+        std = _std(values)
         if mask is not None and 0 < kept < values.size:
-            threshold = float(np.min(np.abs(wide[mask])))
+            threshold = min(
+                float(np.min(np.abs(piece), where=stays, initial=np.inf)) for piece, stays in _pieces(values, mask)
+            )
     return TensorRow(
         path=tensor.name,
         shape=tensor.shape,
@@ -131,6 +133,25 @@ def _overview(tensor: Stored) -> TensorRow:
         dense_bytes=values.nbytes,
         stored_bytes=tensor.size,
     )
+
+
+def _pieces(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Cut arrays of one shape into pieces, of which a float64 copy costs little; floats are float32 at least."""
+    flat = [array.reshape(-1) for array in arrays]
+    for start in range(0, flat[0].size, _PIECE):
+        cut = (array[start : start + _PIECE] for array in flat)
+        yield tuple(
+            piece.astype(np.promote_types(piece.dtype, np.float32), copy=False) if is_floating(piece) else piece
+            for piece in cut
+        )
+
+
+def _std(values: np.ndarray) -> float:
+    # Of complex numbers the root mean square distance from their mean, as the rules take it.
+    double = np.promote_types(np.float64, values.dtype) if is_complex(values) else np.dtype(np.float64)
+    mean = sum(np.sum(piece, dtype=double) for (piece,) in _pieces(values)) / values.size
+    squares = sum(float(np.sum(np.square(np.abs(piece - double.type(mean))))) for (piece,) in _pieces(values))
+    return math.sqrt(squares / values.size)
 
 
 def diff_files(
@@ -171,17 +192,18 @@ def _differences(name: str, a: Stored, b: Stored) -> Iterator[TensorDifference]:
         yield TensorDifference(name, what, max(a.count, b.count), 0.0)
         return
     (values, mask), (others, other_mask) = a.load(), b.load()
-    # A NaN differs from itself, and is equal here to another NaN.
-    different = (values != others) & ~((values != values) & (others != others))
-    count = int(np.count_nonzero(different))
+    count, largest = 0, 0.0
+    wide = np.promote_types(values.dtype, np.complex128 if values.dtype.kind == "c" else np.float64)
+    for x, y in _pieces(values, others):
+        # A NaN differs from itself, and is equal here to another NaN.
+        different = (x != y) & ~((x != x) & (y != y))
+        if different.any():
+            count += int(np.count_nonzero(different))
+            # The largest is NaN where one of the two values is.
+            largest = float(np.maximum(largest, np.max(np.abs(x[different].astype(wide) - y[different].astype(wide)))))
     masks = 0 if mask is None or other_mask is None else int(np.count_nonzero(mask != other_mask))
     if not count and not masks:
         return
-    largest = 0.0
-    if count:
-        wide = np.promote_types(values.dtype, np.complex128 if values.dtype.kind == "c" else np.float64)
-        gaps = np.abs(values[different].astype(wide) - others[different].astype(wide))
-        largest = float(np.max(gaps))
     words = [f"{count:,} values differ"] if count else []
     words += [f"{masks:,} mask bits differ"] if masks else []
     yield TensorDifference(name, ", ".join(words), max(count, masks), largest)

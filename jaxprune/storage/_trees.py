@@ -86,7 +86,7 @@ def save_sparse(
 
     Raises:
         ValueError: a mask does not fit or prunes a leaf that is not floating-point; a dtype or a name cannot be stored;
-            a leaf to quantise is not finite. The message names the leaf.
+            a leaf to quantise is not finite. The message names the leaf. Or `path` is a device, a pipe or a folder.
         TypeError: a leaf is no array, or metadata are not strings.
 
     >>> import jax.numpy as jnp, tempfile

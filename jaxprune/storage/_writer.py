@@ -38,7 +38,14 @@ def ready(arrays: Arrays) -> Chunk:
     return Chunk({name: Spec(array.dtype, array.shape) for name, array in arrays.items()}, lambda: arrays)
 
 
-def write(path: Path, chunks: Sequence[Chunk], metadata: Mapping[str, str], *, compress: bool) -> int:
+def write(
+    path: Path,
+    chunks: Sequence[Chunk],
+    metadata: Mapping[str, str],
+    *,
+    compress: bool,
+    check: Callable[[], None] = lambda: None,
+) -> int:
     """Write a file that appears whole or not at all; return its bytes.
 
     Args:
@@ -46,9 +53,10 @@ def write(path: Path, chunks: Sequence[Chunk], metadata: Mapping[str, str], *, c
         chunks: what to write. Each is made when its turn comes, and then forgotten.
         metadata: strings for the header.
         compress: whether to pass everything through zstd.
+        check: called before the file takes its place, to raise where it should not.
 
     Raises:
-        ValueError: two tensors have the same name, or a chunk is not what it was said to be.
+        ValueError: two tensors have the same name, a chunk is not what it was said to be, or `path` is no file.
     """
     offsets = _place(chunks, aligned=not compress)
     header = _header(chunks, offsets, metadata)
@@ -66,6 +74,7 @@ def write(path: Path, chunks: Sequence[Chunk], metadata: Mapping[str, str], *, c
             for arrays in map(_make, chunks):
                 for name, array in arrays.items():
                     _write_at(file, len(header) + offsets[name], array)
+        check()
         file.seek(0, 2)
         return file.tell()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._shapes import require_shapes
-from jaxprune._tree._sharding import whole
+from jaxprune._tree._sharding import through_compiler, whole
 from jaxprune.structured._axes._dims import Cat, Var, kept_size, leaves, resolve, size
 from jaxprune.structured._axes._program import Node, Value, walk
 from jaxprune.structured._axes._replay import Masks, Replay
@@ -145,7 +145,12 @@ def evaluate(
     remedy = "A rebuilt function takes what shrink cut by its plan, a masked one what was traced."
     require_shapes("The function", wanted, "params", actual, remedy)
     given = _bind_inputs(graph, replay, inputs)
-    results = replay.run(graph.program, [*map(by_path.get, graph.paths), *given], masks)
+
+    # Read without shardings, the program says nothing of how products of sharded arrays are to be sharded.
+    def run(arguments: list[Any], kept: list[Any]) -> list[Any]:
+        return replay.run(graph.program, arguments, dict(zip(masks, kept, strict=True)))
+
+    results = through_compiler(run, [*map(by_path.get, graph.paths), *given], list(masks.values()))
     return jax.tree.unflatten(jax.tree.structure(graph.outputs), results)
 
 

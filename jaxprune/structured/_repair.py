@@ -13,7 +13,7 @@ from jaxprune.structured._plan import Plan
 from jaxprune.structured._shrink import channel_masks
 
 
-def repair(plan: Plan, params: Any, grams: Grams, *, steps: int = 30, damping: float = 0.01) -> Any:
+def repair(plan: Plan, params: Any, grams: Grams, *, steps: int = 30, damping: float | None = None) -> Any:
     """Give the weights that read channels the values that best make up for the channels they lose.
 
     Of every kernel whose inputs a plan cuts, the kept weights become the least-squares solution ``min ||X V - X W||`` with

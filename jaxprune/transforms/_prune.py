@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._dtypes import common
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
@@ -139,7 +140,7 @@ def prune_and_regrow(
     def remask(weights: Any, masks: Any, k: Any) -> Any:
         return _like(masks, make(weights, k), weights)
 
-    return _scheduled("prune_and_regrow", optax.apply_updates, remask, make, schedule, Steps(every, begin, until), log)
+    return _scheduled("prune_and_regrow", _moved, remask, make, schedule, Steps(every, begin, until), log)
 
 
 def ac_dc_schedule(k: float, *, every: int, begin: int = 0, until: int) -> optax.Schedule:
@@ -223,6 +224,18 @@ def _try_out(make: Make, params: Any, bounds: tuple[float, float] | None) -> Non
         return
     for k in sorted(set(bounds)):
         align_masks(jax.eval_shape(lambda params, k=k: make(params, k), params), flat)
+
+
+def _moved(params: Any, updates: Any) -> Any:
+    """Return the weights as the updates would leave them; None stays, as in ``optax.apply_updates``."""
+
+    def move(param: Any, update: Any) -> Any:
+        if param is None or not is_floating(param):
+            return param
+        dtype = common((param.dtype, update.dtype))
+        return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+
+    return jax.tree.map(move, params, updates, is_leaf=lambda leaf: leaf is None)
 
 
 def _pruned_lowest(weights: Any, masks: Any) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree._leaves import is_floating, own
-from jaxprune._tree._masks import align_masks
+from jaxprune._tree._masks import align_masks, kept
 from jaxprune._tree._paths import flatten
 
 
@@ -62,7 +62,7 @@ def straight_through(params: Any, masks: Any, *, backward: Any = None) -> Any:
 @jax.custom_jvp
 def _straight_through(leaf: jax.Array, mask: jax.Array, receives: jax.Array | None) -> jax.Array:
     del receives
-    return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+    return kept(leaf, mask)
 
 
 @_straight_through.defjvp

@@ -1,5 +1,6 @@
 """Every benchmark runs at a tiny size and reports what it should; how fast anything is, is not tested."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jaxprune
-from benchmarks import imports, masks, n_m, one_shot, selection, timing, training_step
+from benchmarks import accelerator, imports, masks, n_m, one_shot, selection, sparsegpt, timing, training_step
 
 pytestmark = pytest.mark.slow
 
@@ -130,3 +132,34 @@ def test_the_command_line_refuses_fewer_weights_than_leaves(capsys):
     with pytest.raises(SystemExit, match="2"):
         masks.main(["--sizes", "10"])
     assert "at least 50" in capsys.readouterr().err
+
+
+def test_the_accelerator_benchmark_runs_every_case_beside_plain_jax():
+    sizes = accelerator.Sizes(weights=16, width=16, batch=8, solved=16, model_width=64, length=8)
+    for part, cases in accelerator.PARTS.items():
+        for case in cases(sizes):
+            result = accelerator.measure(case, 0.0, Console(file=io.StringIO()))
+            names = [row["variant"] for row in result["rows"]]
+            check_rows(result["rows"], names[:-1])
+            assert names[0].startswith("plain JAX"), part
+            assert any(name.startswith("jaxprune") for name in names)
+            assert result["first_call"].keys() == set(names[:-1])
+
+
+def test_the_accelerator_benchmark_names_what_it_had_no_time_for(capsys):
+    accelerator.main(["--small", "--minutes", "0"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["cases"] == []
+    assert {line.partition(":")[0] for line in found["left_out"]} == {
+        "masks",
+        "steps",
+        "solvers",
+        "calibration",
+        "cut networks",
+    }
+
+
+def test_the_solvers_that_are_timed_lose_little(tmp_path):
+    (result,) = results(sparsegpt.main, tmp_path, "--sizes", "32", "--repeats", "1", "--patterns", "2:4")
+    assert result["rows"][0]["variant"] == "jaxprune sparsegpt"
+    assert all(0 < loss < 0.5 for loss in result["losses"].values())

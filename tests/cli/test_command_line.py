@@ -188,23 +188,27 @@ def test_a_folder_of_shards_goes_in_and_comes_out(model, tmp_path, capsys):
     assert run("diff", tmp_path / "a", tmp_path / "b") == 0
     index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
     assert index["weight_map"]["layer.0.dense.bitmask"] == weight_map["layer.0.dense.weight"]
-    # In place, shard by shard.
-    assert run("prune", folder, folder, *arguments) == 2
-    assert run("prune", folder, folder, *arguments, "--force") == 0
-    assert run("diff", folder, tmp_path / "a") == 0
+    # Over another folder, shard by shard; over itself never.
+    assert run("prune", folder, folder, *arguments, "--force") == 2
+    assert run("convert", folder, tmp_path / "c") == 0
+    assert run("prune", folder, tmp_path / "c", *arguments) == 2
+    assert run("prune", folder, tmp_path / "c", *arguments, "--force") == 0
+    assert run("diff", tmp_path / "c", tmp_path / "a") == 0
     capsys.readouterr()
     assert run("prune", folder, model, *arguments, "--force") == 2
     assert "is a file, but" in capsys.readouterr().err
 
 
 def test_what_is_there_is_replaced_only_when_asked(model, tmp_path, capsys):
-    before = model.read_bytes()
-    arguments = ("prune", model, model, "--rule", "layer_sparsity", "--k", "0.5")
+    other = tmp_path / "other"
+    other.write_bytes(before := model.read_bytes())
+    arguments = ("prune", model, other, "--rule", "layer_sparsity", "--k", "0.5")
     assert run(*arguments) == 2
     assert "is there already; --force replaces it" in capsys.readouterr().err
-    assert model.read_bytes() == before
+    assert other.read_bytes() == before
     assert run(*arguments, "--force") == 0
-    assert model.read_bytes() != before
+    assert other.read_bytes() != before
+    assert model.read_bytes() == before
 
 
 @pytest.mark.parametrize(

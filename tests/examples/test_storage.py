@@ -1,9 +1,14 @@
 """The examples that store or prune what is trained already, and the benchmarks of storage, each at a small size."""
 
+import ast
+import importlib.metadata
 import importlib.util
 import json
 import math
 import pickle
+import re
+import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -177,6 +182,39 @@ def test_entropies_by_hand():
     assert storage_benchmark.entropy_bytes(np.array([8, 8])) == 2.0  # 16 symbols of one bit
     assert storage_benchmark.entropy_bytes(np.array([0, 5])) == 0.0
     assert storage_benchmark.entropy_bytes(np.array([4, 4, 4, 4])) == 4.0
+
+
+def test_what_deep_compression_needs_is_missed_before_it_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "zstandard", None)  # as if it were not installed
+    assert deep_compression.main(["--small", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: a compressed file needs the package zstandard: pip install zstandard\n"
+    assert not (tmp_path / "out").exists()
+
+
+# What is looked for before it is used, and what comes with tensorflow-datasets, whose errors are caught.
+OPTIONAL = {"tensorboardX", "requests"}
+
+
+def test_the_readme_installs_all_that_the_examples_import():
+    root = Path(deep_compression.__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
+    installed = {re.split(r"[><=\[]", line)[0] for line in wanted}
+    files = list((root / "examples").rglob("*.py"))
+    # What the package imports when it is called, too: files are compressed, pages and figures drawn.
+    used = {"zstandard", "matplotlib"}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                used.add(node.module.split(".")[0])
+    used -= sys.stdlib_module_names | {file.stem for file in files} | {"_support", "jaxprune"} | OPTIONAL
+    distributions = importlib.metadata.packages_distributions()
+    for module in sorted(used):
+        assert installed & set(distributions[module]), (
+            f"the examples import {module}, which their extra does not install"
+        )
 
 
 def test_the_bound_counts_masks_codes_and_what_is_not_coded(tmp_path):

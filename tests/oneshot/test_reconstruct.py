@@ -51,7 +51,9 @@ def test_more_steps_never_lose_more_and_no_step_loses_more_than_the_mask_alone(s
     weights, gram = oracles.problem(16, 8, seed)
     mask = random_mask((16, 8), seed, kept)
     damped = oracles.damped(gram, 0.01)
-    losses = [oracles.loss(solved(weights, mask, gram, steps=n), weights, damped) for n in (steps, steps + 1)]
+    losses = [
+        oracles.loss(solved(weights, mask, gram, steps=n, damping=0.01), weights, damped) for n in (steps, steps + 1)
+    ]
     alone = oracles.loss(np.where(mask, weights, 0), weights, damped)
     assert losses[1] <= losses[0] * (1 + 1e-4) + 1e-9
     assert losses[0] <= alone * (1 + 1e-4) + 1e-9
@@ -157,9 +159,59 @@ def test_sharded_over_outputs_devices_exchange_one_number_a_step(kind):
     params, grams = one(weights, gram)
     params, masks = jax.device_put((params, {"a": {"kernel": mask}}), NamedSharding(mesh, P(None, "x")))
     grams = jax.device_put(grams, NamedSharding(mesh, P()))
-    found = reconstruct(params, masks, grams)["a"]["kernel"]
-    np.testing.assert_allclose(found, solved(weights, mask, gram), atol=1e-5)
+    held = functools.partial(reconstruct, damping=0.01)
+    found = held(params, masks, grams)["a"]["kernel"]
+    np.testing.assert_allclose(found, solved(weights, mask, gram, damping=0.01), atol=1e-5)
     assert found.sharding.is_equivalent_to(params["a"]["kernel"].sharding, 2)
-    compiled = compiled_for_users(jax.jit(reconstruct), params, masks, grams)
+    compiled = compiled_for_users(jax.jit(held), params, masks, grams)
     exchanged = {operation: size for operation, size in operations(compiled) if operation.startswith("all-")}
     assert exchanged == {"all-reduce": 1}  # whether all units have converged
+    # To choose the damping, the columns of sixteen units besides.
+    np.testing.assert_allclose(reconstruct(params, masks, grams)["a"]["kernel"], solved(weights, mask, gram), atol=1e-5)
+    compiled = compiled_for_users(jax.jit(reconstruct), params, masks, grams)
+    assert max(size for operation, size in operations(compiled) if operation.startswith("all-")) <= 32 * 16
+
+
+def calibrated(x, weights):
+    params = {"kernel": jnp.asarray(weights, jnp.float32)}
+    grams = jaxprune.calibrate_grams(lambda params, x: x @ params["kernel"], params, [jnp.asarray(x, jnp.float32)])
+    return params, grams
+
+
+def error(x, weights, found):
+    return np.linalg.norm(x @ (np.asarray(found, np.float64) - weights)) / np.linalg.norm(x @ weights)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:These parameters have met fewer samples")
+@pytest.mark.parametrize(
+    ("samples", "spectrum", "noise"),
+    [
+        (512, 0.9 ** np.arange(64), 0.0),  # well known and ill-conditioned: no damping serves best
+        (48, 0.9 ** np.arange(64), 0.0),  # fewer samples than inputs
+        (48, np.ones(64), 0.0),  # nothing that the kept inputs know of the others: the weights had better stay
+        (512, np.ones(64), 1.0),  # inputs with something in common
+    ],
+)
+def test_the_damping_that_is_chosen_serves_data_not_seen_as_the_best_of_all_does(samples, spectrum, noise):
+    rng = np.random.default_rng(0)
+    turned = spectrum[:, None] * np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    seen, unseen = (rng.normal(size=(n, 64)) @ turned + noise * rng.normal(size=(n, 1)) for n in (samples, 10_000))
+    weights = rng.normal(size=(64, 24))
+    mask = random_mask((64, 24), 1)
+    params, grams = calibrated(seen, weights)
+    masks = {"kernel": jnp.asarray(mask)}
+    chosen = error(unseen, weights, reconstruct(params, masks, grams, steps=100)["kernel"])
+    gram = seen.T @ seen
+    by_damping = {}
+    for damping in 10.0 ** np.arange(-6, 1.5, 0.5):
+        by_damping[damping] = error(unseen, weights, oracles.reconstruct(weights, mask, oracles.damped(gram, damping)))
+    assert chosen <= 1.05 * min(by_damping.values())
+    assert chosen <= 1.02 * error(unseen, weights, np.where(mask, weights, 0.0))
+    # By lstsq, where samples suffice.
+    if samples > 64:
+        best = np.zeros_like(weights)
+        for unit in range(24):
+            kept = mask[:, unit]
+            best[kept, unit] = np.linalg.lstsq(seen[:, kept], seen @ weights[:, unit], rcond=None)[0]
+        assert chosen <= 1.01 * error(unseen, weights, best)

@@ -185,10 +185,10 @@ def test_patterns_say_which_tensors_are_pruned(tmp_path):
 def test_pruning_again_keeps_what_is_pruned(tmp_path):
     safetensors.numpy.save_file(torch_like(), tmp_path / "source")
     storage.prune_file(tmp_path / "source", tmp_path / "a", 0.5, rule=rules.layer_sparsity)
-    storage.prune_file(tmp_path / "a", tmp_path / "a", 0.9, rule=rules.layer_sparsity)
+    storage.prune_file(tmp_path / "a", tmp_path / "again", 0.9, rule=rules.layer_sparsity)
     storage.prune_file(tmp_path / "source", tmp_path / "b", 0.9, rule=rules.layer_sparsity)
-    assert storage.diff_files(tmp_path / "a", tmp_path / "b") == []
-    storage.prune_file(tmp_path / "a", tmp_path / "a", 0.1, rule=rules.layer_sparsity)
+    assert storage.diff_files(tmp_path / "again", tmp_path / "b") == []
+    storage.prune_file(tmp_path / "again", tmp_path / "a", 0.1, rule=rules.layer_sparsity)
     assert storage.diff_files(tmp_path / "a", tmp_path / "b") == []
 
 
@@ -361,3 +361,31 @@ def test_a_file_is_pruned_as_the_tree_of_its_names(tmp_path):
     with pytest.raises(ValueError, match=r"params\['up.0.up.weight'\] of shape .* transposed convolution.*axis="):
         storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4))
     storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4, axis=0))
+
+
+def test_large_tensors_are_looked_at_in_pieces(tmp_path):
+    """Several pieces, the differences in the last ones; and no copy of the whole in float64."""
+    values = np.random.default_rng(0).standard_normal((8_000, 1_000), np.float32) + 100
+    other = values.copy()
+    other[7_999, 5:8] += np.float32([0.5, -2.0, 1.0])
+    other[7_050, 0] = np.nan
+    save_sparse(tmp_path / "a", {"w": values})
+    save_sparse(tmp_path / "b", {"w": other})
+    tracemalloc.start()
+    try:
+        overview = storage.summarize_file(tmp_path / "a")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert overview.tensors[0].std == pytest.approx(values.astype(np.float64).std(), rel=1e-9)
+    (found,) = storage.diff_files(tmp_path / "a", tmp_path / "b")
+    assert (found.name, found.what) == ("w", "4 values differ")
+    assert np.isnan(found.largest)
+    other[7_050, 0] = values[7_050, 0]
+    save_sparse(tmp_path / "b", {"w": other})
+    (found,) = storage.diff_files(tmp_path / "a", tmp_path / "b")
+    assert (found.what, found.largest) == ("3 values differ", pytest.approx(2.0, rel=1e-4))
+    masks = {"w": values > 100}
+    save_sparse(tmp_path / "c", {"w": values}, masks)
+    assert storage.summarize_file(tmp_path / "c").tensors[0].threshold == values[masks["w"]].min()
+    assert peak < 2 * values.nbytes

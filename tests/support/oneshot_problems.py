@@ -36,7 +36,7 @@ def grams_of(matrices: dict[str, np.ndarray], grams: dict[str, np.ndarray]) -> G
         group: jnp.asarray(np.asarray(grams[name]).reshape(-1, *np.shape(grams[name])[-2:]), jnp.float32)
         for group, name in enumerate(matrices)
     }
-    counts = {group: jnp.ones(len(gram)) for group, gram in sums.items()}
+    counts = {group: jnp.full(len(gram), 1e4) for group, gram in sums.items()}  # many more than inputs
     return Grams(sites=Sites(tuple(sites)), sums=sums, counts=counts)
 
 
