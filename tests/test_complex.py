@@ -79,7 +79,7 @@ def test_std_threshold_goes_by_the_modulus_and_the_deviation_of_complex_numbers(
         (functools.partial(rules.std_threshold, max_sparsity=0.25), 0.0),
         (lambda scores, k: jax.tree.map(lambda score: score >= k, scores), 2.0),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, rules.Rule) else None,
 )
 def test_rules_take_the_modulus(rule, k):
     found, expected = jaxprune.make_masks(PARAMS, k, rule=rule), jaxprune.make_masks(SIZES, k, rule=rule)
