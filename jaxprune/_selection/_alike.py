@@ -15,7 +15,8 @@ _BRANCHES = 32
 # The most numbers that one reduction sets apart.
 _AT_ONCE = 64
 
-# What is known of an array before the program runs; arrays of one kind have the same shapes and dtypes, and are sharded alike.
+# What is known of an array before the program runs; arrays of one kind have the same shapes and dtypes and are sharded
+# alike.
 Kind = Hashable
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, UInt32
 
+from jaxprune._selection._fused import ADD, reduce_fused
+
 _WORD = 32
 _MANTISSA = 23  # stored bits of a float32's significand
 
@@ -104,7 +106,8 @@ def count_true(mask: Bool[Array, "..."], axes: tuple[int, ...]) -> Count:
     while inner and size * mask.shape[axes[inner - 1]] < 2**_WORD:
         inner -= 1
         size *= mask.shape[axes[inner]]
-    low = jnp.sum(mask, axes[inner:], dtype=jnp.uint32)
+    [low] = reduce_fused([mask.astype(jnp.uint32)], [ADD], axes[inner:])
+    low = jnp.squeeze(low, axes[inner:])
     outer = tuple(axis - sum(other < axis for other in axes[inner:]) for axis in axes[:inner])
     return total(Count(jnp.zeros_like(low), low), outer, math.prod(mask.shape[axis] for axis in axes))
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Inexact
 
 from jaxprune._selection._alike import Kind, apart, for_each, groups, hidden_zero, take_row
 from jaxprune._selection._counts import Count
+from jaxprune._selection._fused import ADD, reduce_fused
 from jaxprune._selection._order import MOST
 from jaxprune._selection._pools import Operand, Pools, Sums
 
@@ -134,15 +135,14 @@ def _keep_largest_jointly(
 def _by_platform(select: Callable[..., list[jax.Array]], *operands: Any) -> list[jax.Array]:
     """Select with the sums that suit the platform the program is compiled for.
 
-    XLA's CPU compiler writes a condition down in full before it sums it up, unless several sums are one reduction. Such
-    a reduction of a sharded array is partitioned by gathers, but where there is one CPU device nothing is sharded on
-    CPU; only an Explicit mesh, of one device too, refuses to regroup the entries for it. Other compilers fuse plain sums,
-    and read their common operand once.
+    XLA's CPU compiler writes a condition down in full before it sums it up, unless several sums are one reduction, in
+    parts where arrays may be sharded. An Explicit mesh, of one device too, refuses to regroup the entries without them.
+    Other compilers fuse plain sums, and read their common operand once.
     """
     meshes = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(operands)]
     explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
     try:
-        cpu = _sum_in_one if len(jax.devices("cpu")) == 1 and not explicit else _sum_stacked
+        cpu = _sum_in_one if len(jax.devices("cpu")) == 1 and not explicit else _sum_in_parts
     except RuntimeError:  # JAX has been told to do without its CPU backend.
         cpu = _sum_each
     return lax.platform_dependent(
@@ -199,6 +199,11 @@ def _sum_in_one(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array
 
 def _sum_stacked(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
     return jnp.sum(jnp.stack(conditions), [axis + 1 for axis in axes], dtype=jnp.uint32)
+
+
+def _sum_in_parts(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:
+    ones = [condition.astype(jnp.uint32) for condition in conditions]
+    return jnp.stack([jnp.squeeze(found, axes) for found in reduce_fused(ones, [ADD] * len(ones), axes)])
 
 
 def _sum_each(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:

@@ -23,16 +23,16 @@ def sharded_as(mask: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def without_explicit_axes(
-    function: Callable[..., jax.Array], like: jax.Array, shape: tuple[int, ...] | None = None
-) -> Callable[..., jax.Array]:
+    function: Callable[..., Any], like: Any, shape: tuple[int, ...] | None = None
+) -> Callable[..., Any]:
     """Let `function` regroup the entries of an array whose axes are sharded explicitly.
 
     Reshapes and windows of a sharded axis are refused on an Explicit mesh; there the function runs with the axes
-    given to the compiler, and its result gets the sharding of `like`. Where the result has another `shape`, an axis
+    given to the compiler, and its result (or each of several) gets the sharding of `like`. Where the result has another `shape`, an axis
     that cannot be divided in the same way stays whole.
     """
-    sharding = jax.typeof(like).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like).sharding
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
         return function
     return jax.sharding.auto_axes(function, out_sharding=_fitted(sharding, like.shape if shape is None else shape))
 
