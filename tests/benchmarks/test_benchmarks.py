@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import jaxprune
-from benchmarks import accelerator, imports, masks, n_m, one_shot, selection, sparsegpt, timing, training_step
+from benchmarks import accelerator, imports, masks, n_m, one_shot, scale, selection, sparsegpt, timing, training_step
 
 pytestmark = pytest.mark.slow
 
@@ -163,3 +163,17 @@ def test_the_solvers_that_are_timed_lose_little(tmp_path):
     (result,) = results(sparsegpt.main, tmp_path, "--sizes", "32", "--repeats", "1", "--patterns", "2:4")
     assert result["rows"][0]["variant"] == "jaxprune sparsegpt"
     assert all(0 < loss < 0.5 for loss in result["losses"].values())
+
+
+def test_scale_tells_memory_a_device_and_the_stages_of_a_first_call(tmp_path):
+    rows = results(
+        scale.main, tmp_path, "memory", "--devices", "0", "--width", "512", "--depth", "2", "--rules", "std", "global"
+    )
+    assert [row["case"] for row in rows] == ["std", "global", "adam", "adam, keep_pruned"]
+    # Two layers: queries and outputs, keys and values an eighth, three matrices of 3.5 times the width; a table of 4 widths.
+    size = 2 * 512 * 512 * (2 + 2 / 8 + 3 * 3.5) + 4 * 512 * 512
+    assert all(row["parameters_bytes"] == 2 * size / 8 for row in rows)
+    assert all(row["share"] == row["temporary_bytes"] / row["parameters_bytes"] for row in rows)
+    rows = results(scale.main, tmp_path, "first", "--layers", "9", "--shapes", "2", "--rules", "layer")
+    assert [row["rule"] for row in rows] == ["layer"]
+    assert all(rows[0][stage] >= 0 for stage in ("trace", "lower", "compile", "jit", "eager_first", "eager_second"))
