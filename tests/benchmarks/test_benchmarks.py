@@ -88,8 +88,9 @@ def test_selection_is_measured_in_three_tasks(tmp_path):
     assert [task["task"] for task in tasks] == ["one array", "each of 50 leaves", "50 leaves jointly"]
     for task in tasks:
         check_rows(task["rows"], [row["variant"] for row in task["rows"][:-1]])
-    # With several CPU devices, as here, the counts of seven thresholds are written down: four bytes each.
-    assert all(7 <= memory["ratios"][name] < 7.1 for name in ("one array", "50 leaves jointly"))
+    # With several CPU devices, as here, an array is counted in as many parts as it may have shards; small ones are all parts.
+    assert memory["ratios"]["one array"] < 0.05
+    assert memory["ratios"]["50 leaves jointly"] < 0.3
     assert memory["ratios"]["jnp.sort"] >= 1
 
 
