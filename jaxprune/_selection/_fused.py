@@ -46,10 +46,12 @@ def reduce_fused(
         several = list(zip(arrays, operations, strict=True))
         if alone:
             several.append(((arrays[0] == 0).astype(jnp.int32), ADD))
+        # The equation keeps this function, which is to keep no array that is being traced.
+        combine = tuple(operation for _, operation in several)
         found = lax.reduce(
             tuple(array.reshape(shape) for array, _ in several),
             tuple(_start(array.dtype, operation) for array, operation in several),
-            lambda a, b: tuple(combine(x, y) for x, y, (_, combine) in zip(a, b, several, strict=True)),
+            lambda a, b: tuple(together(x, y) for x, y, together in zip(a, b, combine, strict=True)),
             inner,
         )
         totals = plain(*found[: len(arrays)])
