@@ -1,0 +1,58 @@
+"""Layers that share a program get the masks that they get by themselves, on one device and on meshes, sharded as they are."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxprune
+from jaxprune import rules
+
+RULES = {
+    "std": rules.std_threshold,
+    "mean": rules.mean_threshold,
+    "layer": rules.layer_sparsity,
+    "row": rules.row_sparsity,
+    "global": rules.global_sparsity,
+}
+MOVES = re.compile(r"= \S+ (sort|gather|scatter|all-gather|all-to-all|collective-permute)\(")
+
+
+def layers(number: int) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    found = {f"layers_{i}": {"kernel": rng.normal(size=(64, 48)).astype(np.float32)} for i in range(number)}
+    found["layers_3"]["kernel"][0, 0] = np.nan
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", RULES)
+def test_twelve_layers_on_a_mesh(name, axis_type):
+    params = layers(12)
+    expected = jaxprune.make_masks(params, 0.5, rule=RULES[name])
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
+        sharded = jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), params)
+        make = jax.jit(lambda params, k: jaxprune.make_masks(params, k, rule=RULES[name]))
+        compiled = make.lower(sharded, jnp.float32(0.5)).compile()
+        masks = compiled(sharded, jnp.float32(0.5))
+    assert not MOVES.search(compiled.as_text())
+    for mask, wanted in zip(jax.tree.leaves(masks), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(mask, wanted)
+        assert mask.sharding.is_equivalent_to(sharding, 2)
+
+
+def test_layers_by_themselves_and_together():
+    """Under another name each a layer is of no kind but its own, and has a program of its own."""
+    params = layers(12)
+    alone = {chr(ord("a") + i): leaf for i, leaf in enumerate(params.values())}
+    for rule in (rules.std_threshold, rules.layer_sparsity):
+        together = jaxprune.make_masks(params, 0.75, rule=rule)
+        apart = jaxprune.make_masks(alone, 0.75, rule=rule)
+        for mask, wanted in zip(together.values(), apart.values(), strict=True):
+            np.testing.assert_array_equal(mask["kernel"], wanted["kernel"])
