@@ -72,7 +72,7 @@ def _turn(
 
 def hidden_zero(array: jax.Array) -> jax.Array:
     """Return the int32 0 in a way that no compiler sees through, since it depends on what the program computes."""
-    return jnp.minimum(jnp.sum(array == 0, dtype=jnp.int32), 0)
+    return jnp.minimum(jnp.sum(array == np.zeros((), array.dtype), dtype=jnp.int32), 0)
 
 
 def pick(place: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
