@@ -21,7 +21,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+from collections.abc import Iterator
+
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -33,3 +36,10 @@ install_import_hook(
     ["jaxprune._selection", "jaxprune.oneshot", "jaxprune.sites._factorise"],
     "pkgutil.resolve_name('tests.support.checked_shapes:check_shapes')",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Drop what a file has compiled: a process has 65,530 memory maps, each program takes a few, and XLA dies of the last."""
+    yield
+    jax.clear_caches()
