@@ -1,5 +1,6 @@
 """One program for many arrays that are alike, so that a model of three hundred layers compiles like one of ten."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -48,26 +49,53 @@ def for_each(
     """
     results: list[Any] = [None] * len(arrays)
     for group in groups(kinds):
+        own = [arrays[i] for i in group]
         if len(group) == 1:
-            results[group[0]] = function(group[0], arrays[group[0]], extras[group[0]])
+            results[group[0]] = function(group[0], own[0], extras[group[0]])
             continue
         belonging = jax.tree.map(lambda *entries: jnp.stack(entries), *(extras[i] for i in group))
-        turn = _turn(function, group, arrays)
-        _, (numbers, found) = lax.scan(turn, None, (jnp.arange(len(group), dtype=jnp.int32), belonging))
-        for i, number in zip(group, apart(numbers), strict=True):
-            results[i] = jax.tree.map(lambda rows, number=number: take_row(rows, number), found)
+        for i, found in zip(group, for_group(functools.partial(function, group[0]), own, belonging), strict=True):
+            results[i] = found
     return results
 
 
-def _turn(
-    function: Callable[[int, jax.Array, Any], Any], group: list[int], arrays: Sequence[jax.Array]
-) -> Callable[..., Any]:
+def for_group(
+    function: Callable[[jax.Array, Any], Any],
+    arrays: Sequence[jax.Array],
+    extras: Any,
+    known: Callable[[jax.Array, Any], tuple[jax.Array, Any]] | None = None,
+) -> list[Any]:
+    """Return ``[function(arrays[i], extras[i]) for i in ...]`` for arrays of one kind, by one program.
+
+    Args:
+        function: of an array and what belongs to it; returns a tree of small arrays.
+        arrays: of one kind. One is copied at a time.
+        extras: a tree of small arrays with a first axis that numbers `arrays`.
+        known: may tell the function's result without the array: returns whether it does, and the result. It is given any
+            of the arrays, for its type. Then nothing is copied.
+
+    Returns:
+        What the function returned for each array.
+    """
+
+    def find(place: jax.Array, extra: Any) -> Any:
+        def compute() -> Any:
+            return function(pick(place, arrays), extra)
+
+        if known is None:
+            return compute()
+        is_known, result = known(arrays[0], extra)
+        return lax.cond(is_known, lambda: result, compute)
+
     def turn(carry: None, place_and_extra: tuple[jax.Array, Any]) -> tuple[None, tuple[jax.Array, Any]]:
         place, extra = place_and_extra
-        found = function(group[0], pick(place, [arrays[i] for i in group]), extra)
+        found = find(place, extra)
         return carry, (place + hidden_zero(jax.tree.leaves(found)[0]), found)
 
-    return turn
+    if len(arrays) == 1:
+        return [find(jnp.int32(0), jax.tree.map(lambda rows: lax.index_in_dim(rows, 0, keepdims=False), extras))]
+    _, (numbers, found) = lax.scan(turn, None, (jnp.arange(len(arrays), dtype=jnp.int32), extras))
+    return [jax.tree.map(lambda rows, number=number: take_row(rows, number), found) for number in apart(numbers)]
 
 
 def hidden_zero(array: jax.Array) -> jax.Array:

@@ -24,8 +24,8 @@ class Count(NamedTuple):
     low: UInt32[Array, "*shape"]
 
 
-def from_int(value: int | Sequence[int]) -> Count:
-    """A Count of a non-negative Python int below 2**64, or of a sequence of them (one more axis)."""
+def from_int(value: int | Sequence[int] | np.ndarray) -> Count:
+    """A Count of a non-negative Python int below 2**64, or of an array or sequence of them."""
     numbers = np.asarray(value, np.uint64)
     return Count(
         jnp.asarray((numbers >> np.uint64(_WORD)).astype(np.uint32)),

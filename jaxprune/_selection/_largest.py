@@ -1,6 +1,6 @@
 """Exact selection by counting: masks of all but the smallest entries, without a sort and without a gather.
 
-Under jit, with traced counts, on any sharding and platform; the search itself is in `_search`.
+Under jit, with traced counts, on any sharding and platform; the searches are in `_pools` and `_jointly`.
 """
 
 import functools
@@ -14,11 +14,13 @@ from jax import lax
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Inexact
 
-from jaxprune._selection._alike import Kind, apart, for_each, groups, hidden_zero, take_row
+from jaxprune._dtypes import common
+from jaxprune._selection._alike import Kind, for_each, for_group, groups
 from jaxprune._selection._counts import Count
 from jaxprune._selection._fused import ADD, reduce_fused
-from jaxprune._selection._order import MOST
-from jaxprune._selection._pools import Operand, Pools, Sums
+from jaxprune._selection._jointly import Group, share_out
+from jaxprune._selection._order import MOST, Order
+from jaxprune._selection._pools import Pools, Sums
 
 
 class Each(NamedTuple):
@@ -27,6 +29,14 @@ class Each(NamedTuple):
     batch: tuple[int, ...]
     magnitude: bool
     kind: Kind = None
+
+
+class Joint(NamedTuple):
+    """What is static of an array that is ranked with others: the axes that number its pools, what each may lose, its kind."""
+
+    batch: tuple[int, ...]
+    most: int
+    kind: Kind
 
 
 def keep_largest(
@@ -78,34 +88,41 @@ def keep_largest_jointly(
     removed: Count,
     *,
     magnitude: bool,
-    protected: Sequence[Bool[Array, "..."]] | None = None,
+    batches: Sequence[tuple[int, ...]] | None = None,
+    most: Sequence[int] | None = None,
     kinds: Sequence[Kind] | None = None,
 ) -> list[Bool[Array, "..."]]:
-    """Mask the `removed` smallest entries of the one pool that all arrays make up.
+    """Mask the `removed` smallest entries of all arrays together.
 
-    As `keep_largest`; among equals the earlier array, then the lower row-major index is kept. Arrays of several dtypes
-    are compared in the dtype they promote to.
+    As `keep_largest`; among equals the earlier array is kept, then the earlier pool, then the lower row-major index.
+    Arrays of several dtypes are compared in the dtype they promote to.
 
     Args:
         values: floating-point arrays of any shapes; complex numbers rank by magnitude only.
-        removed: how many entries to mask, at most the number of unprotected ones; of shape `()`. May be traced.
+        removed: how many entries to mask, at most what all pools may lose; of shape `()`. May be traced.
         magnitude: whether to rank by `|values|`, or else by the signed values.
-        protected: bool arrays of the shapes of `values`: where `True`, the entry is never masked.
+        batches: for each array the axes that number its pools, in rising order; None where each is one pool.
+        most: for each array how many entries of a pool may be masked: its largest others are left out of the ranking. None
+            for all.
         kinds: of the arrays; None for arrays of which no two are alike.
 
     Returns:
         A list of bool arrays of the shapes of `values`, `True` = keep.
     """
     values = list(map(_moduli, values))
-    operands = [(array,) for array in values] if protected is None else list(zip(values, protected, strict=True))
     filled = [i for i, array in enumerate(values) if array.size]
     if not filled:
         return _with_empty(values, [])
+    each = [
+        Joint(
+            () if batches is None else batches[i],
+            values[i].size if most is None else most[i],
+            i if kinds is None else kinds[i],
+        )
+        for i in filled
+    ]
     masks = _keep_largest_jointly(
-        [operands[i] for i in filled],
-        Count(*map(jnp.asarray, removed)),
-        magnitude=magnitude,
-        kinds=tuple(i if kinds is None else kinds[i] for i in filled),
+        [values[i] for i in filled], Count(*map(jnp.asarray, removed)), magnitude=magnitude, each=tuple(each)
     )
     return _with_empty(values, masks)
 
@@ -125,11 +142,11 @@ def _keep_largest_each(values: list[jax.Array], removed: list[Count], *, each: t
     return _by_platform(functools.partial(_select_each, each=each), values, removed)
 
 
-@functools.partial(jax.jit, static_argnames=("magnitude", "kinds"))
+@functools.partial(jax.jit, static_argnames=("magnitude", "each"))
 def _keep_largest_jointly(
-    operands: list[Operand], removed: Count, *, magnitude: bool, kinds: tuple[Kind, ...]
+    values: list[jax.Array], removed: Count, *, magnitude: bool, each: tuple[Joint, ...]
 ) -> list[jax.Array]:
-    return _by_platform(functools.partial(_select_jointly, magnitude=magnitude, kinds=kinds), operands, removed)
+    return _by_platform(functools.partial(_select_jointly, magnitude=magnitude, each=each), values, removed)
 
 
 def _by_platform(select: Callable[..., list[jax.Array]], *operands: Any) -> list[jax.Array]:
@@ -156,37 +173,45 @@ def _select_each(
     values: list[jax.Array], removed: list[Count], *, each: tuple[Each, ...], sums: Sums
 ) -> list[jax.Array]:
     kinds = [(one.kind if one.kind else i, n.low.shape) for i, (one, n) in enumerate(zip(each, removed, strict=True))]
+    orders = [Order(array.dtype, one.magnitude) for array, one in zip(values, each, strict=True)]
 
     def cuts(i: int, array: jax.Array, removed: Count) -> jax.Array:
-        batch, magnitude, _ = each[i]
-        if sums is not _sum_in_one:
-            pools = Pools([(array,)], magnitude, sums, batch=batch)
-        elif batch:
-            pools = Pools([(array,)], magnitude, sums, batch=batch, blocks=array.ndim - 1 in batch)
-        else:
-            pools = Pools([(_in_rows(array),)], magnitude, sums, rows=True)
-        return pools.find(removed).cuts
+        pools, read = _reading(array, orders[i], sums, each[i].batch)
+        return pools.find(read, pools.unknown(removed))
 
     return [
-        Pools([(array,)], one.magnitude, sums, batch=one.batch).keep(0, cut)
-        for array, one, cut in zip(values, each, for_each(cuts, values, removed, kinds), strict=True)
+        Pools(array.shape, order, sums, batch=one.batch).keep(array, cut)
+        for array, order, one, cut in zip(values, orders, each, for_each(cuts, values, removed, kinds), strict=True)
     ]
 
 
 def _select_jointly(
-    operands: list[Operand], removed: Count, *, magnitude: bool, kinds: tuple[Kind, ...], sums: Sums
+    values: list[jax.Array], removed: Count, *, magnitude: bool, each: tuple[Joint, ...], sums: Sums
 ) -> list[jax.Array]:
-    alike = groups(kinds)
-    order = [i for group in alike for i in group]
-    ordered, runs = [operands[i] for i in order], [len(group) for group in alike]
-    rows = sums is _sum_in_one
-    read = [tuple(map(_in_rows, operand)) for operand in ordered] if rows else ordered
-    search = Pools(read, magnitude, sums, rows=rows, runs=runs, ranks=order)
-    border = search.find(removed)
-    cuts, pools = search.cuts(border), Pools(ordered, magnitude, sums)
-    numbers = apart(jnp.arange(len(order), dtype=jnp.int32) + hidden_zero(border.stage))
-    masks = {i: pools.keep(place, take_row(cuts, numbers[place])) for place, i in enumerate(order)}
-    return [masks[i] for i in range(len(operands))]
+    order = Order(common(array.dtype for array in values), magnitude)
+    joint = []
+    for ranks in groups([one.kind for one in each]):
+        first = each[ranks[0]]
+        pools, _ = _reading(values[ranks[0]], order, sums, first.batch)
+        arrays = [_reading(values[i], order, sums, first.batch)[1] for i in ranks]
+        joint.append(Group(pools, arrays, first.most, ranks))
+    masks = {}
+    for group, shares in zip(joint, share_out(joint, removed, order), strict=True):
+        for i, cut in zip(
+            group.ranks, for_group(group.pools.find, group.arrays, shares, group.pools.known), strict=True
+        ):
+            masks[i] = Pools(values[i].shape, order, sums, batch=each[i].batch).keep(values[i], cut)
+    return [masks[i] for i in range(len(values))]
+
+
+def _reading(array: jax.Array, order: Order, sums: Sums, batch: tuple[int, ...]) -> tuple[Pools, jax.Array]:
+    """Return how one array is best read, and the array in the form for it."""
+    if sums is not _sum_in_one:
+        return Pools(array.shape, order, sums, batch=batch), array
+    if batch:
+        return Pools(array.shape, order, sums, batch=batch, blocks=array.ndim - 1 in batch), array
+    rows = _in_rows(array)
+    return Pools(rows.shape, order, sums, rows=True), rows
 
 
 def _sum_in_one(conditions: list[jax.Array], axes: tuple[int, ...]) -> jax.Array:

@@ -15,6 +15,8 @@ WORD = 2**32
 FIRST_POSITION = -(2**31)
 # The most entries that one word numbers or counts; it leaves room for one number beyond the last.
 MOST = WORD - 2
+# Powers of two among which nearly all weights and scores lie.
+_USUAL_EXPONENTS = (-20, -12, -7, -2)
 
 
 class Order:
@@ -35,6 +37,9 @@ class Order:
         self.infinity = self.key_of(np.inf)
         self.lowest = -1 if magnitude else -self.infinity - 1
         self.octave = self.key_of(2.0) - self.key_of(1.0)
+        # Thresholds to count below first: zero (a pruned layer is full of it), the smallest number above it, usual ones, and
+        # the end of all numbers.
+        self.first_look = [0, 1, *(self.key_of(2.0**exponent) for exponent in _USUAL_EXPONENTS), self.infinity + 1]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Order) and (self.dtype, self.magnitude) == (other.dtype, other.magnitude)
@@ -98,7 +103,7 @@ def from_end(
 # Traced once for all arrays of one shape.
 @functools.partial(jax.jit, static_argnames=("order", "words", "axes"))
 def keep(
-    operand: tuple[jax.Array, ...],
+    values: jax.Array,
     cuts: jax.Array,
     *,
     order: Order,
@@ -108,14 +113,13 @@ def keep(
     """Mask the entries of an array before its cuts, [stages, *pools]: by the key, then by the words of the position."""
     # Behind the barrier positions depend on the values: in a loop around all this, such as a training loop, XLA would
     # take them out of it and write them down in full.
-    operand, one = lax.optimization_barrier((operand, jnp.uint32(1)))
-    shape = operand[0].shape
+    values, one = lax.optimization_barrier((values, jnp.uint32(1)))
+    shape = values.shape
     index = functools.partial(lax.broadcasted_iota, jnp.uint32, shape)
     key, *places = (jnp.expand_dims(lax.index_in_dim(cuts, i, keepdims=False), axes) for i in range(cuts.shape[0]))
     last = jnp.zeros_like(key, dtype=bool)
     for word, cut in reversed(list(zip(words, places, strict=False))):
         position = from_end(shape, word, one, index).astype(order.key)
         last = (position < cut) | ((position == cut) & last)
-    keys = order.keys(operand[0])
-    removed = (keys < key) | ((keys == key) & last)
-    return ~removed | operand[1] if len(operand) > 1 else ~removed
+    keys = order.keys(values)
+    return ~((keys < key) | ((keys == key) & last))

@@ -59,9 +59,9 @@ def _fitted(sharding: Any, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def whole(vector: jax.Array) -> jax.Array:
-    """Return a vector that can be regrouped: not sharded, where shards are explicit."""
-    mesh = jax.typeof(vector).sharding.mesh
+def whole(array: jax.Array) -> jax.Array:
+    """Return a small array that can be regrouped: not sharded, where shards are explicit."""
+    mesh = jax.typeof(array).sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(vector, NamedSharding(mesh, PartitionSpec(None)))
-    return vector
+        return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*[None] * array.ndim)))
+    return array

@@ -1,19 +1,15 @@
 """Rules that remove an exact number of weights: of each layer, each row, or all layers together."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._selection import _counts
-from jaxprune._selection._alike import Kind, for_each
 from jaxprune._selection._counts import Count
 from jaxprune._selection._largest import Each, keep_largest_each, keep_largest_jointly
-from jaxprune._tree._leaves import is_known
 from jaxprune.rules import _erk, _guard
 from jaxprune.rules._layers import Layer, is_scalar, read_layers, strengths
 from jaxprune.rules._rule import Rule, says
@@ -109,9 +105,9 @@ def _per_pool(scores: Any, k: Any, rule: Rule, max_sparsity: float, units: Calla
 def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """Remove exactly ``round(k * n)`` weights of all layers together, by one threshold for all.
 
-    Exact whatever the ties: among equals the earlier leaf, then the lower row-major index is kept. A NaN ranks lowest.
-    No layer is emptied and none loses more than `max_sparsity`: the largest weights that this protects are left out of
-    the ranking, so that the total stays exact.
+    Exact whatever the ties: among equals the earlier leaf is kept, then the earlier layer of a stack, then the lower
+    row-major index. A NaN ranks lowest. No layer is emptied and none loses more than `max_sparsity`: the largest weights
+    that this protects are left out of the ranking, so that the total stays exact.
 
     Args:
         scores: a tree of scores, comparable between layers; as `make_masks` hands it to a rule.
@@ -133,22 +129,16 @@ def global_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     """
     layers, build = read_layers(scores)
     removed = _total_removed(layers, k, global_sparsity, max_sparsity)
-    values = [layer.values for layer in layers]
-    magnitude = all(layer.magnitude for layer in layers)
-    kinds = [layer.kind for layer in layers]
-    masks = keep_largest_jointly(values, removed, magnitude=magnitude, kinds=kinds)
-    allowed = [most_removed_of(layer, max_sparsity) for layer in layers]
-    axes = tuple(layer.axes for layer in layers)
-    acted = _any_lost_more(masks, allowed=tuple(allowed), axes=axes, kinds=tuple(kinds))
-
-    def protect() -> list[jax.Array]:
-        protected = _largest_of_each(layers, [_counts.from_int(most) for most in allowed])
-        return keep_largest_jointly(values, removed, magnitude=magnitude, protected=protected, kinds=kinds)
-
-    # Where no layer lost too much, protecting what it kept anyway changes nothing: it need not even be compiled.
-    if is_known(acted):
-        return build(protect() if acted else masks)
-    return build(jax.lax.cond(acted, protect, lambda: masks))
+    return build(
+        keep_largest_jointly(
+            [layer.values for layer in layers],
+            removed,
+            magnitude=all(layer.magnitude for layer in layers),
+            batches=[layer.stack for layer in layers],
+            most=[most_removed_of(layer, max_sparsity) for layer in layers],
+            kinds=[layer.kind for layer in layers],
+        )
+    )
 
 
 @says(scope="model", shares="shapes", strength=_FRACTION + " of all layers together", low=0.0, high=1.0)
@@ -184,25 +174,8 @@ def erk_sparsity(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     least = [layer.size - most_removed_of(layer, max_sparsity) for layer in layers]
     sizes, dims = [layer.size for layer in layers], [sum(layer.shape) for layer in layers]
     counts = _erk.allocate(sizes, dims, [layer.stack_shape for layer in layers], removed, least)
-    return build(_largest_of_each(layers, counts))
-
-
-@functools.partial(jax.jit, static_argnames=("allowed", "axes", "kinds"))
-def _any_lost_more(
-    masks: list[jax.Array], *, allowed: tuple[int, ...], axes: tuple[tuple[int, ...], ...], kinds: tuple[Kind, ...]
-) -> jax.Array:
-    """Whether any layer loses more than it may."""
-
-    def lost_more(i: int, mask: jax.Array, most: Count) -> jax.Array:
-        return jnp.any(_counts.less(most, _counts.count_true(~mask, axes[i])))
-
-    found = for_each(lost_more, masks, [_counts.from_int(most) for most in allowed], kinds)
-    return functools.reduce(jnp.logical_or, found)
-
-
-def _largest_of_each(layers: Sequence[Layer], removed: Sequence[Count]) -> list[jax.Array]:
     each = [Each(layer.stack, layer.magnitude, layer.kind) for layer in layers]
-    return keep_largest_each([layer.values for layer in layers], removed, each)
+    return build(keep_largest_each([layer.values for layer in layers], counts, each))
 
 
 def most_removed_of(layer: Layer, max_sparsity: float) -> int:

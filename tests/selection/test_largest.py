@@ -103,29 +103,53 @@ def test_every_pool_by_itself(batch):
         np.testing.assert_array_equal(mask, oracle_in_pools(values, removed.ravel(), batch, False))
 
 
+def oracle_jointly(values, removed, most, batches, magnitude):
+    """Protect the largest of each pool, as many as it must keep, and sort the others of all pools together."""
+    kept = [
+        np.ones(v.shape, bool) if not v.size else oracle_in_pools(v, n, batch, magnitude)
+        for v, n, batch in zip(values, most, batches, strict=True)
+    ]
+    order = [
+        np.transpose(
+            np.arange(v.size).reshape(v.shape), [*batch, *(a for a in range(v.ndim) if a not in batch)]
+        ).ravel()
+        for v, batch in zip(values, batches, strict=True)
+    ]
+    flat, flags = (
+        np.concatenate([np.ravel(a)[o] for a, o in zip(arrays, order, strict=True)]) for arrays in (values, kept)
+    )
+    found = oracle(flat, removed, magnitude, flags)
+    masks = []
+    for v, o, part in zip(values, order, np.split(found, np.cumsum([v.size for v in values])[:-1]), strict=True):
+        mask = np.ones(v.size, bool)
+        mask[o] = part
+        masks.append(mask.reshape(v.shape))
+    return masks
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [True, False])
 def test_jointly_equals_stable_sort(magnitude):
-    shapes = [(3, 4), (0, 2), (), (5,), (2, 2, 2)]
+    shapes = [(3, 4), (0, 2), (), (5,), (2, 3, 2)]
+    batches = [(), (), (), (), (0,)]
+    pools = [(12, 1), (0, 1), (1, 1), (5, 1), (6, 2)]
 
     @examples(max_examples=60)
-    @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 1.0]), st.floats(0, 1))
-    def check(seed, share_protected, share_removed):
+    @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.floats(0, 1))
+    def check(seed, share_kept, share_removed):
         rng = np.random.default_rng(seed)
         values = [draw(rng, shape) for shape in shapes]
-        protected = [rng.random(shape) < share_protected for shape in shapes]
-        removed = round(share_removed * sum(int((~p).sum()) for p in protected))
+        most = [size - int(rng.binomial(size, share_kept)) for size, _ in pools]
+        removed = round(share_removed * sum(n * depth for n, (_, depth) in zip(most, pools, strict=True)))
         masks = keep_largest_jointly(
             [jnp.asarray(v, jnp.float32) for v in values],
             _counts.from_int(removed),
             magnitude=magnitude,
-            protected=[jnp.asarray(p) for p in protected],
+            batches=batches,
+            most=most,
         )
-        assert [mask.shape for mask in masks] == shapes
-        everything = np.concatenate([np.ravel(v) for v in values])
-        flags = np.concatenate([np.ravel(p) for p in protected])
-        found = np.concatenate([np.ravel(mask) for mask in masks])
-        np.testing.assert_array_equal(found, oracle(everything, removed, magnitude, flags))
+        for mask, expected in zip(masks, oracle_jointly(values, removed, most, batches, magnitude), strict=True):
+            np.testing.assert_array_equal(mask, expected)
 
     check()
 
@@ -151,22 +175,27 @@ KINDS = [*["wide", "tall"] * 5, "wide"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sums", SUMS)
-@pytest.mark.parametrize("guarded", [False, True])
-def test_arrays_that_are_alike_jointly(sums, guarded):
-    select = jax.jit(functools.partial(_largest._select_jointly, magnitude=True, kinds=tuple(KINDS), sums=sums))
-    for seed in range(8):
-        # Few values, so that ties run through several arrays of both kinds: the earlier array keeps its own.
-        values = [draw(10 * seed + i, (4, 9) if kind == "wide" else (7, 3), [1.0, 2.0]) for i, kind in enumerate(KINDS)]
-        flags = [
-            draw(seed + i, v.shape, [False, True]) if guarded else np.zeros(v.shape, bool) for i, v in enumerate(values)
-        ]
-        flat, kept = (np.concatenate([np.ravel(a) for a in arrays]) for arrays in (values, flags))
-        removed = (37 * seed + 5) % int((~kept).sum())
-        operands = [
-            (jnp.asarray(v, jnp.float32), *([jnp.asarray(f)] * guarded)) for v, f in zip(values, flags, strict=True)
-        ]
-        found = np.concatenate([np.ravel(mask) for mask in select(operands, _counts.from_int(removed))])
-        np.testing.assert_array_equal(found, oracle(flat, removed, True, kept))
+@pytest.mark.parametrize("batch", [(), (0,), (1,)])
+def test_arrays_that_are_alike_jointly(sums, batch):
+    shapes = [(4, 9) if kind == "wide" else (7, 3) for kind in KINDS]
+    sizes = [np.prod([n for axis, n in enumerate(shape) if axis not in batch]) for shape in shapes]
+    for least in (0, 1, 2):
+        most = [int(size) - least for size in sizes]
+        each = tuple(_largest.Joint(batch, n, kind) for n, kind in zip(most, KINDS, strict=True))
+        select = jax.jit(functools.partial(_largest._select_jointly, magnitude=True, each=each, sums=sums))
+        for seed in range(8):
+            # Few values, so that ties run through several arrays of both kinds: the earlier array keeps its own. Some arrays
+            # have small ones alone, so that they lose as much as they may.
+            values = [
+                draw(10 * seed + i, shape, [1.0, 2.0] if (i + seed) % 3 else [0.5, 0.25])
+                for i, shape in enumerate(shapes)
+            ]
+            can_go = sum(n * np.prod(s) // size for n, s, size in zip(most, shapes, sizes, strict=True))
+            removed = int((53 * seed + 5) % can_go)
+            masks = select([jnp.asarray(v, jnp.float32) for v in values], _counts.from_int(removed))
+            expected = oracle_jointly(values, removed, most, [batch] * len(KINDS), True)
+            for mask, wanted in zip(masks, expected, strict=True):
+                np.testing.assert_array_equal(mask, wanted)
 
 
 @pytest.mark.slow
@@ -186,14 +215,14 @@ def test_arrays_that_are_alike_each(sums):
 
 def test_a_program_does_not_grow_with_the_number_of_alike_arrays():
     def size(number):
-        kinds = ("alike",) * number
         arrays = [jax.ShapeDtypeStruct((64, 32), jnp.float32)] * number
         removed = jax.eval_shape(lambda: _counts.from_int(0))
-        each = tuple(_largest.Each((), True, kind) for kind in kinds)
-        jointly = functools.partial(_largest._select_jointly, magnitude=True, kinds=kinds, sums=_largest._sum_in_one)
+        each = (_largest.Each((), True, "alike"),) * number
+        joint = (_largest.Joint((), 64 * 32 - 1, "alike"),) * number
+        jointly = functools.partial(_largest._select_jointly, magnitude=True, each=joint, sums=_largest._sum_in_one)
         singly = functools.partial(_largest._select_each, each=each, sums=_largest._sum_in_one)
         programs = (
-            jax.jit(jointly).lower([(array,) for array in arrays], removed),
+            jax.jit(jointly).lower(arrays, removed),
             jax.jit(singly).lower(arrays, [removed] * number),
         )
         return np.asarray([program.as_text().count("\n") for program in programs])
@@ -205,17 +234,17 @@ def test_a_program_does_not_grow_with_the_number_of_alike_arrays():
 @pytest.mark.slow
 @pytest.mark.parametrize("sums", SUMS)
 def test_all_ways_to_sum_agree(sums):
-    jointly = jax.jit(functools.partial(_largest._select_jointly, magnitude=True, kinds=(0, 1), sums=sums))
+    most = (180, 77)
+    joint = tuple(_largest.Joint((), n, i) for i, n in enumerate(most))
+    jointly = jax.jit(functools.partial(_largest._select_jointly, magnitude=True, each=joint, sums=sums))
     each = (_largest.Each((0, 2), False),)
     in_columns = jax.jit(functools.partial(_largest._select_each, each=each, sums=sums))
     for seed in range(10):
         values = [draw(seed, (64, 3)), draw(seed + 100, (7, 11))]
-        protected = [draw(seed, v.shape, [False, True]) for v in values]
-        removed = 17 * seed % int(sum((~p).sum() for p in protected))
-        operands = [(jnp.asarray(v, jnp.float32), jnp.asarray(p)) for v, p in zip(values, protected, strict=True)]
-        found = np.concatenate([np.ravel(mask) for mask in jointly(operands, _counts.from_int(removed))])
-        flat, flags = (np.concatenate([np.ravel(a) for a in arrays]) for arrays in (values, protected))
-        np.testing.assert_array_equal(found, oracle(flat, removed, True, flags))
+        removed = 29 * seed % sum(most)
+        masks = jointly([jnp.asarray(v, jnp.float32) for v in values], _counts.from_int(removed))
+        for mask, expected in zip(masks, oracle_jointly(values, removed, most, [(), ()], True), strict=True):
+            np.testing.assert_array_equal(mask, expected)
 
         stacked = draw(seed, (3, 20, 4))
         [mask] = in_columns([jnp.asarray(stacked, jnp.float32)], [_counts.from_int(2 * seed)])
@@ -238,15 +267,15 @@ def test_positions_of_several_words(monkeypatch):
     assert _order.words((2, 7, 2, 7), (0, 1, 2, 3)) == [(0,), (1,), (2,), (3,)]
     assert _order.words((), ()) == [()]
     for shapes in ([(2, 3, 2, 5), (4, 5)], [(2, 7, 2, 7)]):
-        kinds = tuple(range(len(shapes)))
+        each = tuple(_largest.Joint((), int(np.prod(shape)), i) for i, shape in enumerate(shapes))
         select = jax.jit(
-            functools.partial(_largest._select_jointly, magnitude=True, kinds=kinds, sums=_largest._sum_stacked)
+            functools.partial(_largest._select_jointly, magnitude=True, each=each, sums=_largest._sum_stacked)
         )
         for seed in range(10):
             values = [draw(seed, shape, [1.0, 2.0]) for shape in shapes]
             flat = np.concatenate([np.ravel(v) for v in values])
             removed = 11 * seed % flat.size
-            masks = select([(jnp.asarray(v, jnp.float32),) for v in values], _counts.from_int(removed))
+            masks = select([jnp.asarray(v, jnp.float32) for v in values], _counts.from_int(removed))
             np.testing.assert_array_equal(
                 np.concatenate([np.ravel(mask) for mask in masks]), oracle(flat, removed, True)
             )
