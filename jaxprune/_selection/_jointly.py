@@ -1,5 +1,6 @@
 """How many of the smallest entries of all pools together lie in each, by one search for the key that they share."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -71,11 +72,21 @@ def share_out(groups: Sequence[Group], removed: Count, order: Order) -> list[Sha
 
 
 def _all_open(groups: Sequence[Group], order: Order) -> Bracket:
+    # Made from the values, so that under a map over shards the loop's state varies as what it becomes.
+    none = functools.reduce(
+        jnp.add, [jnp.full_like(jnp.sum(array), 0, order.key) for group in groups for array in group.arrays]
+    )
     pools = [len(group.arrays) * group.depth for group in groups]
-    full = _counts.from_int(np.repeat(np.asarray([group.pools.size for group in groups], np.uint64), pools))
-    low, high = (jnp.asarray(end, order.key) for end in (order.lowest, order.infinity + 2))
-    thresholds = jnp.asarray(order.first_look, order.key)
-    return Bracket(low, high, jax.tree.map(jnp.zeros_like, full), full, jnp.ones((), bool), thresholds)
+    sizes = _counts.from_int(np.repeat(np.asarray([group.pools.size for group in groups], np.uint64), pools))
+    full = Count(*(word + none.astype(jnp.uint32) for word in sizes))
+    return Bracket(
+        low=none + order.lowest,
+        high=none + (order.infinity + 2),
+        below_low=jax.tree.map(jnp.zeros_like, full),
+        below_high=full,
+        smooth=none == 0,
+        thresholds=none + np.asarray(order.first_look, order.key),
+    )
 
 
 def _count(groups: Sequence[Group], thresholds: jax.Array) -> Count:
