@@ -1,5 +1,6 @@
 """Erdos-Renyi-Kernel allocation: how many weights each layer loses, exact in total, also when the total is traced."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._selection import _counts
+from jaxprune._selection._alike import apart, hidden_zero
 from jaxprune._selection._counts import Count
 
 
@@ -53,11 +55,17 @@ def _allocate(
     most, fewest = _counts.from_int(sizes.tolist()), _counts.from_int(floors.tolist())
     kept = _counts.maximum(_counts.minimum(_counts.from_float(shares), most), fewest)
     lost = _counts.subtract(most, _settle(kept, keep, sizes, floors))
+    return _split(lost, tuple(stacks))
+
+
+@functools.partial(jax.jit, static_argnames="stacks")
+def _split(lost: Count, stacks: tuple[tuple[int, ...], ...]) -> list[Count]:
     depths = [math.prod(stack) for stack in stacks]
-    starts = np.cumsum([0, *depths])
+    # Places that the compiler does not know, lest it write a program for each slice.
+    starts = apart(jnp.asarray(np.cumsum([0, *depths[:-1]]), jnp.int32) + hidden_zero(lost.low))
     return [
-        Count(*(jnp.reshape(word[start : start + depth], stack) for word in lost))
-        for stack, start, depth in zip(stacks, starts, depths, strict=False)
+        Count(*(jnp.reshape(jax.lax.dynamic_slice_in_dim(word, start, depth), stack) for word in lost))
+        for stack, start, depth in zip(stacks, starts, depths, strict=True)
     ]
 
 
