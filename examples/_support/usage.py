@@ -1,7 +1,9 @@
 """What a piece of work takes: CPU time, and the most memory that the process held meanwhile."""
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import os
 import re
 import resource
@@ -21,6 +23,9 @@ class Usage:
 @contextlib.contextmanager
 def measured() -> Iterator[Usage]:
     """Measure what is done inside; the peak is that of the whole process so far where the system cannot forget one."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not held by this work
     with contextlib.suppress(OSError):  # on Linux alone
         Path("/proc/self/clear_refs").write_text("5")
     used, before = Usage(), _cpu_seconds()
