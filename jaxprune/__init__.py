@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 import jaxprune._interrupt as _interrupt  # noqa: F401, first, since what follows takes seconds
 from jaxprune import algebra as algebra
 from jaxprune import choose as choose
+from jaxprune import distill as distill
 from jaxprune import oneshot as oneshot
 from jaxprune import plot as plot
 from jaxprune import rules as rules

@@ -12,7 +12,19 @@ import pytest
 
 import jaxprune
 
-NAMESPACES = ("algebra", "choose", "oneshot", "plot", "rules", "scores", "sites", "storage", "structured", "transforms")
+NAMESPACES = (
+    "algebra",
+    "choose",
+    "distill",
+    "oneshot",
+    "plot",
+    "rules",
+    "scores",
+    "sites",
+    "storage",
+    "structured",
+    "transforms",
+)
 # The names of the tour, by home.
 TOUR = {
     "": "make_masks apply_masks summarize keep_pruned find_sites prune masks_in rigl calibrate_norms calibrate_grams "

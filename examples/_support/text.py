@@ -1,6 +1,9 @@
-"""Real text that every machine with Python has: the sources of the standard library, as bytes."""
+"""Real text that every machine with Python has: the sources of the standard library, as bytes, and its docstrings, in English."""
 
+import ast
 import sysconfig
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,8 @@ _LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 )
 _LEAST = 1_000_000
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_LEAST_PROSE = 500  # characters
 
 
 class Text(NamedTuple):
@@ -32,15 +37,46 @@ def load() -> Text:
     Raises:
       DataError: this Python comes without sources.
     """
+    return Text(*(np.concatenate([np.frombuffer(path.read_bytes(), np.uint8) for path in part]) for part in _paths()))
+
+
+def docstrings(part: str, *, seed: int) -> Iterator[str]:
+    """Yield the docstrings of one module after the other, joined by empty lines; modules that say little are left out.
+
+    Args:
+      part: "train", "valid" or "test": no module is in two of them.
+      seed: of the modules' order.
+
+    Raises:
+      DataError: this Python comes without sources.
+    """
+    paths = getattr(_paths(), part)
+    for i in np.random.default_rng(seed).permutation(len(paths)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the sources themselves
+            nodes = ast.walk(ast.parse(paths[i].read_bytes()))
+        documented = (node for node in nodes if isinstance(node, _DOCUMENTED))
+        found = "\n\n".join(filter(None, map(ast.get_docstring, documented)))
+        if len(found) >= _LEAST_PROSE:
+            yield found + "\n\n"
+
+
+class _Paths(NamedTuple):
+    train: list[Path]
+    valid: list[Path]
+    test: list[Path]
+
+
+def _paths() -> _Paths:
+    """The files of each part."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(root).parts))
-    texts = [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
-    if sum(map(len, texts)) < _LEAST:
+    if sum(path.stat().st_size for path in paths) < _LEAST:
         raise DataError(f"{root} holds less than {_LEAST:,} bytes of Python sources; use a Python with its library")
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
-    held_out = len(texts) // HELD_OUT
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(paths))
+    held_out = len(paths) // HELD_OUT
     valid, test, train = np.split(order, [held_out, 2 * held_out])
-    return Text(*(np.concatenate([texts[i] for i in part]) for part in (train, valid, test)))
+    return _Paths(*([paths[i] for i in part] for part in (train, valid, test)))
 
 
 def windows(text: np.ndarray, count: int, length: int, seed: int) -> np.ndarray:

@@ -120,6 +120,9 @@ def _write(
             mask_of,
             dense=options.dense,
             quantize=options.quantize,
+            quantize_tables=options.quantize_tables,
+            group_size=options.group_size,
+            dtype=options.dtype,
             compress=options.compress,
             metadata=metadata,
             done=lambda name: advance(),
@@ -191,8 +194,8 @@ def _prunable(options: argparse.Namespace, checkpoint: Checkpoint) -> Predicate:
 
 
 def _check_target(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    if options.quantize is not None and options.dense:
-        raise ValueError("--quantize stores integers and --dense does not; choose one.")
+    if (options.quantize or options.quantize_tables) and options.dense:
+        raise ValueError("--quantize and --quantize-tables store integers and --dense does not; choose one.")
     target, folder = Path(options.out), Path(options.model).is_dir()
     if target.exists() and target.is_dir() != folder:
         kinds = ("folder", "file") if folder else ("file", "folder")

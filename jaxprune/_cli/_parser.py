@@ -12,6 +12,7 @@ from typing import NoReturn, TextIO
 from jaxprune._cli import _actions as actions
 from jaxprune._interrupt import INTERRUPTED
 from jaxprune._printing import printable
+from jaxprune.storage._coding import DTYPES
 
 OK, DIFFERENT, MISUSED = 0, 1, 2
 
@@ -136,6 +137,11 @@ def _add_paths(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", help="the file or folder to write")
     command.add_argument("--dense", action="store_true", help="write zeros: a plain file that anything reads")
     command.add_argument("--quantize", type=int, choices=(8, 4), help="store kernels as integers of so many bits")
+    command.add_argument("--quantize-tables", type=int, choices=(8, 4), help="the same for tables of embeddings")
+    command.add_argument("--group-size", type=int, metavar="N", help="how many inputs share a scale; default: all")
+    command.add_argument(
+        "--dtype", choices=DTYPES, metavar="NAME", help=f"what stays floating-point becomes {' or '.join(DTYPES)}"
+    )
     command.add_argument("--compress", action="store_true", help="pass the file through zstd")
     command.add_argument("--force", action="store_true", help="replace the file that is there; never the model itself")
     command.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")

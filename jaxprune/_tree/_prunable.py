@@ -27,6 +27,8 @@ _EMBEDDING = re.compile("embed(ding|dings|der)?|emb|wte|wpe")
 _POSITION = re.compile("pos|positions?|positional|pe|cls")
 # In the name of the module that holds a weight, which make it a table.
 _TABLE = re.compile("bias|table|tokens?|queries|codebook|rope|rotary")
+# What is no table, and what is one by its own name.
+_ADDED, _LOOKED_UP = re.compile("bias(es)?|b|scales?"), re.compile("tables?")
 _NORM = re.compile(r"\w*norms?|ln|bn|gn")
 # In the name of what multiplies its inputs, even where it makes or takes embeddings.
 _PRODUCT = re.compile(r"\w*conv|project(ion)?|proj|linear|lin|dense|fc|mlp|mapping|patch")
@@ -68,6 +70,23 @@ def is_kernel(path: str, leaf: Any) -> bool:
     if sum(n > 1 for n in shape) < 2 and not (weight and len(shape) == 2) and parts:
         return False
     return _is_kernel_weight(modules, len(shape)) if weight else _is_kernel_of_own_name(modules, name)
+
+
+def is_table(path: str, leaf: Any) -> bool:
+    """Say by name and shape whether a leaf is a table of embeddings or positions: rows, along its last axis, that are looked up.
+
+    >>> import numpy as np
+    >>> is_table("embed/embedding", np.ones((8, 4))), is_table("embed_tokens.weight", np.ones((8, 4)))
+    (True, True)
+    """
+    shape = np.shape(leaf)
+    if sum(n > 1 for n in shape) < 2 or is_kernel(path, leaf):
+        return False
+    *_, around, module, name = ["", "", "", *names(path)]
+    if _says(words(name), _ADDED, _NORM) or _says(words(module), _NORM):
+        return False
+    said = [*words(module), *words(name), *(words(around) if WEIGHT.fullmatch(name) else [])]
+    return _says(said, _EMBEDDING, _POSITION, _LOOKED_UP) or module == "shared"
 
 
 def _is_kernel_weight(modules: list[str], ndim: int) -> bool:

@@ -235,7 +235,7 @@ def _row(tensor: Stored, encoded: Encoded) -> TensorRow:
     return TensorRow(
         path=tensor.name,
         shape=tensor.shape,
-        dtype=str(tensor.dtype),
+        dtype=str(encoded.dtype),
         bits=encoded.bits,
         size=tensor.count,
         kept=encoded.kept,

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,8 +19,9 @@ from jaxprune.rules._guard import check_max_sparsity
 from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.storage import _ranking
 from jaxprune.storage._checkpoint import Checkpoint, Encode, Writing, plan
-from jaxprune.storage._tensors import BITS, Encoded, Stored, encode
-from jaxprune.storage._trees import Saved, check_metadata, is_quantizable, outputs_of
+from jaxprune.storage._coding import Coding, read_coding
+from jaxprune.storage._tensors import Encoded, Stored
+from jaxprune.storage._trees import Saved, check_metadata
 
 # (tensor, its values) -> its mask, or None to keep it whole.
 MaskOf = Callable[[Stored, np.ndarray], np.ndarray | None]
@@ -37,6 +37,9 @@ def prune_file(
     prunable: Predicate | str | Sequence[str] | None = None,
     dense: bool = False,
     quantize: int | None = None,
+    quantize_tables: int | None = None,
+    group_size: int | None = None,
+    dtype: str | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
     done: Done = lambda name: None,
@@ -56,6 +59,9 @@ def prune_file(
             for the dots of a name, the leaf a shape and a dtype. None prunes what `is_kernel` names.
         dense: whether to write zeros for pruned weights, a plain file that anything reads.
         quantize: as in `save_sparse`, with `dense=False`.
+        quantize_tables: as in `save_sparse`, with `dense=False`.
+        group_size: as in `save_sparse`.
+        dtype: as in `save_sparse`; masks are made before values are rounded.
         compress: as in `save_sparse`.
         metadata: strings for the header, beside those of the source.
         done: called with the name of each tensor after each of the two times it has been encoded.
@@ -75,6 +81,9 @@ def prune_file(
             masks_by(rule, k, checkpoint, names),
             dense=dense,
             quantize=quantize,
+            quantize_tables=quantize_tables,
+            group_size=group_size,
+            dtype=dtype,
             compress=compress,
             metadata=metadata,
             done=done,
@@ -88,6 +97,9 @@ def convert_file(
     *,
     dense: bool = False,
     quantize: int | None = None,
+    quantize_tables: int | None = None,
+    group_size: int | None = None,
+    dtype: str | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
     done: Done = lambda name: None,
@@ -102,6 +114,9 @@ def convert_file(
         target: as in `prune_file`.
         dense: as in `prune_file`.
         quantize: as in `prune_file`.
+        quantize_tables: as in `prune_file`.
+        group_size: as in `prune_file`.
+        dtype: as in `prune_file`.
         compress: as in `prune_file`.
         metadata: as in `prune_file`.
         done: as in `prune_file`.
@@ -120,6 +135,9 @@ def convert_file(
             stored_or_paying,
             dense=dense,
             quantize=quantize,
+            quantize_tables=quantize_tables,
+            group_size=group_size,
+            dtype=dtype,
             compress=compress,
             metadata=metadata,
             done=done,
@@ -226,19 +244,24 @@ def plan_file(
     *,
     dense: bool = False,
     quantize: int | None = None,
+    quantize_tables: int | None = None,
+    group_size: int | None = None,
+    dtype: str | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
     done: Done = lambda name: None,
 ) -> Writing:
     """Plan what `prune_file` and `convert_file` write; arguments as there."""
-    if quantize is not None and (dense or quantize not in BITS):
-        raise ValueError(f"quantize is 8, 4 or None, and None with dense=True; got {quantize!r} with dense={dense}.")
-    encode_one: Encode = functools.partial(_encode, mask_of, dense, quantize, compress)
+    coding = read_coding(quantize, quantize_tables, group_size, dtype, compress=compress)
+    if dense and (quantize or quantize_tables):
+        raise ValueError("quantize= and quantize_tables= store integers, which dense=True does not; give one of them.")
+    coding.check_tables(checkpoint.tensors.items(), str(checkpoint.path))
+    encode_one: Encode = functools.partial(_encode, mask_of, dense, coding)
     strings = checkpoint.metadata | check_metadata(metadata)
     return plan(checkpoint, encode_one, metadata=strings, compress=compress, done=done)
 
 
-def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, tensor: Stored) -> Encoded:
+def _encode(mask_of: MaskOf, dense: bool, coding: Coding, tensor: Stored) -> Encoded:
     values, before = tensor.load()
     mask = mask_of(tensor, values)
     if before is not None:
@@ -246,10 +269,6 @@ def _encode(mask_of: MaskOf, dense: bool, quantize: int | None, compress: bool, 
     # Whether or not its mask is stored, the zeros of a kernel count as pruned, as in `summarize_file`.
     known = nonzero(tensor, values) if mask is None else mask
     kept = math.prod(values.shape) if known is None else int(np.count_nonzero(known))
-    if dense:
-        plain: Any = values if mask is None else np.where(mask, values, np.zeros_like(values))
-        return Encoded({tensor.name: plain}, kept, 8 * values.dtype.itemsize)
-    fits = is_quantizable(values) and (mask is not None or is_kernel(tensor.name, values))
-    bits = quantize if fits else None
-    outputs = outputs_of(tensor.name, values) if bits else ()
-    return encode(tensor.name, values, mask, bits=bits, outputs=outputs, exchange=not compress)._replace(kept=kept)
+    if dense and mask is not None:
+        values, mask = np.where(mask, values, np.zeros_like(values)), None
+    return coding.encode(tensor.name, values, mask)._replace(kept=kept)

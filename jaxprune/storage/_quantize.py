@@ -1,4 +1,4 @@
-"""Weights as small integers: symmetric, with one scale for each output channel."""
+"""Weights as small integers: symmetric, with one scale for each output channel or for each group of its inputs."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ class Codes(NamedTuple):
 
     Attributes:
         codes: int8, of the weights' shape.
-        scale: in the weights' dtype and rank; 1 along the axes of the inputs.
+        scale: in the weights' rank, shorter along the axes of the inputs.
         largest_error: the largest magnitude of ``weight - code * scale``.
         relative_error: the root mean square of the errors over that of the weights.
     """
@@ -22,42 +22,65 @@ class Codes(NamedTuple):
     relative_error: float
 
 
-def quantize(weights: np.ndarray, outputs: tuple[int, ...], bits: int) -> Codes:
+def quantize(weights: np.ndarray, scales: tuple[int, ...], bits: int, dtype: np.dtype[Any]) -> Codes:
     """Round weights to multiples of a scale, the nearest of ``2**bits - 1`` that lie symmetrically around zero.
 
-    The scale of a channel is its largest magnitude over ``2**(bits - 1) - 1``, rounded up to 8 significant bits so that
-    it compresses well. No weight moves by more than half its channel's scale, up to rounding in its own dtype.
+    The scale of a group is its largest magnitude over ``2**(bits - 1) - 1``, rounded up to 8 significant bits so that
+    it compresses well. No weight moves by more than half its group's scale, up to rounding in the scales' dtype.
 
     Args:
         weights: a floating-point array; those that are pruned are zero.
-        outputs: the axes that number the output channels.
+        scales: the number of scales along each axis. An axis of n entries with s scales is cut into groups of ``ceil(n / s)``;
+            the last one may be shorter.
         bits: 2 to 8.
+        dtype: of the scales.
 
     Returns:
-        The codes and the scales. A scale is not finite where one of its channel's weights is not.
+        The codes and the scales. A scale is not finite where one of its group's weights is not.
     """
     wide = weights.astype(np.promote_types(weights.dtype, np.float32))
     most = 2 ** (bits - 1) - 1
-    inputs = tuple(axis for axis in range(wide.ndim) if axis not in outputs)
-    scale = _round_up(np.max(np.abs(wide), axis=inputs, keepdims=True, initial=0) / most, weights.dtype)
-    step = scale.astype(wide.dtype)
+    scale = _round_up(_largest_of_groups(wide, scales) / most, dtype)
+    step = spread(scale.astype(wide.dtype), wide.shape)
     if not np.isfinite(step).all():
         return Codes(np.zeros(wide.shape, np.int8), scale, np.nan, np.nan)
-    # The scale of an empty channel is zero, or of one whose weights are too small to have any.
+    # The scale of an empty group is zero, or of one whose weights are too small to have any.
     ratio = np.divide(wide, step, out=np.zeros_like(wide), where=step > 0)
     codes = np.clip(np.rint(ratio, out=ratio), -most, most, out=ratio).astype(np.int8)
-    error = wide - dequantize(codes, scale).astype(wide.dtype)
-    norm = _norm(wide)
-    relative = _norm(error) / norm if norm else 0.0
-    return Codes(codes, scale, _largest(error), relative)
+    return Codes(codes, scale, *errors(wide, dequantize(codes, scale)))
 
 
 def dequantize(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Multiply codes by their scales, which broadcast; the result has the dtype of the scales."""
+    """Multiply codes by their scales; the result has the dtype of the scales."""
     most = float(ml_dtypes.finfo(scale.dtype).max)
     wide = np.promote_types(scale.dtype, np.float32)
+    step = spread(scale.astype(wide), codes.shape)
     with np.errstate(over="ignore"):  # a scale that was rounded up may reach beyond the largest number
-        return np.clip(codes * scale.astype(wide), -most, most).astype(scale.dtype)
+        found = np.multiply(codes, step, out=step if step.shape == codes.shape else None)
+    return np.clip(found, -most, most, out=found).astype(scale.dtype, copy=False)
+
+
+def spread(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Give each entry of an array of this shape the scale of its group, as far as broadcasting does not."""
+    for axis, (scales, entries) in enumerate(zip(scale.shape, shape, strict=True)):
+        if scales not in (1, entries):
+            repeated = np.repeat(scale, -(-entries // scales), axis=axis)
+            scale = repeated[(slice(None),) * axis + (slice(entries),)]
+    return scale
+
+
+def are_groups(scales: int, entries: int) -> bool:
+    """Whether an axis of so many entries can have so many scales, each for a group of one length but the last."""
+    if scales in (1, entries):
+        return True
+    return 1 < scales < entries and -(-entries // -(-entries // scales)) == scales
+
+
+def errors(exact: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """Return the largest magnitude of the difference, and its root mean square over that of the exact values."""
+    wide = exact.astype(np.promote_types(exact.dtype, np.float32), copy=False)
+    error, norm = wide - found.astype(wide.dtype), _norm(wide)
+    return _largest(error), _norm(error) / norm if norm else 0.0
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
@@ -72,6 +95,16 @@ def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
     halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[:count]
     # Bit 3 is the sign.
     return ((halves ^ 8).astype(np.int8) - 8).astype(np.int8)
+
+
+def _largest_of_groups(values: np.ndarray, scales: tuple[int, ...]) -> np.ndarray:
+    """The largest magnitude in each group."""
+    whole = tuple(axis for axis, n in enumerate(scales) if n == 1)
+    found = np.max(np.abs(values), axis=whole, keepdims=True, initial=0)
+    for axis, n in enumerate(scales):
+        if n != found.shape[axis]:
+            found = np.maximum.reduceat(found, np.arange(n) * -(-found.shape[axis] // n), axis=axis)
+    return found
 
 
 def _round_up(exact: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:

@@ -24,13 +24,15 @@ class Encoded(NamedTuple):
 
     Attributes:
         arrays: by their names in the file.
+        dtype: of its values when they are loaded.
         kept: how many weights they hold.
         bits: of one value as it is stored.
-        largest_error: by quantising; 0.0 where nothing was.
+        largest_error: by quantising or by rounding to another dtype; 0.0 where nothing was.
         relative_error: the same as a root mean square over that of the weights.
     """
 
     arrays: dict[str, np.ndarray]
+    dtype: np.dtype[Any]
     kept: int
     bits: int
     largest_error: float = 0.0
@@ -43,7 +45,8 @@ def encode(
     mask: np.ndarray | None,
     *,
     bits: int | None = None,
-    outputs: tuple[int, ...] = (),
+    scales: tuple[int, ...] = (),
+    dtype: np.dtype[Any] | None = None,
     exchange: bool = True,
     title: str | None = None,
 ) -> Encoded:
@@ -54,22 +57,28 @@ def encode(
         values: what it holds.
         mask: bool, True = keep, or None; one that keeps everything is not stored.
         bits: 4 or 8 to quantise the kept values, None to keep them as they are.
-        outputs: the axes that number the output channels; for quantising.
+        scales: the number of scales along each axis; for quantising.
+        dtype: to round the values, or the scales, to; None for their own.
         exchange: whether to store what can be computed from the bitmask but belongs to the layout of others.
         title: what messages call it; its name when None.
     """
     if mask is not None and mask.all():
         mask = None
     kept = values.size if mask is None else int(np.count_nonzero(mask))
-    if bits is None and mask is None:
-        return Encoded({name: values}, kept, 8 * values.dtype.itemsize)
+    dtype = dtype or values.dtype
     largest_error = relative_error = 0.0
     scale = None
+    if mask is not None and (bits is not None or dtype != values.dtype):
+        values = np.where(mask, values, np.zeros_like(values))
     if bits is not None:
-        pruned = values if mask is None else np.where(mask, values, np.zeros_like(values))
-        values, scale, largest_error, relative_error = _quantize.quantize(pruned, outputs, bits)
+        values, scale, largest_error, relative_error = _quantize.quantize(values, scales, bits, dtype)
         if not np.isfinite(largest_error):
             raise ValueError(f"{title or name} holds NaN or infinity, which has no integer code. Do not quantise it.")
+    elif dtype != values.dtype:
+        values, largest_error, relative_error = _rounded(values, dtype, title or name)
+    stored = bits or 8 * values.dtype.itemsize
+    if scale is None and mask is None:
+        return Encoded({name: values}, dtype, kept, stored, largest_error, relative_error)
     if mask is None:
         parts = {"shape": np.array(values.shape, np.int64), "compressed": values.reshape(-1)}
     else:
@@ -81,10 +90,19 @@ def encode(
     if scale is not None:
         parts["scale"] = scale
     stem = name.removesuffix(WEIGHT)
-    stored = bits or 8 * values.dtype.itemsize
-    return Encoded(
-        {f"{stem}.{part}": array for part, array in parts.items()}, kept, stored, largest_error, relative_error
-    )
+    arrays = {f"{stem}.{part}": array for part, array in parts.items()}
+    return Encoded(arrays, dtype, kept, stored, largest_error, relative_error)
+
+
+def _rounded(values: np.ndarray, dtype: np.dtype[Any], title: str) -> tuple[np.ndarray, float, float]:
+    """Round to a dtype of fewer bits, with the errors of what is finite; infinity and NaN stay."""
+    with np.errstate(over="ignore"):
+        found = values.astype(dtype)
+    finite = np.isfinite(values)
+    if not np.isfinite(found[finite]).all():
+        most = float(np.max(np.abs(values[finite])))
+        raise ValueError(f"{title} holds {most:.4g}, which is too large for {dtype}. Choose another dtype.")
+    return found, *_quantize.errors(values[finite], found[finite])
 
 
 def own_metadata(version: str, members: Mapping[str, Iterable[str]]) -> dict[str, str]:
@@ -140,7 +158,7 @@ class Stored:
             return
         self.dtype = entries["scale"].dtype
         fits = len(entries["scale"].shape) == len(shape) and all(
-            n in (1, axis) for n, axis in zip(entries["scale"].shape, shape, strict=True)
+            map(_quantize.are_groups, entries["scale"].shape, shape)
         )
         if values not in (np.int8, np.uint8) or not fits or not _is_floating(self.dtype):
             scale = f"{self.dtype}{list(entries['scale'].shape)}"

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._rows import Row
-from jaxprune._tree._axes import conventional
-from jaxprune._tree._leaves import is_complex, is_floating
+from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import Tree, flatten
-from jaxprune._tree._prunable import is_kernel
 from jaxprune.storage import _writer
+from jaxprune.storage._coding import read_coding
 from jaxprune.storage._container import NAMES, TensorFile, bad_name
-from jaxprune.storage._tensors import BITS, OWN_METADATA, encode, own_metadata, tensors
+from jaxprune.storage._tensors import OWN_METADATA, own_metadata, tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class TensorRow(Row):
     Attributes:
         dtype: of its values.
         bits: of one value as it is stored.
-        largest_error: of quantising it; 0.0 without.
+        largest_error: of quantising it, or of rounding it to another dtype; 0.0 without.
         relative_error: the same, relative to its root mean square.
     """
 
@@ -61,6 +60,9 @@ def save_sparse(
     *,
     metadata: Mapping[str, str] | None = None,
     quantize: int | None = None,
+    quantize_tables: int | None = None,
+    group_size: int | None = None,
+    dtype: str | None = None,
     compress: bool = False,
 ) -> Saved:
     """Save parameters and their masks in one safetensors file that holds the kept weights alone.
@@ -68,7 +70,7 @@ def save_sparse(
     A leaf with pruned weights is stored in the layout ``sparse-bitmask`` of compressed-tensors (read and written by its
     releases up to 0.14): the kept values, a bit for every weight, the shape, the row offsets. The mask is stored, not
     guessed from zeros: a kept weight of zero stays kept. Other leaves are stored plain. The file appears whole or not at
-    all, whatever stops the process. Values are kept bit for bit unless `quantize` is given.
+    all, whatever stops the process. Values are kept bit for bit unless they are to be quantised or rounded.
 
     Args:
         path: the file; an older one is replaced.
@@ -78,6 +80,12 @@ def save_sparse(
         metadata: strings for the file's header, such as the rule and its k; `read_metadata` returns them.
         quantize: 8 or 4 to store kernels (see `is_kernel`) and pruned leaves of real numbers as integers of so many bits, symmetric,
             with one scale for each output channel; None to keep every value.
+        quantize_tables: the same for tables of embeddings and positions, known by their names, with one scale for each row.
+        group_size: how many inputs of a channel, or entries of a row, share a scale at most, such as 64 or 128; None for all.
+            An axis of n entries is cut into ``ceil(n / group_size)`` groups of one length but for the last, and the number
+            of its scales says so in the file. An axis of inputs that is shorter shares a scale with the one before.
+        dtype: "bfloat16", "float16" or "float32": what floating-point leaves of more bits are rounded to, and the scales of
+            quantised ones, so that all of them load as that; None to keep each leaf's own.
         compress: whether to pass the file through zstd (needs ``jaxprune[storage]``). It then leaves out the row
             offsets, and ``zstd -d`` makes a plain safetensors file of it.
 
@@ -86,7 +94,8 @@ def save_sparse(
 
     Raises:
         ValueError: a mask does not fit or prunes a leaf that is not floating-point; a dtype or a name cannot be stored;
-            a leaf to quantise is not finite. The message names the leaf. Or `path` is a device, a pipe or a folder.
+            a leaf to quantise is not finite, or one to round too large. The message names the leaf. Or there is no table to
+            quantise, or `path` is a device, a pipe or a folder.
         TypeError: a leaf is no array, or metadata are not strings.
 
     >>> import jax.numpy as jnp, tempfile
@@ -98,28 +107,26 @@ def save_sparse(
     >>> saved.tensors[0].kept, params["kernel"].tolist(), masks["kernel"].tolist()
     (2, [[0.0, 2.0], [0.0, 0.0]], [[True, True], [False, False]])
     """
-    if quantize is not None and (isinstance(quantize, bool) or quantize not in BITS):
-        raise ValueError(f"quantize is 8, 4 or None, not {quantize!r}.")
+    coding = read_coding(quantize, quantize_tables, group_size, dtype, compress=compress)
     strings = check_metadata(metadata)
     flat = flatten(params, "params")
     flat.require_arrays()
     fitting = [None] * len(flat.paths) if masks is None else align_masks(masks, flat)
     if "" in flat.paths and len(flat.paths) > 1:
         raise ValueError(f"{flat.names[flat.paths.index('')]} has an empty path beside other leaves; rename it.")
+    coding.check_tables(zip(flat.paths, flat.leaves, strict=True), "params")
     chunks, rows = [], []
     members: dict[str, Iterable[str]] = {}
     for path_, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, fitting, strict=True):
         values, kept = _as_numpy(name, path_, leaf, mask)
-        bits = quantize if quantize and _quantizable(path_, values, kept) else None
-        outputs = outputs_of(path_, values) if bits else ()
-        encoded = encode(path_, values, kept, bits=bits, outputs=outputs, exchange=not compress, title=name)
+        encoded = coding.encode(path_, values, kept, title=name)
         members[path_] = encoded.arrays
         chunks.append(_writer.ready(encoded.arrays))
         rows.append(
             TensorRow(
                 path=path_,
                 shape=values.shape,
-                dtype=str(values.dtype),
+                dtype=str(encoded.dtype),
                 bits=encoded.bits,
                 size=values.size,
                 kept=encoded.kept,
@@ -217,28 +224,6 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
         if name == OWN_METADATA:
             raise ValueError(f"the name {name!r} in metadata is taken by the file's own record; choose another.")
     return strings
-
-
-def outputs_of(path: str, values: np.ndarray) -> tuple[int, ...]:
-    """The axes of a tensor that number its output channels; all are one channel where it has a single axis.
-
-    Where its name does not tell, the last axis does as well: any axis gives scales that values can be restored by.
-    """
-    if values.ndim < 2:
-        return ()
-    outputs = conventional(path, values.shape).outputs
-    return (values.ndim - 1,) if outputs is None else outputs
-
-
-def is_quantizable(values: np.ndarray) -> bool:
-    """Whether integer codes and a scale can stand for values: real floating-point numbers of more than one byte."""
-    return is_floating(values) and not is_complex(values) and values.dtype.itemsize > 1 and values.size > 0
-
-
-def _quantizable(path: str, values: np.ndarray, mask: np.ndarray | None) -> bool:
-    if not is_quantizable(values):
-        return False
-    return is_kernel(path, values) or not (mask is None or bool(mask.all()))
 
 
 def _as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:

@@ -139,6 +139,10 @@ def test_the_file_that_the_next_test_damages_is_whole(tmp_path):
         ({"w.scale": np.ones((1, 9), np.float32)}, "codes of float32 and a scale of float32"),
         ({"w.scale": np.ones((1, 8), np.float32), "w.compressed": np.ones(3, np.int8)}, "do not fit"),
         ({"w.scale": np.ones(9, np.float32), "w.compressed": np.ones(3, np.int8)}, "do not fit"),
+        ({"w.scale": np.ones((1, 4), np.float32), "w.compressed": np.ones(3, np.int8)}, "do not fit"),  # 9 in threes
+        ({"w.scale": np.ones((1, 0), np.float32), "w.compressed": np.ones(3, np.int8)}, "do not fit"),
+        ({"w.scale": np.ones((1, 18), np.float32), "w.compressed": np.ones(3, np.int8)}, "do not fit"),
+        ({"w.scale": np.ones((3, 9), np.float32), "w.compressed": np.ones(3, np.int8)}, "do not fit"),
         ({"w.scale": np.ones((1, 9), np.int8), "w.compressed": np.ones(3, np.int8)}, "do not fit"),
         ({"w.scale": np.ones((1, 9), np.float32), "w.compressed": np.ones(3, np.uint8)}, "keeps 3 weights, but holds"),
         ({"w.weight": np.ones(3, np.float32)}, "is there twice"),
@@ -206,9 +210,9 @@ def test_a_folder_without_a_model_and_one_with_a_tensor_twice_are_refused(tmp_pa
 
 
 @functools.cache
-def good_file(quantize: int | None) -> bytes:
+def good_file(quantize: int | None, group_size: int | None) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        return a_model(Path(folder), quantize=quantize)
+        return a_model(Path(folder), quantize=quantize, group_size=group_size)
 
 
 def a_model(folder: Path, **options) -> bytes:
@@ -222,7 +226,7 @@ def a_model(folder: Path, **options) -> bytes:
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_a_damaged_file_loads_or_is_refused_in_little_memory(tmp_path, data):
-    content = bytearray(good_file(data.draw(st.sampled_from([None, 8, 4]))))
+    content = bytearray(good_file(*data.draw(st.sampled_from([(None, None), (8, None), (4, None), (4, 4)]))))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))
         action = data.draw(st.sampled_from(["set", "digit", "delete", "repeat", "truncate"]))

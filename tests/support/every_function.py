@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import jaxprune
-from jaxprune import algebra, choose, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import algebra, choose, distill, oneshot, plot, rules, scores, storage, structured, transforms
 
 _RNG = np.random.default_rng(0)
 # Two layers and a table; inputs of rank two, so that no Gram matrix is singular.
@@ -155,6 +155,15 @@ def _iterate(p: Problem) -> Any:
     ]
 
 
+def _distil(p: Problem) -> Any:
+    hidden = jnp.stack([p.x, -p.x, p.x], axis=1)  # three tokens in each sequence
+
+    def loss(student: jax.Array) -> jax.Array:
+        return distill.logit_loss(student, hidden, lambda h: 2 * h, lambda h: h, mask=hidden[..., 0] > 0, chunk=64)
+
+    return jax.value_and_grad(loss)(jnp.sin(hidden))
+
+
 def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
@@ -194,6 +203,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.algebra.unpack": lambda p: algebra.unpack(algebra.pack(p.masks), p.params),
     "jaxprune.choose.allocate": lambda p: choose.allocate(p.sensitivity, 0.25),
     "jaxprune.choose.allocate_by_loss": lambda p: choose.allocate_by_loss(p.params, 0.5, scores=scores.magnitude(p.params)),
+    "jaxprune.distill.hidden_loss": lambda p: jax.grad(lambda x: distill.hidden_loss({"x": x}, {"x": 2 * x}))(p.x),
+    "jaxprune.distill.logit_loss": _distil,
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
     "jaxprune.oneshot.reconstruct": lambda p: oneshot.reconstruct(p.params, p.masks, p.grams),
     "jaxprune.oneshot.sequential": lambda p: oneshot.sequential(
