@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from jaxprune._printing import Printable
+from jaxprune._printing import Printable, some
 from jaxprune.structured._axes._program import Program, Value
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._groups import ChannelGroup, FrozenAxis
@@ -52,7 +52,7 @@ class Graph(Printable):
         for group in self.groups:
             if group.name == name:
                 return group
-        raise KeyError(f"{name!r} is no group; there are {[group.name for group in self.groups]}.")
+        raise KeyError(f"{name!r} is no group; there are {some(group.name for group in self.groups)}.")
 
     def __rich__(self) -> "RichGroup":
         """Return the tables for rich to print."""

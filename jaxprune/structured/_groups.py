@@ -30,13 +30,15 @@ class Member:
         path: the parameter's normalised path.
         axis: its axis.
         channels: for each element along the axis the channel it belongs to, or -1.
-        produces: whether the parameter computes these channels, rather than reads or scales them.
+        produces: whether the parameter computes these channels.
+        reads: whether the parameter sums over these channels.
     """
 
     path: str
     axis: int
     channels: np.ndarray = dataclasses.field(repr=False)
     produces: bool
+    reads: bool
 
     def elements(self, size: int) -> np.ndarray:
         """Return the elements along the axis by channel, ``[size, elements of each]``, of a group of this size."""
@@ -92,14 +94,17 @@ def find_members(paths: Sequence[str], program: Program) -> dict[Var, list[Membe
         program: the function.
     """
     params = program.ins[: len(paths)]
-    produced = _produced(program)
+    produced, read = _sides(program)
     found: dict[Var, list[Member]] = {}
     for number, (path, value) in enumerate(zip(paths, params, strict=True)):
         for axis, dim in enumerate(value.dims):
             for var in dict.fromkeys(leaf for leaf in leaves(dim) if leaf.reason is None):
-                # A recurrent kernel reads and computes the same channels; its last axis is taken to compute them.
+                # A recurrent kernel reads and computes the same channels; its last axis is taken to compute them. A table
+                # that is the output layer as well computes and reads them along one axis.
                 last = not any(is_cut(later, {var: None}) for later in value.dims[axis + 1 :])
-                member = Member(path, axis, positions(dim, var), last and (number, var) in produced)
+                first = not any(is_cut(earlier, {var: None}) for earlier in value.dims[:axis])
+                computes, sums = last and (number, var) in produced, (first or not last) and (number, var) in read
+                member = Member(path, axis, positions(dim, var), computes, sums)
                 found.setdefault(var, []).append(member)
     return found
 
@@ -143,15 +148,13 @@ def _layers(program: Program) -> Iterator[tuple[tuple[int, ...], Sequence[Dim], 
                 yield value.sources, units, summed
 
 
-def _produced(program: Program) -> set[tuple[int, Var]]:
-    """Return the channels that each parameter computes."""
-    return {
-        (number, leaf)
-        for sources, units, _ in _layers(program)
-        for number in sources
-        for dim in units
-        for leaf in leaves(dim)
-    }
+def _sides(program: Program) -> tuple[set[tuple[int, Var]], set[tuple[int, Var]]]:
+    """Return the channels that each parameter computes, and those that it sums over."""
+    found: tuple[set[tuple[int, Var]], set[tuple[int, Var]]] = set(), set()
+    for sources, *sides in _layers(program):
+        for side, variables in zip(sides, found, strict=True):
+            variables.update((number, leaf) for number in sources for dim in side for leaf in leaves(dim))
+    return found
 
 
 def _widths(program: Program, params: Sequence[Value]) -> list[Dim]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ class Plan:
         kept: by parameter path and axis, the indices that stay, rising.
         shapes: of the parameters before they are cut: those that are, and those that must not be taken for them.
         dropped: paths of parameters that go as a whole, with the residual branch that reads them.
+        to_repair: paths of parameters that the choice takes to be solved for anew without what goes: cut what
+            `repair` returns.
 
     >>> plan = Plan({"up": {1: (0, 2)}}, {"up": (3, 4)})
     >>> plan.shrunk_shape("up"), Plan.from_json(plan.to_json()) == plan
@@ -33,12 +35,16 @@ class Plan:
     kept: Mapping[str, Mapping[int, Sequence[int]]]
     shapes: Mapping[str, tuple[int, ...]]
     dropped: tuple[str, ...] = ()
+    to_repair: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the indices fit the shapes."""
         for path in (*self.kept, *self.dropped):
             if path not in self.shapes:
                 raise ValueError(f"The plan cuts {path} but does not say its shape; make it by select_channels.")
+        for path in self.to_repair:
+            if path not in self.kept:
+                raise ValueError(f"The plan counts on {path} to be repaired, of which it cuts nothing.")
         for path in self.dropped:
             if path in self.kept:
                 raise ValueError(f"The plan drops {path}, and says what it keeps of it; it can only do one of the two.")
@@ -66,6 +72,8 @@ class Plan:
             path: {"kept": {str(axis): [int(i) for i in kept] for axis, kept in axes.items()}}
             for path, axes in self.kept.items()
         }
+        for path in self.to_repair:
+            entries[path]["to_repair"] = True
         entries.update((path, {"dropped": True}) for path in self.dropped)
         return json.dumps(
             {path: {"shape": list(shape), **entries.get(path, {})} for path, shape in self.shapes.items()}
@@ -80,8 +88,10 @@ class Plan:
             for path, entry in entries.items()
             if "kept" in entry
         }
-        dropped = tuple(path for path, entry in entries.items() if entry.get("dropped"))
-        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()}, dropped)
+        dropped, to_repair = (
+            tuple(path for path, entry in entries.items() if entry.get(what)) for what in ("dropped", "to_repair")
+        )
+        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()}, dropped, to_repair)
 
 
 def combine(plan: Plan, other: Plan) -> Plan:
@@ -92,7 +102,7 @@ def combine(plan: Plan, other: Plan) -> Plan:
         other: another one for the same parameters.
 
     Returns:
-        Both in one. A parameter that one of them drops is dropped.
+        Both in one. A parameter that one of them drops is dropped; what one of them needs to be repaired stays so.
 
     Raises:
         ValueError: they cut the same axis differently, or are for parameters of other shapes.
@@ -117,11 +127,14 @@ def combine(plan: Plan, other: Plan) -> Plan:
                 )
         if path not in dropped and (first or second):
             kept[path] = first | second
-    return Plan(kept, {**other.shapes, **plan.shapes}, dropped)
+    to_repair = tuple(path for path in dict.fromkeys((*plan.to_repair, *other.to_repair)) if path in kept)
+    return Plan(kept, {**other.shapes, **plan.shapes}, dropped, to_repair)
 
 
-def plan_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block] = ()) -> Plan:
-    """Return the plan that keeps these elements of some of a graph's axes, and drops these branches."""
+def plan_of(
+    graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block] = (), to_repair: Collection[str] = ()
+) -> Plan:
+    """Return the plan that keeps these elements of some of a graph's axes, drops these branches, and needs these repairs."""
     dropped = {path for block in branches for path in block.paths}
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for path, value in zip(graph.paths, graph.params, strict=True):
@@ -130,7 +143,7 @@ def plan_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Blo
             if path not in dropped and len(indices) < value.shape[axis]:
                 found.setdefault(path, {})[axis] = tuple(indices.tolist())
     gone = tuple(path for path in graph.paths if path in dropped)
-    return Plan(found, graph.by_path, gone)
+    return Plan(found, graph.by_path, gone, tuple(path for path in found if path in to_repair))
 
 
 def dropped_branches(graph: Graph, plan: Plan) -> list[Block]:

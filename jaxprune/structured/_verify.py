@@ -16,7 +16,7 @@ from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, shallower, solve
 from jaxprune.structured._rebuild import evaluate, masked, rebuild
 from jaxprune.structured._rounding import tolerances
-from jaxprune.structured._shrink import channel_masks, shrink
+from jaxprune.structured._shrink import channel_masks, cut_out
 
 if TYPE_CHECKING:
     from jaxprune._tables import Table
@@ -114,7 +114,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     """
     kept = solve(graph, plan)
     masks = channel_masks(plan, params)
-    small = rebuild(graph, plan)(shrink(plan, params), *inputs)
+    small = rebuild(graph, plan)(cut_out(plan, params), *inputs)
     masked_fn = masked(graph)
     references = (
         masked_fn(params, masks, *inputs),
