@@ -18,6 +18,7 @@ from jaxprune.structured._axes._dims import (
     resolve,
     size,
 )
+from jaxprune.structured._axes._layered import layers_of
 from jaxprune.structured._axes._program import Program, Value, walk
 from jaxprune.structured._axes._reasons import Reason
 
@@ -32,6 +33,7 @@ class Member:
         channels: for each element along the axis the channel it belongs to, or -1.
         produces: whether the parameter computes these channels.
         reads: whether the parameter sums over these channels.
+        layers: its axis of the scanned layers of which each may keep its own channels; None where there are none.
     """
 
     path: str
@@ -39,6 +41,7 @@ class Member:
     channels: np.ndarray = dataclasses.field(repr=False)
     produces: bool
     reads: bool
+    layers: int | None = None
 
     def elements(self, size: int) -> np.ndarray:
         """Return the elements along the axis by channel, ``[size, elements of each]``, of a group of this size."""
@@ -57,6 +60,8 @@ class ChannelGroup:
         outer: names of the groups of which these channels are a part: of a head, its dimensions.
         span: how many units of a layer one channel stands for at least; of a head, the head's dimensions.
         var: the axis in the function.
+        layers: the axis of the scanned layers that the channels are in, where each layer may keep its own; None where
+            what stays is one choice.
     """
 
     name: str
@@ -65,6 +70,7 @@ class ChannelGroup:
     outer: tuple[str, ...]
     span: int
     var: Var = dataclasses.field(repr=False)
+    layers: Var | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +128,18 @@ def find_groups(
     for dim in widths:
         for var in leaves(dim):
             spans[var] = min(spans.get(var, size(dim)), _span(dim, var))
-    return tuple(
-        ChannelGroup(names[var], var.size, tuple(members), tuple(outer[var]), spans.get(var, 1), var)
-        for var, members in found.items()
-    )
+    layered = layers_of(program)
+    dims = {path: list(map(resolve, value.dims)) for path, value in zip(paths, params, strict=True)}
+    groups = []
+    for var, members in found.items():
+        own = [dim for dim in dims[members[0].path] if isinstance(dim, Var) and dim in layered.get(var, ())]
+        layers = own[0] if own and all(dims[member.path].count(own[0]) == 1 for member in members) else None
+        if layers is not None:
+            members = [dataclasses.replace(m, layers=dims[m.path].index(layers)) for m in members]
+        groups.append(
+            ChannelGroup(names[var], var.size, tuple(members), tuple(outer[var]), spans.get(var, 1), var, layers)
+        )
+    return tuple(groups)
 
 
 def find_frozen(paths: Sequence[str], program: Program) -> tuple[FrozenAxis, ...]:

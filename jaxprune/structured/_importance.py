@@ -18,8 +18,8 @@ from jaxprune.structured._losses import removal_order
 
 # (weights [channels, weights], the axis of the weights) -> the importance of each channel, larger = keep.
 Importance = Callable[[Any, int], Any]
-# (a group, how many of its channels go) -> those channels, the first to go first; what each costs, never less than the
-# one before, on a scale that groups share.
+# (a group, how many of its channels go) -> those channels, the first to go first, of layers that choose for themselves in a
+# row for each; what each costs, in the mean of layers, never less than the one before, on a scale that groups share.
 Order = Callable[[ChannelGroup, int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -34,7 +34,8 @@ def order_by(graph: Graph, params: Any, grams: Grams | None, scores: Any, import
 
         def by_losses(group: ChannelGroup, number: int) -> tuple[np.ndarray, np.ndarray]:
             order, losses = removal_order(group, flat.by_path, grams, number)
-            return order, np.maximum.accumulate(losses)
+            prices = np.maximum.accumulate(losses, -1)
+            return order, prices if prices.ndim == 1 else prices.mean(0)
 
         return by_losses
 
@@ -43,8 +44,9 @@ def order_by(graph: Graph, params: Any, grams: Grams | None, scores: Any, import
 
     def by_importance(group: ChannelGroup, number: int) -> tuple[np.ndarray, np.ndarray]:
         values = _measure(group, rows, measure)
-        order = np.argsort(-values, kind="stable")[::-1][:number]
-        return order, _relative(values)[order]
+        order = np.argsort(-values, axis=-1, kind="stable")[..., ::-1][..., :number]
+        prices = np.take_along_axis(_relative(values), order, -1)
+        return order, prices if prices.ndim == 1 else prices.mean(0)
 
     return by_importance
 
@@ -67,20 +69,30 @@ def _rows(graph: Graph, params: Any, scores: Any) -> dict[str, np.ndarray]:
 
 
 def _measure(group: ChannelGroup, rows: Mapping[str, np.ndarray], importance: Importance) -> np.ndarray:
-    """Return the importance of each channel from the weights of all members."""
+    """Return the importance of each channel from the weights of all members, ``[channels]`` or ``[layers, channels]``."""
     found: list[np.ndarray] = []
     for member in (member for member in group.members if member.path in rows):
-        weights = np.moveaxis(rows[member.path], member.axis, 0)
-        found.append(weights[member.elements(group.size)].reshape(group.size, -1))
+        leading = (member.axis,) if member.layers is None else (member.axis, member.layers)
+        weights = np.moveaxis(rows[member.path], leading, range(len(leading)))[member.elements(group.size)]
+        found.append(weights if member.layers is None else np.moveaxis(weights, 2, 0))
     if not found:
         raise ValueError(f"scores has nothing for {group.name}: no score for {some(m.path for m in group.members)}.")
-    values = np.asarray(importance(np.concatenate(found, 1), 1), np.float64)
+    if group.layers is None:
+        return _of_rows(group, [weights.reshape(group.size, -1) for weights in found], importance)
+    layers = range(group.layers.size)
+    return np.stack([_of_rows(group, [w[n].reshape(group.size, -1) for w in found], importance) for n in layers])
+
+
+def _of_rows(group: ChannelGroup, rows: list[np.ndarray], importance: Importance) -> np.ndarray:
+    values = np.asarray(importance(np.concatenate(rows, 1), 1), np.float64)
     if values.shape != (group.size,):
         raise ValueError(f"importance returned shape {values.shape} for {group.size} channels of {group.name}.")
     return np.where(np.isnan(values), -np.inf, values)
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
-    finite = values[np.isfinite(values)]
-    mean = float(np.abs(finite).mean()) if len(finite) else 0.0
-    return values / mean if mean > 0 else values
+    """Divide importances by their mean, in each layer by its own."""
+    finite = np.isfinite(values)
+    number = finite.sum(-1, keepdims=True)
+    mean = np.where(finite, np.abs(values), 0.0).sum(-1, keepdims=True) / np.maximum(number, 1)
+    return values / np.where(mean > 0, mean, 1.0)

@@ -1,6 +1,7 @@
 """What readers lose with each channel, where they make up for it: the order in which channels go."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ def removal_order(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the channels of a group that go, the first one first, and how much the loss rises with each.
 
+    Where each layer keeps its own channels, in a row for each layer.
+
     Readers are matrices W of ``y = x W`` with the Gram matrix H of their inputs x. Their loss under a choice of channels is
     the least of ``1/2 tr((V - W)^T H (V - W))`` over all V whose rows of the channels that went are zero. With the V of the
     channels gone so far, and P the inverse of H where rows stay, the one whose rows are g adds ``1/2 tr(V_g^T (P_gg)^-1 V_g)``:
@@ -38,18 +41,28 @@ def removal_order(
         number: how many channels go, below the group's size.
 
     Returns:
-        Channels ``[number]``, among equals the later ones first; what each adds to the loss, as a share of what the readers
-        compute, ``1/2 tr(W^T H W)``.
+        Channels ``[number]``, or ``[layers, number]``, among equals the later ones first; what each adds to the loss, as a
+        share of what the readers compute, ``1/2 tr(W^T H W)``.
 
     Raises:
         ValueError: the group has no reader, or one whose inputs are not in `grams`.
     """
-    readers, whole = _readers(group, params, grams)
+    layers = _readers(group, params, grams)
+    if group.layers is None:
+        return _order([reader for readers in layers.values() for reader in readers], group.size, number)
+    found = [_order(layers.pop(layer), group.size, number) for layer in range(group.layers.size)]
+    return np.stack([order for order, _ in found]), np.stack([losses for _, losses in found])
+
+
+def _order(matrices: Sequence["_Matrix"], size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of channels that one choice is made for."""
+    readers = [_Solved(matrix) if matrix.solved else _Fixed(matrix) for matrix in matrices]
+    whole = sum(float(np.vdot(matrix.gram, matrix.outer)) for matrix in matrices) / 2
     order, losses = np.zeros(number, np.int64), np.zeros(number)
-    gone = np.zeros(group.size, bool)
+    gone = np.zeros(size, bool)
     for n in range(number):
         rises = np.where(gone, np.inf, sum(reader.rises() for reader in readers))
-        channel = group.size - 1 - int(np.argmin(rises[::-1]))
+        channel = size - 1 - int(np.argmin(rises[::-1]))
         order[n], losses[n], gone[channel] = channel, rises[channel], True
         for reader in readers:
             reader.remove(channel)
@@ -74,33 +87,34 @@ class _Matrix(NamedTuple):
         gram: H, [I, I], float64.
         outer: ``W W^T``, [I, I], float64.
         rows: for each channel its rows, [channels, rows of each].
+        solved: whether least squares repairs it.
     """
 
     gram: np.ndarray
     outer: np.ndarray
     rows: np.ndarray
+    solved: bool
 
 
-def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> tuple[list["_Solved | _Fixed"], float]:
-    """Return the readers, and half of the energy of what they compute."""
-    solved: dict[tuple[Any, ...], _Matrix] = {}
-    fixed: list[_Matrix] = []
+def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> dict[int, list[_Matrix]]:
+    """Return the readers in each layer; all in one where layers have one choice."""
+    found: dict[int, dict[Any, _Matrix]] = {}
     for member in group.members:
         for site in _sites(group, member, grams) if member.reads else ():
-            for key, matrix in _matrices(site, member, group.size, params[member.path], grams):
-                if not is_repaired(grams.sites, member.path):
-                    fixed.append(matrix)
-                elif key in solved:  # one input, one solution: of query, key and value
-                    solved[key] = matrix._replace(outer=solved[key].outer + matrix.outer)
-                else:
-                    solved[key] = matrix
-    if not solved and not fixed:
+            solved = is_repaired(grams.sites, member.path)
+            for layer, key, matrix in _matrices(site, member, group.size, params[member.path], grams, solved):
+                inputs = (*key, solved, None if solved else member.path)
+                known = found.setdefault(layer, {})
+                # One input, one solution: of query, key and value.
+                known[inputs] = (
+                    known[inputs]._replace(outer=known[inputs].outer + matrix.outer) if inputs in known else matrix
+                )
+    if not found:
         raise ValueError(
             f"No parameter sums over the channels of {group.name}, so that no Gram matrix tells what is lost with them. "
             "Choose those of the other groups by grams, which a k by name says, these by scores=, and combine the plans."
         )
-    whole = sum(float(np.vdot(matrix.gram, matrix.outer)) for matrix in (*solved.values(), *fixed)) / 2
-    return [*map(_Solved, solved.values()), *map(_Fixed, fixed)], whole
+    return {layer: list(known.values()) for layer, known in found.items()}
 
 
 def _sites(group: ChannelGroup, member: Member, grams: Grams) -> list[Site]:
@@ -121,23 +135,27 @@ def _sites(group: ChannelGroup, member: Member, grams: Grams) -> list[Site]:
 
 
 def _matrices(
-    site: Site, member: Member, size: int, leaf: Any, grams: Grams
-) -> Iterator[tuple[tuple[Any, ...], _Matrix]]:
-    """Yield the matrices of a site that read the channels, each with what tells its input from others."""
-    shape = [n if axis == member.axis else 1 for axis, n in enumerate(site.shape)]
+    site: Site, member: Member, size: int, leaf: Any, grams: Grams, solved: bool
+) -> Iterator[tuple[int, tuple[Any, ...], _Matrix]]:
+    """Yield the matrices of a site that read the channels, each with its layer and what tells its input from others."""
 
-    @jax.jit
-    def read(channels: Any) -> jax.Array:
-        return site.matrices(jnp.broadcast_to(channels.reshape(shape), site.shape))[:, :, 0]
+    @functools.partial(jax.jit, static_argnums=1)
+    def read(along: Any, axis: int) -> jax.Array:
+        shape = [n if other == axis else 1 for other, n in enumerate(site.shape)]
+        return site.matrices(jnp.broadcast_to(along.reshape(shape), site.shape))[:, :, 0]
 
-    channels, weights, sums = np.asarray(read(member.channels)), as_matrices(site, leaf), grams.of(site)
+    channels, weights, sums = np.asarray(read(member.channels, member.axis)), as_matrices(site, leaf), grams.of(site)
+    layers = np.zeros_like(channels)
+    if member.layers is not None:
+        layers = np.asarray(read(np.arange(site.shape[member.layers]), member.layers))
     for n, along in enumerate(channels):
         if (along < 0).all():  # the site of another part of the parameter
             continue
         order = np.argsort(along, kind="stable")
         rows = order[np.searchsorted(along[order], 0) :].reshape(size, -1)
         w = np.asarray(weights[n], np.float64)
-        yield (site.groups, n, along.tobytes()), _Matrix(np.asarray(sums[n], np.float64), w @ w.T, rows)
+        matrix = _Matrix(np.asarray(sums[n], np.float64), w @ w.T, rows, solved)
+        yield int(layers[n, 0]), (site.groups, n, along.tobytes()), matrix
 
 
 class _Solved:

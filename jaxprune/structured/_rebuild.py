@@ -16,7 +16,7 @@ from jaxprune.structured._axes._program import Node, Value, walk
 from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import Member
-from jaxprune.structured._plan import Plan, shallower, solve
+from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
 
 # What a mean over channels divides by: how many there were, or how many stay.
 Counts = Literal["kept", "rescaled"]
@@ -56,7 +56,7 @@ def rebuild(graph: Graph, plan: Plan, *, counts: Counts = "kept") -> Callable[..
     if counts not in ("kept", "rescaled"):
         raise ValueError(f"counts is 'kept' or 'rescaled', not {counts!r}.")
     kept, small = solve(graph, plan), shallower(graph, plan)
-    sizes = {var: len(indices) for var, indices in kept.items()}
+    sizes = {var: indices.shape[-1] for var, indices in kept.items()}
     shapes = [
         None if path in plan.dropped else tuple(kept_size(dim, sizes) for dim in value.dims)
         for path, value in zip(graph.paths, graph.params, strict=True)
@@ -117,14 +117,17 @@ def _read_masks(graph: Graph, flat: Tree) -> Masks:
             where = tuple(inside[member.path])
             telling[where] = telling[where] & alive if where in telling else alive
         stays = telling[()] if () in telling else functools.reduce(jnp.logical_or, telling.values())
-        found[place] = stays | ~jnp.any(stays)
+        found[place] = stays | ~jnp.any(stays, -1, keepdims=True)
     return found
 
 
 def _alive(member: Member, count: int, mask: jax.Array) -> jax.Array:
-    """Whether any weight of each channel stays in a member."""
-    alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis != member.axis))
-    return jnp.any(whole(alive)[member.elements(count)], 1)
+    """Whether any weight of each channel stays in a member; of layers that keep their own, ``[layers, channels]``."""
+    own = (member.axis,) if member.layers is None else (member.layers, member.axis)
+    alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis not in own))
+    if member.layers is not None and member.layers > member.axis:
+        alive = alive.T
+    return jnp.any(whole(alive)[..., member.elements(count)], -1)
 
 
 def evaluate(
@@ -145,6 +148,7 @@ def evaluate(
     remedy = "A rebuilt function takes what shrink cut by its plan, a masked one what was traced."
     require_shapes("The function", wanted, "params", actual, remedy)
     given = _bind_inputs(graph, replay, inputs)
+    replay.layers = layered_groups(graph)
 
     # Read without shardings, the program says nothing of how products of sharded arrays are to be sharded.
     def run(arguments: list[Any], kept: list[Any]) -> list[Any]:

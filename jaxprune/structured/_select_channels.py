@@ -36,7 +36,9 @@ def select_channels(
 
     Exactly ``floor(k * size + 1/2)`` channels of a group go, those of the least importance, among equals the later
     ones; then the number that stays is rounded. Where channels are part of others (the dimensions of attention heads),
-    a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both.
+    a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both. Each layer of a scan
+    over stacked parameters keeps its own channels, equally many, unless something that all layers share lies along them
+    (what is carried, a constant, random bits).
 
     With `grams` channels go one after the other, each time the one without which the group's readers, solved for anew by
     least squares, lose least: of readers with weights W, inputs X and ``P = (X^T X)^-1`` where channels stay, the channel
@@ -170,7 +172,7 @@ def select_channels_globally(
                 step = _step(group, steps[group.name])
                 count = min(group.size, -(-(group.size - int(gone)) // step) * step)
                 if count < group.size:
-                    kept[group.var] = _without(group, orders[group.name][0][: group.size - count])
+                    kept[group.var] = _without(group, orders[group.name][0][..., : group.size - count])
         return _planned(graph, kept, grams)
 
     return plan(_first(graph, len(owners), plan, cost, budget))
@@ -261,7 +263,9 @@ def _least(group: ChannelGroup, min_kept: int) -> int:
 
 
 def _without(group: ChannelGroup, gone: np.ndarray) -> np.ndarray:
-    return np.setdiff1d(np.arange(group.size), gone)
+    stays = np.ones((*gone.shape[:-1], group.size), bool)
+    np.put_along_axis(stays, gone, False, -1)
+    return np.nonzero(stays)[-1].reshape(*gone.shape[:-1], -1)
 
 
 def _planned(graph: Graph, kept: Mapping[Var, np.ndarray], grams: Grams | None) -> Plan:

@@ -15,7 +15,8 @@ from jaxprune._tree._masks import all_true
 from jaxprune._tree._paths import Tree, flatten, owner
 from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import without_explicit_axes
-from jaxprune.structured._plan import Plan, cut_shapes
+from jaxprune.structured._axes._layered import spread
+from jaxprune.structured._plan import Plan, cut_shapes, is_nested
 
 
 class UnrepairedWarning(UserWarning):
@@ -58,8 +59,13 @@ def channel_masks(plan: Plan, params: Any) -> Any:
 def _mask(plan: Plan, path: str | None, leaf: Any) -> jax.Array:
     mask = all_true(leaf)
     for axis, kept in (plan.kept.get(path, {}) if path is not None else {}).items():
-        stays = np.isin(np.arange(mask.shape[axis]), kept)
-        mask &= np.expand_dims(stays, [other for other in range(mask.ndim) if other != axis])
+        if path is not None and is_nested(kept):
+            stays = np.zeros((len(kept), mask.shape[axis]), bool)
+            np.put_along_axis(stays, np.asarray(kept), True, 1)
+            mask &= spread(stays, plan.layers[path], axis, mask.ndim)
+        else:
+            stays = np.isin(np.arange(mask.shape[axis]), kept)
+            mask &= np.expand_dims(stays, [other for other in range(mask.ndim) if other != axis])
     return mask
 
 
@@ -213,8 +219,13 @@ def _cut(plan: Plan, path: str, leaf: Any) -> Any:
     leaf = jnp.asarray(leaf)
 
     def take(leaf: jax.Array) -> jax.Array:
-        for axis, kept in plan.kept[path].items():
-            leaf = jnp.take(leaf, np.asarray(kept), axis)
+        # What layers keep for themselves, before layers go.
+        for axis, kept in sorted(plan.kept[path].items(), key=lambda entry: not is_nested(entry[1])):
+            if is_nested(kept):
+                rows = spread(np.asarray(kept), plan.layers[path], axis, leaf.ndim)
+                leaf = jnp.take_along_axis(leaf, jnp.asarray(rows), axis)
+            else:
+                leaf = jnp.take(leaf, np.asarray(kept), axis)
         return leaf
 
     return without_explicit_axes(take, leaf, plan.shrunk_shape(path))(leaf)
