@@ -14,7 +14,7 @@ from jaxprune.structured._axes._layered import take_kept
 from jaxprune.structured._axes._replay import Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
-from jaxprune.structured._rebuild import evaluate, masked, rebuild
+from jaxprune.structured._rebuild import at_shapes, evaluate, masked, rebuild
 from jaxprune.structured._rounding import tolerances
 from jaxprune.structured._shrink import channel_masks, cut_out
 
@@ -97,7 +97,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
         graph: the function, by `trace`.
         plan: the channels that stay.
         params: the parameters before they are cut.
-        *inputs: the function's other arguments.
+        *inputs: the function's other arguments, of any shapes that it takes.
         tolerance: the largest relative difference that passes, for every output; measured when None.
 
     Returns:
@@ -112,6 +112,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     >>> result.passed, result.outputs[0].difference < 1e-6
     (True, True)
     """
+    graph = at_shapes(graph, inputs)
     kept = solve(graph, plan)
     layers = layered_groups(graph, kept)
     masks = channel_masks(plan, params)
