@@ -18,6 +18,7 @@ import importlib.util
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,11 @@ from jaxprune import scores, structured
 from jaxprune.plot.style import BLUE, GREY, INK, frame
 
 PRESETS = options.Presets(
-    full={"epochs": 25, "fine_tune_epochs": 10, "measures": ("l2", "l1", "taylor", "fpgm", "random", "scratch")},
+    full={
+        "epochs": 25,
+        "fine_tune_epochs": 10,
+        "measures": ("lost", "l2", "l1", "taylor", "fpgm", "random", "scratch"),
+    },
     small={"epochs": 2, "fine_tune_epochs": 1, "measures": ("l2", "scratch")},
 )
 SCRATCH = "scratch"
@@ -67,10 +72,12 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     return options.complete(Settings, parser.parse_args(arguments), PRESETS)
 
 
-def evidence(measure: str, state: TrainState, images: jax.Array, labels: jax.Array) -> dict[str, Any]:
+def evidence(measure: str, state: TrainState, sample: tuple[jax.Array, jax.Array], grams: Any) -> dict[str, Any]:
     """Return what `select_channels` is told to measure importance by."""
+    if measure == "lost":
+        return {"grams": grams}
     if measure == "taylor":
-        grads = jax.grad(lambda params: cnn.loss_and_accuracy(params, state, images, labels)[0])(state.params)
+        grads = jax.grad(lambda params: cnn.loss_and_accuracy(params, state, *sample)[0])(state.params)
         return {"scores": scores.saliency(state.params, grads)}
     if measure == "random":
         return {"scores": scores.random(state.params, jax.random.key(0))}
@@ -114,13 +121,15 @@ def run(experiment: Experiment, settings: Settings) -> None:
     grams = jaxprune.calibrate_grams(apply, dense.params, [jnp.asarray(dataset.train_images[:CALIBRATION_IMAGES])])
     plans: dict[str, structured.Plan] = {}
     for measure in (name for name in settings.measures if name != SCRATCH):
-        told = evidence(measure, dense, *sample)
+        told = evidence(measure, dense, sample, grams)
         plan = structured.select_channels(graph, dense.params, sparsity, round_to=settings.round_to, **told)
         result = structured.verify(graph, plan, dense.params, images)
         if not result.passed:
             raise RuntimeError(f"the smaller network differs from the masked one:\n{result}")
         small_fn = structured.rebuild(graph, plan)
-        state = smaller(dense, structured.shrink(plan, dense.params), small_fn)
+        with warnings.catch_warnings():  # what repair is worth is to be seen
+            warnings.simplefilter("ignore", structured.UnrepairedWarning)
+            state = smaller(dense, structured.shrink(plan, dense.params), small_fn)
         experiment.record("before", measure, value=experiment.validate(state, cnn.evaluate))
         repaired = structured.shrink(plan, structured.repair(plan, dense.params, grams))
         experiment.record("repaired", measure, value=experiment.validate(state.replace(params=repaired), cnn.evaluate))

@@ -24,6 +24,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def some(names: Iterable[str]) -> str:
+    """Return the first few of many names, for a message.
+
+    >>> some(["a", "b"]), some("abcdefg")
+    ('a, b', 'a, b, c, d and 3 more')
+    """
+    shown = list(names)
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") or "nothing"
+
+
 def folded(rows: Iterable[tuple[str, Sequence[str]]], few: int = FEW_ROWS) -> list[tuple[str, list[str]]]:
     """Return rows of a table to read: as they are where they are few, else numbered layers in one row.
 

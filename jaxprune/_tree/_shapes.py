@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxprune._printing import some
+
 Shapes = Mapping[str, tuple[Any, ...]]
 
 
@@ -19,14 +21,9 @@ def require_shapes(who: str, wanted: Shapes, where: str, found: Shapes, remedy: 
     for path, shape in wanted.items():
         if path not in found:
             raise ValueError(
-                f"{who} has {path} of shape {tuple(shape)}, which {where} does not have; it has {_some(found)}. {remedy}"
+                f"{who} has {path} of shape {tuple(shape)}, which {where} does not have; it has {some(found)}. {remedy}"
             )
         if tuple(found[path]) != tuple(shape):
             raise ValueError(
                 f"{who} has {path} of shape {tuple(shape)}; in {where} it has shape {tuple(found[path])}. {remedy}"
             )
-
-
-def _some(paths: Mapping[str, Any]) -> str:
-    shown = list(paths)
-    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") or "nothing"

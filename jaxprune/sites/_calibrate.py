@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree._leaves import is_complex
+from jaxprune._tree._sharding import through_compiler
 from jaxprune.sites._accumulate import grams, sums_of_squares
 from jaxprune.sites._find import Reading, read
 from jaxprune.sites._sites import Site, Sites
@@ -82,6 +83,17 @@ class Grams(_Sums):
     def of(self, site: Site) -> jax.Array:
         """Return ``X^T X``, summed over all samples, float32 ``[N, I, I]``."""
         return _total(self.sums, site)
+
+    def norms(self) -> Norms:
+        """Return what `calibrate_norms` measures, read off the diagonals: norms of the inputs, for `scores.wanda`.
+
+        >>> import jax.numpy as jnp
+        >>> grams = calibrate_grams(lambda p, x: x @ p, jnp.ones((2, 1)), [jnp.array([[3.0, 1.0], [4.0, 0.0]])])
+        >>> [grams.norms().of(site).tolist() for site in grams.sites]
+        [[[5.0, 1.0]]]
+        """
+        diagonals = through_compiler(lambda sums: jax.tree.map(lambda x: jnp.diagonal(x, 0, 1, 2), sums), self.sums)
+        return Norms(self.sites, diagonals, self.counts)
 
 
 def calibrate_norms(

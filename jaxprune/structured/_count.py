@@ -45,7 +45,7 @@ def count_macs(graph: Graph, plan: Plan | None = None) -> int:
 
 
 def _sizes(graph: Graph, plan: Plan | None) -> dict[Var, int]:
-    return {} if plan is None else {var: len(kept) for var, kept in solve(graph, plan).items()}
+    return {} if plan is None else {var: kept.shape[-1] for var, kept in solve(graph, plan).items()}
 
 
 def _macs(program: Program, sizes: dict[Var, int]) -> int:

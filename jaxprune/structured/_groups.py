@@ -18,6 +18,7 @@ from jaxprune.structured._axes._dims import (
     resolve,
     size,
 )
+from jaxprune.structured._axes._layered import layers_of
 from jaxprune.structured._axes._program import Program, Value, walk
 from jaxprune.structured._axes._reasons import Reason
 
@@ -30,13 +31,17 @@ class Member:
         path: the parameter's normalised path.
         axis: its axis.
         channels: for each element along the axis the channel it belongs to, or -1.
-        produces: whether the parameter computes these channels, rather than reads or scales them.
+        produces: whether the parameter computes these channels.
+        reads: whether the parameter sums over these channels.
+        layers: its axis of the scanned layers of which each may keep its own channels; None where there are none.
     """
 
     path: str
     axis: int
     channels: np.ndarray = dataclasses.field(repr=False)
     produces: bool
+    reads: bool
+    layers: int | None = None
 
     def elements(self, size: int) -> np.ndarray:
         """Return the elements along the axis by channel, ``[size, elements of each]``, of a group of this size."""
@@ -55,6 +60,8 @@ class ChannelGroup:
         outer: names of the groups of which these channels are a part: of a head, its dimensions.
         span: how many units of a layer one channel stands for at least; of a head, the head's dimensions.
         var: the axis in the function.
+        layers: the axis of the scanned layers that the channels are in, where each layer may keep its own; None where
+            what stays is one choice.
     """
 
     name: str
@@ -63,6 +70,7 @@ class ChannelGroup:
     outer: tuple[str, ...]
     span: int
     var: Var = dataclasses.field(repr=False)
+    layers: Var | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +100,17 @@ def find_members(paths: Sequence[str], program: Program) -> dict[Var, list[Membe
         program: the function.
     """
     params = program.ins[: len(paths)]
-    produced = _produced(program)
+    produced, read = _sides(program)
     found: dict[Var, list[Member]] = {}
     for number, (path, value) in enumerate(zip(paths, params, strict=True)):
         for axis, dim in enumerate(value.dims):
             for var in dict.fromkeys(leaf for leaf in leaves(dim) if leaf.reason is None):
-                # A recurrent kernel reads and computes the same channels; its last axis is taken to compute them.
+                # A recurrent kernel reads and computes the same channels; its last axis is taken to compute them. A table
+                # that is the output layer as well computes and reads them along one axis.
                 last = not any(is_cut(later, {var: None}) for later in value.dims[axis + 1 :])
-                member = Member(path, axis, positions(dim, var), last and (number, var) in produced)
+                first = not any(is_cut(earlier, {var: None}) for earlier in value.dims[:axis])
+                computes, sums = last and (number, var) in produced, (first or not last) and (number, var) in read
+                member = Member(path, axis, positions(dim, var), computes, sums)
                 found.setdefault(var, []).append(member)
     return found
 
@@ -117,10 +128,18 @@ def find_groups(
     for dim in widths:
         for var in leaves(dim):
             spans[var] = min(spans.get(var, size(dim)), _span(dim, var))
-    return tuple(
-        ChannelGroup(names[var], var.size, tuple(members), tuple(outer[var]), spans.get(var, 1), var)
-        for var, members in found.items()
-    )
+    layered = layers_of(program)
+    dims = {path: list(map(resolve, value.dims)) for path, value in zip(paths, params, strict=True)}
+    groups = []
+    for var, members in found.items():
+        own = [dim for dim in dims[members[0].path] if isinstance(dim, Var) and dim in layered.get(var, ())]
+        layers = own[0] if own and all(dims[member.path].count(own[0]) == 1 for member in members) else None
+        if layers is not None:
+            members = [dataclasses.replace(m, layers=dims[m.path].index(layers)) for m in members]
+        groups.append(
+            ChannelGroup(names[var], var.size, tuple(members), tuple(outer[var]), spans.get(var, 1), var, layers)
+        )
+    return tuple(groups)
 
 
 def find_frozen(paths: Sequence[str], program: Program) -> tuple[FrozenAxis, ...]:
@@ -143,15 +162,13 @@ def _layers(program: Program) -> Iterator[tuple[tuple[int, ...], Sequence[Dim], 
                 yield value.sources, units, summed
 
 
-def _produced(program: Program) -> set[tuple[int, Var]]:
-    """Return the channels that each parameter computes."""
-    return {
-        (number, leaf)
-        for sources, units, _ in _layers(program)
-        for number in sources
-        for dim in units
-        for leaf in leaves(dim)
-    }
+def _sides(program: Program) -> tuple[set[tuple[int, Var]], set[tuple[int, Var]]]:
+    """Return the channels that each parameter computes, and those that it sums over."""
+    found: tuple[set[tuple[int, Var]], set[tuple[int, Var]]] = set(), set()
+    for sources, *sides in _layers(program):
+        for side, variables in zip(sides, found, strict=True):
+            variables.update((number, leaf) for number in sources for dim in side for leaf in leaves(dim))
+    return found
 
 
 def _widths(program: Program, params: Sequence[Value]) -> list[Dim]:

@@ -25,7 +25,7 @@ def group_lasso(graph: Graph, params: Any) -> jax.Array:
 
     Channels that are part of others (the dimensions of attention heads) are left out, as in `select_channels`; the
     outer ones hold their weights. A weight between two channels counts for both; one that a recurrent kernel has
-    between a channel and itself, twice. Sums are in float32 whatever the dtype. The gradient at a channel of zeros is
+    between a channel and itself, twice. Channels that each layer of a scan keeps for itself count layer by layer. Sums are in float32 whatever the dtype. The gradient at a channel of zeros is
     zero (a subgradient). A NaN makes the result NaN. Pure; works under jit, grad and vmap, and on sharded arrays.
 
     Args:
@@ -56,7 +56,10 @@ def group_lasso(graph: Graph, params: Any) -> jax.Array:
     penalty = jnp.float32(0)
     for group in outermost:
         squares = sum(_squares(leaves[member.path], member, group.size) for member in group.members)
-        weights = sum(_weights(np.shape(leaves[member.path]), member) for member in group.members) // group.size
+        layers = 1 if group.layers is None else group.layers.size
+        weights = (
+            sum(_weights(np.shape(leaves[member.path]), member) for member in group.members) // group.size // layers
+        )
         penalty += math.sqrt(weights) * _root(squares).sum()
     return penalty
 
@@ -67,13 +70,15 @@ def _weights(shape: tuple[int, ...], member: Member) -> int:
 
 
 def _squares(leaf: Any, member: Member, size: int) -> jax.Array:
-    """Sum the squares of a member's weights, by channel."""
+    """Sum the squares of a member's weights, by channel; by layer and channel, where each layer keeps its own."""
     leaf = jnp.asarray(leaf)
     squares = jnp.square(jnp.real(leaf).astype(jnp.float32))
     if is_complex(leaf):  # by its parts: the modulus has no gradient at zero
         squares += jnp.square(jnp.imag(leaf).astype(jnp.float32))
-    summed = squares.sum([axis for axis in range(leaf.ndim) if axis != member.axis])
-    return whole(summed)[member.elements(size)].sum(1)
+    own = (member.axis,) if member.layers is None else (member.layers, member.axis)
+    summed = squares.sum([axis for axis in range(leaf.ndim) if axis not in own])
+    rows = summed.T if member.layers is not None and member.layers > member.axis else summed
+    return whole(rows)[..., member.elements(size)].sum(-1)
 
 
 def _root(squares: Any) -> jax.Array:

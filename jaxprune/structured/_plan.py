@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxprune._tree._shapes import require_shapes
-from jaxprune.structured._axes._dims import Var, kept_indices, leaves, split_kept
-from jaxprune.structured._axes._program import Node
+from jaxprune.structured._axes._dims import Var, leaves, resolve, split_kept
+from jaxprune.structured._axes._layered import kept_of, layers_axis
+from jaxprune.structured._axes._program import Node, Value
 from jaxprune.structured._axes._residuals import without
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
@@ -21,9 +22,14 @@ class Plan:
     """The elements that stay along each axis that is cut, and the parameters that go; what it does not name stays whole.
 
     Attributes:
-        kept: by parameter path and axis, the indices that stay, rising.
+        kept: by parameter path and axis, the indices that stay, rising; where each layer of a scan keeps its own, so many of
+            one number for each layer, ``[layers, n]``.
         shapes: of the parameters before they are cut: those that are, and those that must not be taken for them.
         dropped: paths of parameters that go as a whole, with the residual branch that reads them.
+        to_repair: paths of parameters that the choice takes to be solved for anew without what goes: cut what
+            `repair` returns.
+        layers: by path of the parameters of which layers keep their own indices, the axis of the layers; all of them are
+            counted, also those that the plan cuts.
 
     >>> plan = Plan({"up": {1: (0, 2)}}, {"up": (3, 4)})
     >>> plan.shrunk_shape("up"), Plan.from_json(plan.to_json()) == plan
@@ -33,12 +39,17 @@ class Plan:
     kept: Mapping[str, Mapping[int, Sequence[int]]]
     shapes: Mapping[str, tuple[int, ...]]
     dropped: tuple[str, ...] = ()
+    to_repair: tuple[str, ...] = ()
+    layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the indices fit the shapes."""
         for path in (*self.kept, *self.dropped):
             if path not in self.shapes:
                 raise ValueError(f"The plan cuts {path} but does not say its shape; make it by select_channels.")
+        for path in self.to_repair:
+            if path not in self.kept:
+                raise ValueError(f"The plan counts on {path} to be repaired, of which it cuts nothing.")
         for path in self.dropped:
             if path in self.kept:
                 raise ValueError(f"The plan drops {path}, and says what it keeps of it; it can only do one of the two.")
@@ -47,25 +58,40 @@ class Plan:
             for axis, kept in axes.items():
                 if not 0 <= axis < len(shape):
                     raise ValueError(f"The plan cuts axis {axis} of {path}, which has shape {shape}.")
-                indices = np.asarray(kept)
-                rising = len(indices) > 0 and bool(np.all(np.diff(indices) > 0))
-                if not rising or indices[0] < 0 or indices[-1] >= shape[axis]:
-                    raise ValueError(
-                        f"The plan keeps {list(kept)!r} along axis {axis} of {path}, of shape {shape}; "
-                        f"it must keep some of 0 to {shape[axis] - 1}, rising, each once."
-                    )
+                rows: Sequence[Any] = kept if is_nested(kept) else [kept]
+                for row in rows:
+                    _check_indices(row, path, axis, shape)
+                if is_nested(kept):
+                    self._check_layers(kept, path, axis)
+
+    def _check_layers(self, rows: Any, path: str, axis: int) -> None:
+        shape, along = self.shapes[path], self.layers.get(path)
+        if along is None or not 0 <= along < len(shape) or along == axis or len(rows) != shape[along]:
+            raise ValueError(
+                f"The plan keeps other indices along axis {axis} of {path}, of shape {shape}, in each of {len(rows)} layers; "
+                f"its axis of layers is {along}."
+            )
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError(
+                f"The plan keeps {sorted({len(row) for row in rows})} indices along axis {axis} of {path}; layers of a stack keep "
+                "equally many."
+            )
 
     def shrunk_shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of a parameter that the plan names, after it was cut."""
         axes = self.kept[path]
-        return tuple(len(axes[axis]) if axis in axes else n for axis, n in enumerate(self.shapes[path]))
+        return tuple(np.shape(axes[axis])[-1] if axis in axes else n for axis, n in enumerate(self.shapes[path]))
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         entries: dict[str, dict[str, Any]] = {
-            path: {"kept": {str(axis): [int(i) for i in kept] for axis, kept in axes.items()}}
+            path: {"kept": {str(axis): np.asarray(kept).tolist() for axis, kept in axes.items()}}
             for path, axes in self.kept.items()
         }
+        for path in self.to_repair:
+            entries[path]["to_repair"] = True
+        for path, axis in self.layers.items():
+            entries[path]["layers"] = axis
         entries.update((path, {"dropped": True}) for path in self.dropped)
         return json.dumps(
             {path: {"shape": list(shape), **entries.get(path, {})} for path, shape in self.shapes.items()}
@@ -76,12 +102,35 @@ class Plan:
         """Read what `to_json` wrote."""
         entries = json.loads(text)
         kept = {
-            path: {int(axis): tuple(indices) for axis, indices in entry["kept"].items()}
+            path: {int(axis): as_tuples(np.asarray(kept)) for axis, kept in entry["kept"].items()}
             for path, entry in entries.items()
             if "kept" in entry
         }
-        dropped = tuple(path for path, entry in entries.items() if entry.get("dropped"))
-        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()}, dropped)
+        dropped, to_repair = (
+            tuple(path for path, entry in entries.items() if entry.get(what)) for what in ("dropped", "to_repair")
+        )
+        layers = {path: entry["layers"] for path, entry in entries.items() if "layers" in entry}
+        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()}, dropped, to_repair, layers)
+
+
+def is_nested(kept: Sequence[Any]) -> bool:
+    """Whether each layer keeps indices of its own."""
+    return len(kept) > 0 and np.ndim(kept[0]) == 1
+
+
+def as_tuples(kept: np.ndarray) -> tuple[Any, ...]:
+    """Return indices as a plan has them."""
+    return tuple(map(tuple, kept.tolist())) if kept.ndim == 2 else tuple(kept.tolist())
+
+
+def _check_indices(kept: Sequence[int], path: str, axis: int, shape: Sequence[int]) -> None:
+    indices = np.asarray(kept)
+    rising = len(indices) > 0 and bool(np.all(np.diff(indices) > 0))
+    if not rising or indices[0] < 0 or indices[-1] >= shape[axis]:
+        raise ValueError(
+            f"The plan keeps {list(kept)!r} along axis {axis} of {path}, of shape {shape}; "
+            f"it must keep some of 0 to {shape[axis] - 1}, rising, each once."
+        )
 
 
 def combine(plan: Plan, other: Plan) -> Plan:
@@ -92,7 +141,7 @@ def combine(plan: Plan, other: Plan) -> Plan:
         other: another one for the same parameters.
 
     Returns:
-        Both in one. A parameter that one of them drops is dropped.
+        Both in one. A parameter that one of them drops is dropped; what one of them needs to be repaired stays so.
 
     Raises:
         ValueError: they cut the same axis differently, or are for parameters of other shapes.
@@ -110,27 +159,41 @@ def combine(plan: Plan, other: Plan) -> Plan:
         if len(shapes) > 1:
             raise ValueError(f"The plans are for {path} of shapes {plan.shapes[path]} and {other.shapes[path]}.")
         for axis in first.keys() & second.keys():
-            if path not in dropped and tuple(first[axis]) != tuple(second[axis]):
+            if path not in dropped and not np.array_equal(first[axis], second[axis]):
                 raise ValueError(
-                    f"The plans keep {tuple(first[axis])} and {tuple(second[axis])} along axis {axis} of {path}. "
+                    f"The plans keep {first[axis]} and {second[axis]} along axis {axis} of {path}. "
                     "Let one of them leave it whole."
                 )
         if path not in dropped and (first or second):
             kept[path] = first | second
-    return Plan(kept, {**other.shapes, **plan.shapes}, dropped)
+    to_repair = tuple(path for path in dict.fromkeys((*plan.to_repair, *other.to_repair)) if path in kept)
+    layers = {path: axis for path, axis in {**other.layers, **plan.layers}.items() if path in kept}
+    return Plan(kept, {**other.shapes, **plan.shapes}, dropped, to_repair, layers)
 
 
-def plan_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block] = ()) -> Plan:
-    """Return the plan that keeps these elements of some of a graph's axes, and drops these branches."""
+def plan_of(
+    graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block] = (), to_repair: Collection[str] = ()
+) -> Plan:
+    """Return the plan that keeps these elements of some of a graph's axes, drops these branches, and needs these repairs."""
     dropped = {path for block in branches for path in block.paths}
-    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    own = layered_groups(graph, kept)
+    found: dict[str, dict[int, tuple[Any, ...]]] = {}
+    layers: dict[str, int] = {}
     for path, value in zip(graph.paths, graph.params, strict=True):
         for axis, dim in enumerate(value.dims):
-            indices = kept_indices(dim, kept)
-            if path not in dropped and len(indices) < value.shape[axis]:
-                found.setdefault(path, {})[axis] = tuple(indices.tolist())
+            indices = kept_of(dim, kept)
+            if path not in dropped and indices.shape[-1] < value.shape[axis]:
+                found.setdefault(path, {})[axis] = as_tuples(indices)
+                if indices.ndim == 2:
+                    layers[path] = layers_axis(value.dims, dim, own)
     gone = tuple(path for path in graph.paths if path in dropped)
-    return Plan(found, graph.by_path, gone)
+    return Plan(found, graph.by_path, gone, tuple(path for path in found if path in to_repair), layers)
+
+
+def layered_groups(graph: Graph, kept: Mapping[Var, np.ndarray] | None = None) -> dict[Var, Var]:
+    """Return for the channels that each layer may keep for itself, or of which each keeps its own, the axis of the layers."""
+    found = {group.var: group.layers for group in graph.groups if group.layers is not None}
+    return found if kept is None else {var: d for var, d in found.items() if var in kept and kept[var].ndim == 2}
 
 
 def dropped_branches(graph: Graph, plan: Plan) -> list[Block]:
@@ -161,16 +224,9 @@ def shallower(graph: Graph, plan: Plan) -> Graph:
 def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
     """Return what a plan keeps of a graph's axes, and raise a ValueError where it does not fit the graph."""
     require_shapes("The plan", cut_shapes(plan), "the function", graph.by_path, "Make it from this function's graph.")
-    found: dict[Var, np.ndarray] = {}
     values = dict(zip(graph.paths, graph.params, strict=True))
-    for path, axes in plan.kept.items():
-        for axis, kept in axes.items():
-            if not split_kept(values[path].dims[axis], np.asarray(kept), found):
-                raise ValueError(
-                    f"What the plan keeps along axis {axis} of {path} contradicts another axis, or cuts a product of "
-                    "axes along neither. Select channels from this function's graph."
-                )
-    kept_vars = {var: indices for var, indices in found.items() if len(indices) < var.size}
+    found = _split(graph, plan, values)
+    kept_vars = {var: indices for var, indices in found.items() if indices.shape[-1] < var.size}
     for path, axes in plan.kept.items():
         for axis in axes:
             for var in leaves(values[path].dims[axis]):
@@ -181,12 +237,44 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
             continue
         for axis, dim in enumerate(value.dims):
             planned = plan.kept.get(path, {}).get(axis, range(value.shape[axis]))
-            if not np.array_equal(kept_indices(dim, kept_vars), np.asarray(planned)):
+            if not np.array_equal(kept_of(dim, kept_vars), np.asarray(planned)):
                 raise ValueError(
                     f"The plan does not cut axis {axis} of {path} as it cuts what is coupled with it. "
                     "Select channels from this function's graph."
                 )
     return kept_vars
+
+
+def _split(graph: Graph, plan: Plan, values: Mapping[str, Value]) -> dict[Var, np.ndarray]:
+    """Return what a plan keeps of each variable along the axes that it cuts: in a row for each layer, where layers differ."""
+    own = layered_groups(graph)
+    found: dict[Var, np.ndarray] = {}
+    rows: dict[Var, list[dict[Var, np.ndarray]]] = {}  # by the axis of the layers, what each layer keeps
+    for path, axes in plan.kept.items():
+        dims = values[path].dims
+        for axis, kept in axes.items():
+            if not is_nested(kept):
+                fits = split_kept(dims[axis], np.asarray(kept), found)
+            else:
+                along = resolve(dims[plan.layers[path]])
+                fits = isinstance(along, Var) and any(own.get(var) is along for var in leaves(dims[axis]))
+                each = rows.setdefault(along, [{} for _ in kept]) if isinstance(along, Var) else []
+                fits = fits and all(
+                    split_kept(dims[axis], np.asarray(row), layer) for row, layer in zip(kept, each, strict=True)
+                )
+            if not fits:
+                raise ValueError(
+                    f"What the plan keeps along axis {axis} of {path} contradicts another axis, or cuts a product of "
+                    "axes along neither, or differs between layers that have one choice. Select channels from this "
+                    "function's graph."
+                )
+    for along, layers in rows.items():
+        for var in layers[0]:
+            if own.get(var) is along:
+                found[var] = np.stack([layer[var] for layer in layers])
+            elif var not in found:
+                found[var] = layers[0][var]
+    return found
 
 
 def cut_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from jaxprune.structured._axes._program import Node, Value, walk
 from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import Member
-from jaxprune.structured._plan import Plan, shallower, solve
+from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
 
 # What a mean over channels divides by: how many there were, or how many stay.
 Counts = Literal["kept", "rescaled"]
@@ -26,10 +26,11 @@ def rebuild(graph: Graph, plan: Plan, *, counts: Counts = "kept") -> Callable[..
     """Return the function for parameters that a plan has cut: ``small_fn(shrink(plan, params), *inputs)``.
 
     It is jitted, and can be differentiated, vmapped and exported; derivatives that the function defines itself
-    (``custom_jvp``, ``custom_vjp``) are kept, to the first order. The leading axis of inputs, the batch, may have
-    another size than when the function was traced, unless it is tied to a parameter; all other axes may not. Means over
-    the batch follow it; a function that computes with the size of its batch as a number otherwise (``/ x.shape[0]``, a
-    variance with ``ddof``) has the traced number built in: trace it with the size that it is to run with.
+    (``custom_jvp``, ``custom_vjp``) are kept, to the first order. Inputs may have other shapes than when the function was
+    traced, as longer sequences or another batch: it is traced once more for each (`Graph.at`). Of symbolic shapes, for
+    ``jax.export``, the leading axis alone may be another than was traced, and not one that is tied to a parameter; means
+    follow it, any other number that the function computes from its size (``/ x.shape[0]``, a variance with ``ddof``) is the
+    traced one.
 
     Args:
         graph: the function, by `trace`.
@@ -55,18 +56,32 @@ def rebuild(graph: Graph, plan: Plan, *, counts: Counts = "kept") -> Callable[..
     """
     if counts not in ("kept", "rescaled"):
         raise ValueError(f"counts is 'kept' or 'rescaled', not {counts!r}.")
-    kept, small = solve(graph, plan), shallower(graph, plan)
-    sizes = {var: len(indices) for var, indices in kept.items()}
-    shapes = [
-        None if path in plan.dropped else tuple(kept_size(dim, sizes) for dim in value.dims)
-        for path, value in zip(graph.paths, graph.params, strict=True)
-    ]
+    solve(graph, plan), shallower(graph, plan)  # a plan that does not fit is told now
 
     def small_fn(params: Any, *inputs: Any) -> Any:
-        replay = Replay(kept, dict(sizes), rescaled=counts == "rescaled")
-        return evaluate(small, replay, params, shapes, inputs, {})
+        here = at_shapes(graph, inputs)
+        kept = solve(here, plan)
+        sizes = {var: indices.shape[-1] for var, indices in kept.items()}
+        shapes = [
+            None if path in plan.dropped else tuple(kept_size(dim, sizes) for dim in value.dims)
+            for path, value in zip(here.paths, here.params, strict=True)
+        ]
+        replay = Replay(kept, sizes, rescaled=counts == "rescaled")
+        return evaluate(shallower(here, plan), replay, params, shapes, inputs, {})
 
     return jax.jit(small_fn)
+
+
+def at_shapes(graph: Graph, inputs: tuple[Any, ...]) -> Graph:
+    """Return the function's graph at the shapes of these inputs; at symbolic ones, as it was traced."""
+    given, traced = jax.tree.leaves(inputs), jax.tree.leaves(graph.inputs)
+    structures: list[Any] = [jax.tree.structure(inputs), jax.tree.structure(graph.inputs)]
+    if structures[0] != structures[1]:
+        return graph
+    shapes = [tuple(np.shape(leaf)) if isinstance(leaf, int | float) else tuple(leaf.shape) for leaf in given]
+    same = all(shape == tuple(leaf.shape) for shape, leaf in zip(shapes, traced, strict=True))
+    symbolic = any(not isinstance(n, int) for shape in shapes for n in shape)
+    return graph if same or symbolic else graph.at(*inputs)
 
 
 def masked(graph: Graph) -> Callable[..., Any]:
@@ -75,7 +90,8 @@ def masked(graph: Graph) -> Callable[..., Any]:
     Channels whose masks are False count for nothing wherever the function sums or takes a maximum over them, so that
     the result is that of the smaller function exactly. (Zeroing parameters alone is not always: a normalisation layer
     sees the mean of a zeroed channel.) A layer or a residual branch whose masks are all False passes on what it is given.
-    Masks are arguments: new ones compile nothing.
+    Masks are arguments: new ones compile nothing. Inputs may have other shapes than when the function was traced, as in
+    `rebuild`.
 
     Args:
         graph: the function, by `trace`.
@@ -85,8 +101,8 @@ def masked(graph: Graph) -> Callable[..., Any]:
     """
 
     def masked_fn(params: Any, masks: Any, *inputs: Any) -> Any:
-        flat = flatten(masks, "masks")
-        return evaluate(graph, Replay(), params, graph.shapes, inputs, _read_masks(graph, flat))
+        here = at_shapes(graph, inputs)
+        return evaluate(here, Replay(), params, here.shapes, inputs, _read_masks(here, flatten(masks, "masks")))
 
     return jax.jit(masked_fn)
 
@@ -117,14 +133,17 @@ def _read_masks(graph: Graph, flat: Tree) -> Masks:
             where = tuple(inside[member.path])
             telling[where] = telling[where] & alive if where in telling else alive
         stays = telling[()] if () in telling else functools.reduce(jnp.logical_or, telling.values())
-        found[place] = stays | ~jnp.any(stays)
+        found[place] = stays | ~jnp.any(stays, -1, keepdims=True)
     return found
 
 
 def _alive(member: Member, count: int, mask: jax.Array) -> jax.Array:
-    """Whether any weight of each channel stays in a member."""
-    alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis != member.axis))
-    return jnp.any(whole(alive)[member.elements(count)], 1)
+    """Whether any weight of each channel stays in a member; of layers that keep their own, ``[layers, channels]``."""
+    own = (member.axis,) if member.layers is None else (member.layers, member.axis)
+    alive = jnp.any(mask, tuple(axis for axis in range(mask.ndim) if axis not in own))
+    if member.layers is not None and member.layers > member.axis:
+        alive = alive.T
+    return jnp.any(whole(alive)[..., member.elements(count)], -1)
 
 
 def evaluate(
@@ -145,6 +164,7 @@ def evaluate(
     remedy = "A rebuilt function takes what shrink cut by its plan, a masked one what was traced."
     require_shapes("The function", wanted, "params", actual, remedy)
     given = _bind_inputs(graph, replay, inputs)
+    replay.layers = layered_groups(graph)
 
     # Read without shardings, the program says nothing of how products of sharded arrays are to be sharded.
     def run(arguments: list[Any], kept: list[Any]) -> list[Any]:
@@ -155,7 +175,7 @@ def evaluate(
 
 
 def _bind_inputs(graph: Graph, replay: Replay, inputs: tuple[Any, ...]) -> list[Any]:
-    """Return the leaves of the inputs; their leading axes may have sizes of their own."""
+    """Return the leaves of the inputs; their leading axes may have symbolic sizes."""
     traced_as: Any = jax.tree.structure(graph.inputs)
     structure: Any = jax.tree.structure(inputs)
     if structure != traced_as:
@@ -169,7 +189,7 @@ def _bind_inputs(graph: Graph, replay: Replay, inputs: tuple[Any, ...]) -> list[
         if len(shape) != len(traced.shape) or shape[1:] != traced.shape[1:]:
             raise ValueError(
                 f"Input {number} has shape {shape}; the function was traced with {traced.shape}, of which the leading "
-                "axis alone may differ. Trace it with these shapes."
+                "axis alone may be symbolic. Trace it with the sizes that the others are to have."
             )
         if not shape:
             continue

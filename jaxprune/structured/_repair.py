@@ -7,8 +7,7 @@ import jax
 from jaxprune._tree._paths import flatten
 from jaxprune.oneshot._reconstruct import reconstruct
 from jaxprune.sites._calibrate import Grams
-from jaxprune.sites._matrices import overlap
-from jaxprune.sites._sites import Sites
+from jaxprune.structured._losses import is_repaired
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._shrink import channel_masks
 
@@ -50,13 +49,7 @@ def repair(plan: Plan, params: Any, grams: Grams, *, steps: int = 30, damping: f
     readers = {
         site.path
         for site in grams.sites
-        if set(site.in_axes) & set(plan.kept.get(site.path, ())) and _has_one_input(grams.sites, site.path)
+        if set(site.in_axes) & set(plan.kept.get(site.path, ())) and is_repaired(grams.sites, site.path)
     }
     only = [mask if path in readers else None for path, mask in zip(masks.paths, masks.leaves, strict=True)]
     return reconstruct(params, jax.tree.unflatten(masks.treedef, only), grams, steps=steps, damping=damping)
-
-
-def _has_one_input(sites: Sites, path: str) -> bool:
-    """Whether every weight of a parameter multiplies data in one known way."""
-    known = path not in sites.tables and all(entry.path != path for entry in sites.unresolved)
-    return known and not overlap(sites.at(path))

@@ -12,7 +12,7 @@ from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, plan_of
-from jaxprune.structured._rebuild import evaluate
+from jaxprune.structured._rebuild import at_shapes, evaluate
 
 Loss = Callable[[Callable[..., Any], Any], Any]
 
@@ -29,7 +29,7 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
         params: its parameters. Values are read: not under jit.
         number: how many go, at least 1: layers of a scan count each, a branch counts as one.
         loss: ``loss(fn, params) -> scalar``, traceable by JAX, of a function like the one that was traced: of the
-            batches that it is to be measured on it may close over any number.
+            batches that it is to be measured on it may close over any number, of any shapes.
 
     Returns:
         The plan: for scanned layers, those that stay along the axis they are stacked in; for branches, the parameters
@@ -57,10 +57,10 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
 
     @jax.jit
     def measure(params: Any, gates: Sequence[Any]) -> Any:
-        masks: Masks = {block.place: gate for block, gate in zip(graph.blocks, gates, strict=True)}
-
         def fn(params: Any, *inputs: Any) -> Any:
-            return evaluate(graph, Replay(), params, graph.shapes, inputs, masks)
+            here = at_shapes(graph, inputs)
+            masks: Masks = {block.place: gate for block, gate in zip(here.blocks, gates, strict=True)}
+            return evaluate(here, Replay(), params, here.shapes, inputs, masks)
 
         value = jnp.asarray(loss(fn, params))
         if value.shape:

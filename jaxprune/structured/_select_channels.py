@@ -2,24 +2,21 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree._leaves import is_complex
-from jaxprune._tree._names import slashed
-from jaxprune._tree._paths import flatten
-from jaxprune._tree._shapes import require_shapes
-from jaxprune.scores._channels import channel_norm
+from jaxprune.sites._calibrate import Grams
+from jaxprune.structured._axes._dims import Var
 from jaxprune.structured._count import count_macs
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import ChannelGroup
+from jaxprune.structured._importance import Importance, order_by
+from jaxprune.structured._losses import repaired_readers
+from jaxprune.structured._naming import as_list, by_group, groups_named
 from jaxprune.structured._plan import Plan, plan_of
 
-# (weights [channels, weights], the axis of the weights) -> the importance of each channel, larger = keep.
-Importance = Callable[[Any, int], Any]
 # What a function costs under a plan.
 Cost = Callable[[Plan], float]
 
@@ -29,23 +26,38 @@ def select_channels(
     params: Any,
     k: float | Mapping[str, float],
     *,
+    grams: Grams | None = None,
     scores: Any = None,
     importance: Importance | None = None,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     min_kept: int = 1,
 ) -> Plan:
-    """Choose the channels that stay, a share of each group.
+    """Choose the channels that stay, a share of each group: by what is lost with them, where Gram matrices are given.
 
     Exactly ``floor(k * size + 1/2)`` channels of a group go, those of the least importance, among equals the later
     ones; then the number that stays is rounded. Where channels are part of others (the dimensions of attention heads),
-    a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both.
+    a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both. Each layer of a scan
+    over stacked parameters keeps its own channels, equally many, unless something that all layers share lies along them
+    (what is carried, a constant, random bits).
+
+    With `grams` channels go one after the other, each time the one without which the group's readers, solved for anew by
+    least squares, lose least: of readers with weights W, inputs X and ``P = (X^T X)^-1`` where channels stay, the channel
+    whose rows are g adds ``1/2 tr(W_g^T (P_gg)^-1 W_g)`` to the error ``1/2 ||X V - X W||^2``, and W and P are updated when it
+    is gone. So one of two channels that say the same goes early, the other late. The choice counts on that solution:
+    ``shrink(plan, repair(plan, params, grams))``, or it is worse than others; ``plan.to_repair`` names the weights, and
+    `shrink` warns where they have not been repaired. Weights that `repair` leaves alone, as those of a table that is the
+    output layer as well, are counted by what they lose as they are. Gram matrices are damped by a hundredth of their mean
+    diagonal. Without `grams` the norms of weights choose, which for a language model is much worse.
 
     Args:
         graph: the function's channels, by `trace`.
         params: its parameters. Values are read: not under jit.
-        k: the fraction removed of each group, at least 0 and below 1; or such fractions by the names of groups
-            or by paths, or beginnings of paths, under which all parameters lie that compute the channels. Groups that
+        k: the fraction removed of each group, at least 0 and below 1; or such fractions by names: of a group, of any
+            parameter that computes the channels or the layer that holds it, of a module within which all are computed, or glob
+            patterns of these: ``{"*/gate_proj": 0.25, "*/k_proj": 1 / 3}``, ``{"layers/0": 0.5}``; with an axis,
+            ``"*/k_proj/kernel[1]"``, they mean what lies along it. Of several that fit, the last one counts. Groups that
             are not named stay whole.
+        grams: from `calibrate_grams` of the function; computed with in float64 by NumPy.
         scores: a tree of scores like `params`, larger = keep, that importance is measured by, such as `scores.saliency`
             (Taylor) or `scores.wanda` (activation norms); parameters without a score (None, no leaf) count for
             nothing. None for the parameters themselves.
@@ -55,33 +67,44 @@ def select_channels(
             of its group: its producer's, its bias's, its consumers'. None for the norm of parameters (Fang et al.,
             DepGraph, 2023), and the sum of scores (Molchanov et al., Importance Estimation, 2019).
         round_to: the width of a layer that stays is a multiple of it where the group is large enough; hardware is
-            faster at multiples of 8 or 128. Of a head with a multiple of so many dimensions any number fits.
+            faster at multiples of 8 or 128. Of a head with a multiple of so many dimensions any number fits. By names as k, 1
+            for groups that are not named.
         min_kept: channels that every group keeps.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: nothing can be cut; a name fits no group; k is out of range; trees do not fit the graph.
+        ValueError: nothing can be cut; a name fits no group; k is out of range; trees do not fit the graph; a group that
+            is cut by `grams` has no reader, or one that they have no Gram matrix of (choose such groups by scores, in another
+            plan, and `combine` the two); `grams` are given beside `scores` or `importance`.
 
-    >>> import jax.numpy as jnp
+    >>> import jax.numpy as jnp, jaxprune
     >>> from jaxprune.structured import trace
     >>> params = {"up": jnp.array([[1.0, 4.0, 2.0, 3.0]]), "down": jnp.ones((4, 2))}
-    >>> graph = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((5, 1)))
+    >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+    >>> graph = trace(fn, params, jnp.ones((5, 1)))
     >>> select_channels(graph, params, 0.5).kept
     {'down': {0: (1, 3)}, 'up': {1: (1, 3)}}
+    >>> grams = jaxprune.calibrate_grams(fn, params, [jnp.linspace(-3, 3, 50)[:, None]])
+    >>> plan = select_channels(graph, params, 0.5, grams=grams)  # tanh(2 x) and tanh(3 x) lie between the others
+    >>> plan.kept["down"], plan.to_repair
+    ({0: (0, 1)}, ('down',))
+
+    Reference: for grams, Meng, Ibrahim, Behdin, Hazimeh, Ponomareva, Mazumder, "OSSCAR: One-Shot Structured Pruning in Vision
+    and Language Models with Combinatorial Optimization", 2024, section 3: the
+    objective, and the update of what is left; one channel at a time, without the local search.
     """
-    _check_options(graph, round_to, min_kept)
-    shares = _shares(graph, k)
-    rows = _rows(graph, params, scores)
-    importance = importance or (channel_norm if scores is None else jnp.sum)
+    steps = _check_options(graph, round_to, min_kept)
+    shares = by_group(graph, k, "k", 0.0, _check_share)
+    order = order_by(graph, params, grams, scores, importance)
     kept = {}
     for group in graph.groups:
-        share = shares[group.name]
-        count = kept_count(group, share, round_to, min_kept)
+        share = 0.0 if group.outer and not isinstance(k, Mapping) else float(shares[group.name])
+        count = kept_count(group, share, steps[group.name], min_kept)
         if count < group.size:
-            kept[group.var] = _best(_measure(group, rows, importance), count)
-    return plan_of(graph, kept)
+            kept[group.var] = _without(group, order(group, group.size - count)[0])
+    return _planned(graph, kept, grams)
 
 
 def select_channels_globally(
@@ -90,15 +113,19 @@ def select_channels_globally(
     budget: float,
     *,
     cost: Cost | None = None,
+    among: str | Sequence[str] | None = None,
+    alike: str | Sequence[str] = (),
+    grams: Grams | None = None,
     scores: Any = None,
     importance: Importance | None = None,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     min_kept: int = 1,
 ) -> Plan:
     """Choose the channels that stay among those of all groups, until the function costs no more than a budget.
 
-    Importance is divided by its mean over the group, since layers differ in scale. The least important channels of
-    all go first; the fewest go that meet the budget. Channels that are part of others stay, as in `select_channels`.
+    The least important channels of all go first; the fewest go that meet the budget. Layers differ in scale: importance is
+    divided by its mean over the group, and what is lost with a channel, where `grams` are given, by all that the group's readers
+    compute. Channels that are part of others stay, as in `select_channels`.
 
     Args:
         graph: the function's channels, by `trace`.
@@ -106,6 +133,12 @@ def select_channels_globally(
         budget: the most that the function may cost, above 0, in the cost's own unit: ``0.5 * count_macs(graph)``.
         cost: a plan to a number that falls as channels go: ``functools.partial(count_parameters, graph)``, or your own;
             None counts multiply-accumulates.
+        among: the groups to choose from, by names or patterns as in `select_channels`; all others stay whole. None for all that
+            are not part of others.
+        alike: names or patterns, of which each means groups that keep the same number of channels: a configuration has
+            often one width for all layers, ``("*/gate_proj", "*/k_proj")``. The channels that go are each layer's own, and of all
+            layers at once, for the mean of what they cost.
+        grams: as in `select_channels`; the plan needs `repair`.
         scores: as in `select_channels`.
         importance: as in `select_channels`.
         round_to: as in `select_channels`, but what stays is rounded up before the budget is applied.
@@ -115,34 +148,58 @@ def select_channels_globally(
         The plan.
 
     Raises:
-        ValueError: the budget cannot be met, because of what must stay.
+        ValueError: the budget cannot be met, because of what must stay; groups that are to be alike are of different sizes; as in
+            `select_channels`.
     """
-    _check_options(graph, round_to, min_kept)
-    rows = _rows(graph, params, scores)
-    importance = importance or (channel_norm if scores is None else jnp.sum)
-    groups = [group for group in graph.groups if not group.outer]
-    measured = [_measure(group, rows, importance) for group in groups]
-    relative = [_relative(values) for values in measured]
-    # Channels of a group go from the least important one; a group's last ones are never counted.
-    owners = np.concatenate([np.full(group.size - _least(group, min_kept), i) for i, group in enumerate(groups)])
-    ranks = np.concatenate(
-        [
-            np.sort(values)[: group.size - _least(group, min_kept)]
-            for values, group in zip(relative, groups, strict=True)
-        ]
-    )
-    owners = owners[np.argsort(ranks, kind="stable")]
+    steps = _check_options(graph, round_to, min_kept)
+    if among is None:
+        groups = [group for group in graph.groups if not group.outer]
+    else:
+        named = {g.name for pattern in as_list(among) for g in groups_named(graph, pattern, "among")}
+        groups = [group for group in graph.groups if group.name in named]
+    families = _families(graph, groups, as_list(alike), steps)
+    order = order_by(graph, params, grams, scores, importance)
+    # A group's last channels are never counted.
+    orders = {group.name: order(group, group.size - _least(group, min_kept)) for family in families for group in family}
+    ranks = [np.mean([orders[group.name][1] for group in family], 0) for family in families]
+    owners = np.repeat(np.arange(len(families)), [len(rank) for rank in ranks])
+    owners = owners[np.argsort(np.concatenate(ranks), kind="stable")]
 
     def plan(removed: int) -> Plan:
-        gone = np.bincount(owners[:removed], minlength=len(groups))
         kept = {}
-        for group, values, number in zip(groups, measured, gone, strict=True):
-            count = min(group.size, -(-(group.size - int(number)) // _step(group, round_to)) * _step(group, round_to))
-            if count < group.size:
-                kept[group.var] = _best(values, count)
-        return plan_of(graph, kept)
+        for family, gone in zip(families, np.bincount(owners[:removed], minlength=len(families)), strict=True):
+            for group in family:
+                step = _step(group, steps[group.name])
+                count = min(group.size, -(-(group.size - int(gone)) // step) * step)
+                if count < group.size:
+                    kept[group.var] = _without(group, orders[group.name][0][..., : group.size - count])
+        return _planned(graph, kept, grams)
 
     return plan(_first(graph, len(owners), plan, cost, budget))
+
+
+def _families(
+    graph: Graph, groups: Sequence[ChannelGroup], alike: Sequence[str], steps: Mapping[str, int]
+) -> list[list[ChannelGroup]]:
+    """Return the groups that keep the same number of channels together, each in one list."""
+    family = {group.name: group.name for group in groups}
+    for pattern in alike:
+        same = [group for group in groups_named(graph, pattern, "alike") if group.name in family]
+        if not same:
+            raise ValueError(f"alike names {pattern!r}, of which among leaves no group to choose from.")
+        for group in same:
+            if (group.size, _step(group, steps[group.name])) != (same[0].size, _step(same[0], steps[same[0].name])):
+                raise ValueError(
+                    f"alike names {pattern!r}, but {same[0].name} has {same[0].size} channels in steps of "
+                    f"{_step(same[0], steps[same[0].name])} and {group.name} has {group.size} in steps of "
+                    f"{_step(group, steps[group.name])}. Let each pattern name groups of one size."
+                )
+        joined = {family[group.name] for group in same}
+        family = {name: family[same[0].name] if owner in joined else owner for name, owner in family.items()}
+    found: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        found.setdefault(family[group.name], []).append(group)
+    return list(found.values())
 
 
 def sparsity_within(
@@ -150,7 +207,7 @@ def sparsity_within(
     budget: float,
     *,
     cost: Cost | None = None,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     min_kept: int = 1,
 ) -> float:
     """Return the least k for `select_channels`, the same for all groups, at which the function costs no more than a budget.
@@ -176,11 +233,11 @@ def sparsity_within(
     >>> sparsity_within(graph, 0.5 * count_macs(graph))  # 4 channels stay as soon as round(8 s) is 4
     0.438
     """
-    _check_options(graph, round_to, min_kept)
+    steps = _check_options(graph, round_to, min_kept)
 
     def plan(thousandths: int) -> Plan:
         counts = {
-            group.var: kept_count(group, thousandths / 1000, round_to, min_kept)
+            group.var: kept_count(group, thousandths / 1000, steps[group.name], min_kept)
             for group in graph.groups
             if not group.outer
         }
@@ -205,7 +262,21 @@ def _least(group: ChannelGroup, min_kept: int) -> int:
     return min(max(min_kept, 1), group.size)
 
 
-def _check_options(graph: Graph, round_to: int, min_kept: int) -> None:
+def _without(group: ChannelGroup, gone: np.ndarray) -> np.ndarray:
+    stays = np.ones((*gone.shape[:-1], group.size), bool)
+    np.put_along_axis(stays, gone, False, -1)
+    return np.nonzero(stays)[-1].reshape(*gone.shape[:-1], -1)
+
+
+def _planned(graph: Graph, kept: Mapping[Var, np.ndarray], grams: Grams | None) -> Plan:
+    """Return a plan; chosen by Gram matrices, it counts on readers that are repaired."""
+    cut = [group for group in graph.groups if group.var in kept]
+    to_repair = {path for group in cut for path in repaired_readers(group, grams)} if grams is not None else set()
+    return plan_of(graph, kept, to_repair=to_repair)
+
+
+def _check_options(graph: Graph, round_to: int | Mapping[str, int], min_kept: int) -> dict[str, int]:
+    """Return what each group's width is rounded to."""
     if not graph.groups:
         first = {axis.reasons[0]: f"{axis.path}[{axis.axis}]: {axis.reasons[0]}" for axis in reversed(graph.frozen)}
         reasons = "; ".join(reversed(first.values()))
@@ -213,75 +284,18 @@ def _check_options(graph: Graph, round_to: int, min_kept: int) -> None:
         raise ValueError(
             f"The function has no channels that can be cut. What keeps them: {reasons or 'no parameters'}.{hint}"
         )
-    for name, value in (("round_to", round_to), ("min_kept", min_kept)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is a whole number, at least 1, not {value!r}.")
+    _check_whole(min_kept, "min_kept")
+    return by_group(graph, round_to, "round_to", 1, _check_whole)
 
 
-def _shares(graph: Graph, k: float | Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(k, Mapping):
-        _check_share(k, "k")
-        return {group.name: 0.0 if group.outer else float(k) for group in graph.groups}
-    shares = {group.name: 0.0 for group in graph.groups}
-    for key, share in k.items():
-        _check_share(share, f"k[{key!r}]")
-        named = [group for group in graph.groups if _answers(group, key)]
-        if not named:
-            raise ValueError(f"k names {key!r}, which computes no channels; groups are {list(shares)}.")
-        exact = [group for group in named if group.name == key]
-        shares.update((group.name, float(share)) for group in exact or [g for g in named if not g.outer] or named)
-    return shares
+def _check_whole(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is a whole number, at least 1, not {value!r}.")
 
 
-def _answers(group: ChannelGroup, key: str) -> bool:
-    produced = [member for member in group.members if member.produces] or group.members[:1]
-    return group.name == key or all(slashed(member.path + "/").startswith(slashed(key + "/")) for member in produced)
-
-
-def _check_share(share: Any, name: str) -> None:
+def _check_share(share: object, name: str) -> None:
     if not isinstance(share, int | float | np.floating) or not 0 <= share < 1:
         raise ValueError(f"{name} is the fraction of channels removed, at least 0 and below 1, not {share!r}.")
-
-
-def _rows(graph: Graph, params: Any, scores: Any) -> dict[str, np.ndarray]:
-    """Return by path what importance is measured by; what has no score counts for nothing."""
-    given = flatten(params, "params")
-    require_shapes("The function", graph.by_path, "params", given.shapes, "Trace it with these parameters.")
-    if scores is not None:
-        given = flatten(scores, "scores")
-        remedy = "Make scores from the parameters that were traced."
-        require_shapes("scores", given.shapes, "the function", graph.by_path, remedy)
-    cut = {member.path for group in graph.groups for member in group.members}
-    # Through float32: NumPy computes in bfloat16 slowly, and loses what it sums.
-    return {
-        path: np.asarray(leaf).astype(np.complex64 if is_complex(leaf) else np.float32)
-        for path, leaf in zip(given.paths, given.leaves, strict=True)
-        if path in cut
-    }
-
-
-def _measure(group: ChannelGroup, rows: Mapping[str, np.ndarray], importance: Importance) -> np.ndarray:
-    """Return the importance of each channel from the weights of all members."""
-    found: list[np.ndarray] = []
-    for member in (member for member in group.members if member.path in rows):
-        weights = np.moveaxis(rows[member.path], member.axis, 0)
-        found.append(weights[member.elements(group.size)].reshape(group.size, -1))
-    if not found:
-        raise ValueError(f"scores has nothing for {group.name}: no score for {[m.path for m in group.members]}.")
-    values = np.asarray(importance(np.concatenate(found, 1), 1), np.float64)
-    if values.shape != (group.size,):
-        raise ValueError(f"importance returned shape {values.shape} for {group.size} channels of {group.name}.")
-    return np.where(np.isnan(values), -np.inf, values)
-
-
-def _best(values: np.ndarray, count: int) -> np.ndarray:
-    return np.sort(np.argsort(-values, kind="stable")[:count])
-
-
-def _relative(values: np.ndarray) -> np.ndarray:
-    finite = values[np.isfinite(values)]
-    mean = float(np.abs(finite).mean()) if len(finite) else 0.0
-    return values / mean if mean > 0 else values
 
 
 def _first(graph: Graph, last: int, plan: Callable[[int], Plan], cost: Cost | None, budget: float) -> int:

@@ -26,7 +26,8 @@ def tables(groups: Sequence[ChannelGroup], blocks: Sequence[Block], frozen: Sequ
             f"{member.path}[{member.axis}]" + (f" of {len(member.channels)}" * (len(member.channels) != group.size))
             for member in group.members
         )
-        coupled.add_row(group.name, str(group.size), members, "\n".join(group.outer))
+        size = str(group.size) if group.layers is None else f"{group.size} in each of {group.layers.size} layers"
+        coupled.add_row(group.name, size, members, "\n".join(group.outer))
     dropped = Table(title="What can be dropped as a whole", title_justify="left", show_lines=True)
     dropped.add_column("block", overflow="fold")
     dropped.add_column("layers", justify="right")

@@ -1,5 +1,6 @@
 """Apply a plan to trees of arrays: masks that zero the channels, or smaller arrays without them."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
@@ -7,13 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._printing import some
 from jaxprune._tree._collections import collection_with, collections_of
-from jaxprune._tree._leaves import is_nothing, own
+from jaxprune._tree._leaves import is_known, is_nothing, own
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._paths import Tree, flatten, owner
 from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import without_explicit_axes
-from jaxprune.structured._plan import Plan, cut_shapes
+from jaxprune.structured._axes._layered import spread
+from jaxprune.structured._plan import Plan, cut_shapes, is_nested
+
+
+class UnrepairedWarning(UserWarning):
+    """Channels were chosen by what is lost after `repair`, and cut without it."""
 
 
 def channel_masks(plan: Plan, params: Any) -> Any:
@@ -42,14 +49,24 @@ def channel_masks(plan: Plan, params: Any) -> Any:
     require_shapes("The plan", wanted, "params", found, "Take the parameters before they are cut.")
     masks = []
     for path, leaf in zip(planned, flat.leaves, strict=True):
-        mask = all_true(leaf)
-        for axis, kept in (plan.kept.get(path, {}) if path is not None else {}).items():
-            stays = np.isin(np.arange(mask.shape[axis]), kept)
-            mask &= np.expand_dims(stays, [other for other in range(mask.ndim) if other != axis])
+        mask = _mask(plan, path, leaf)
         if path in plan.dropped:
             mask &= False
         masks.append(mask)
     return flat.build(masks)
+
+
+def _mask(plan: Plan, path: str | None, leaf: Any) -> jax.Array:
+    mask = all_true(leaf)
+    for axis, kept in (plan.kept.get(path, {}) if path is not None else {}).items():
+        if path is not None and is_nested(kept):
+            stays = np.zeros((len(kept), mask.shape[axis]), bool)
+            np.put_along_axis(stays, np.asarray(kept), True, 1)
+            mask &= spread(stays, plan.layers[path], axis, mask.ndim)
+        else:
+            stays = np.isin(np.arange(mask.shape[axis]), kept)
+            mask &= np.expand_dims(stays, [other for other in range(mask.ndim) if other != axis])
+    return mask
 
 
 def _beside(plan: Plan, flat: Tree) -> tuple[list[str | None], Mapping[str, tuple[int, ...]]]:
@@ -86,11 +103,37 @@ def shrink(plan: Plan, tree: Any) -> Any:
             parameter's path has another shape, as where an optimizer keeps factored moments: make such state anew from the
             smaller parameters.
 
+    Warns:
+        UnrepairedWarning: the plan was chosen by what is lost after `repair`, and parameters have not been repaired: what it
+            cuts from them is not zero. Not under jit, nor of other trees than parameters.
+
     >>> plan = Plan({"up": {1: (1, 3)}}, {"up": (1, 4)})
     >>> state = {"count": jnp.int32(7), "mu": {"up": jnp.array([[1.0, 2.0, 3.0, 4.0]])}}
     >>> shrink(plan, state)["mu"]["up"].tolist()
     [[2.0, 4.0]]
     """
+    _warn_of_unrepaired(plan, flatten(tree, "tree").by_path)
+    return cut_out(plan, tree)
+
+
+def _warn_of_unrepaired(plan: Plan, leaves: Mapping[str, Any]) -> None:
+    found = {path: leaves[path] for path in plan.to_repair if path in leaves}
+    lost = [
+        path
+        for path, leaf in found.items()
+        if np.shape(leaf) == tuple(plan.shapes[path]) and not isinstance(leaf, jax.ShapeDtypeStruct) and is_known(leaf)
+        if bool(jnp.any((leaf != 0) & ~_mask(plan, path, leaf)))
+    ]
+    if lost:
+        warnings.warn(
+            f"The plan counts on repair: cut repair(plan, params, grams), not params. Not repaired: {some(lost)}.",
+            UnrepairedWarning,
+            stacklevel=3,
+        )
+
+
+def cut_out(plan: Plan, tree: Any) -> Any:
+    """Cut as `shrink` does, of parameters that may wait for their repair."""
     flat = flatten(tree, "tree")
     leaves: list[Any] = []
     cut = False
@@ -176,8 +219,13 @@ def _cut(plan: Plan, path: str, leaf: Any) -> Any:
     leaf = jnp.asarray(leaf)
 
     def take(leaf: jax.Array) -> jax.Array:
-        for axis, kept in plan.kept[path].items():
-            leaf = jnp.take(leaf, np.asarray(kept), axis)
+        # What layers keep for themselves, before layers go.
+        for axis, kept in sorted(plan.kept[path].items(), key=lambda entry: not is_nested(entry[1])):
+            if is_nested(kept):
+                rows = spread(np.asarray(kept), plan.layers[path], axis, leaf.ndim)
+                leaf = jnp.take_along_axis(leaf, jnp.asarray(rows), axis)
+            else:
+                leaf = jnp.take(leaf, np.asarray(kept), axis)
         return leaf
 
     return without_explicit_axes(take, leaf, plan.shrunk_shape(path))(leaf)

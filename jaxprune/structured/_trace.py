@@ -1,5 +1,6 @@
 """Trace a function: find its channels, its layers, and what must stay."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ from jaxprune._tree._paths import flatten
 from jaxprune.structured._axes._dims import freeze
 from jaxprune.structured._axes._label import label
 from jaxprune.structured._axes._program import Value, free
-from jaxprune.structured._axes._reasons import UNUSED, of_input, of_output
+from jaxprune.structured._axes._reasons import UNREAD, UNUSED, of_input, of_output
 from jaxprune.structured._blocks import find_blocks
 from jaxprune.structured._graph import Graph
-from jaxprune.structured._groups import find_frozen, find_groups, find_members
+from jaxprune.structured._groups import Member, find_frozen, find_groups, find_members
 
 
 def trace(
@@ -82,11 +83,20 @@ def trace(
         if id(value) not in read:
             _freeze_each(value, [UNUSED] * len(value.shape))
     members = find_members(flat.paths, program)
+    for var in [var for var, found in members.items() if not var.depth and _alone(found)]:
+        freeze(var, UNREAD)
+        del members[var]
     return Graph(
         find_groups(flat.paths, program, members), find_blocks(flat.paths, program, members, state),
         find_frozen(flat.paths, program), tuple(flat.paths), tuple(shape.shape for shape in shapes),
         program, jax.eval_shape(lambda tree: tree, inputs), outputs,
+        functools.partial(trace, fn, flat.build(shapes), prunable_outputs=prunable_outputs),
     )  # fmt: skip
+
+
+def _alone(members: Sequence[Member]) -> bool:
+    """Whether one parameter alone has channels, and neither computes nor reads them."""
+    return len(members) == 1 and not (members[0].produces or members[0].reads)
 
 
 def _freeze_each(value: Value, reasons: Sequence[str]) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 from jaxprune._masks import apply_masks
 from jaxprune._printing import Printable
 from jaxprune._tree._paths import flatten
-from jaxprune.structured._axes._dims import kept_indices
+from jaxprune.structured._axes._layered import take_kept
 from jaxprune.structured._axes._replay import Replay
 from jaxprune.structured._graph import Graph
-from jaxprune.structured._plan import Plan, shallower, solve
-from jaxprune.structured._rebuild import evaluate, masked, rebuild
+from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
+from jaxprune.structured._rebuild import at_shapes, evaluate, masked, rebuild
 from jaxprune.structured._rounding import tolerances
-from jaxprune.structured._shrink import channel_masks, shrink
+from jaxprune.structured._shrink import channel_masks, cut_out
 
 if TYPE_CHECKING:
     from jaxprune._tables import Table
@@ -97,7 +97,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
         graph: the function, by `trace`.
         plan: the channels that stay.
         params: the parameters before they are cut.
-        *inputs: the function's other arguments.
+        *inputs: the function's other arguments, of any shapes that it takes.
         tolerance: the largest relative difference that passes, for every output; measured when None.
 
     Returns:
@@ -112,9 +112,11 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     >>> result.passed, result.outputs[0].difference < 1e-6
     (True, True)
     """
+    graph = at_shapes(graph, inputs)
     kept = solve(graph, plan)
+    layers = layered_groups(graph, kept)
     masks = channel_masks(plan, params)
-    small = rebuild(graph, plan)(shrink(plan, params), *inputs)
+    small = rebuild(graph, plan)(cut_out(plan, params), *inputs)
     masked_fn = masked(graph)
     references = (
         masked_fn(params, masks, *inputs),
@@ -133,10 +135,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     for path, leaf, value in zip(flat.paths, flat.leaves, shallower(graph, plan).program.outs, strict=True):
         errors = []
         for by_path in expected_by_path:
-            expected = numbers(by_path[path])
-            for axis, dim in enumerate(value.dims):
-                if expected.shape[axis] != leaf.shape[axis]:
-                    expected = np.take(expected, kept_indices(dim, kept), axis)
+            expected = take_kept(numbers(by_path[path]), value.dims, kept, layers)
             errors.append(difference(numbers(leaf), expected))
         error, zeroed = errors
         found.append(OutputError(path, error, allowed[path], zeroed))

@@ -8,7 +8,7 @@ from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._rebuild import rebuild
 from jaxprune.structured._rounding import tolerances
-from jaxprune.structured._shrink import shrink
+from jaxprune.structured._shrink import cut_out
 from jaxprune.structured._verify import OutputError, Verification, difference, numbers, of_outputs
 
 
@@ -53,7 +53,7 @@ def verify_module(
     >>> verify_module(graph, plan, fn, params, jnp.ones((2, 1))).outputs
     (OutputError(path='', difference=0.0, tolerance=1e-05, zeroed=None),)
     """
-    small = shrink(plan, params)
+    small = cut_out(plan, params)
     rebuilt = rebuild(graph, plan, counts="rescaled")
     expected = flatten(rebuilt(small, *inputs), "the rebuilt function's outputs")
     found = flatten(fn(small, *inputs), "the module's outputs")

@@ -84,6 +84,18 @@ def test_calibration_adds_up_what_is_observed(name: str) -> None:
             np.testing.assert_allclose(stats.of(site), expected.of(site), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", slow_but(list(CASES)[::6], CASES))
+def test_norms_are_read_off_grams(name: str) -> None:
+    _, norms, found = observed(name)
+    read_off = found.norms()
+    assert type(read_off) is Norms
+    assert read_off.sites == found.sites
+    assert set(read_off.sums) == {group for site in found.sites if site.operation != "gather" for group in site.groups}
+    for site in (site for site in found.sites if site.operation != "gather"):
+        np.testing.assert_allclose(read_off.of(site), norms.of(site), rtol=1e-5, atol=1e-6)
+        assert read_off.count(site).tolist() == norms.count(site).tolist()
+
+
 def test_counts_of_samples_are_those_of_each_layer() -> None:
     case = built("ragged")
     norms = calibrate_norms(case.fn, case.params, [case.inputs])

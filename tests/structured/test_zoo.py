@@ -103,7 +103,8 @@ def test_what_is_coupled_cannot_be_moved_alone(name: str):
 def _rolled(plan: Plan, member: Any) -> np.ndarray | None:
     """The order of a smaller axis in which every channel has taken the next one's place."""
     kept = plan.kept.get(member.path, {}).get(member.axis)
-    labels = member.channels if kept is None else member.channels[np.asarray(kept)]
+    # Where layers keep their own, each has the next one's place in the order of its own.
+    labels = member.channels if kept is None else member.channels[np.atleast_2d(kept)[0]]
     channels = [np.flatnonzero(labels == channel) for channel in np.unique(labels[labels >= 0])]
     if len(channels) < 2:
         return None

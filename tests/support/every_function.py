@@ -172,7 +172,7 @@ def _files(p: Problem) -> tuple[Path, Path]:
 CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.apply_masks": lambda p: jaxprune.apply_masks(p.params, p.masks),
     "jaxprune.calibrate_grams": lambda p: p.grams.sums,
-    "jaxprune.calibrate_norms": lambda p: p.norms.sums,
+    "jaxprune.calibrate_norms": lambda p: [p.norms.sums, p.grams.norms().sums],
     "jaxprune.find_sites": lambda p: [site.path for site in jaxprune.find_sites(apply, p.params, p.x)],
     "jaxprune.is_kernel": lambda p: [jaxprune.is_kernel(f"a/{name}", leaf) for name, leaf in p.params["a"].items()],
     "jaxprune.iterate": _iterate,
@@ -271,7 +271,10 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.structured.select_blocks": lambda p: structured.select_blocks(
         p.deep()[1], p.deep()[0], 1, lambda fn, params: jnp.sum(fn(params, p.deep()[2]) ** 2)
     ).to_json(),
-    "jaxprune.structured.select_channels": lambda p: p.plan.to_json(),
+    "jaxprune.structured.select_channels": lambda p: [
+        p.plan.to_json(),
+        structured.select_channels(p.graph, p.params, {"a": 0.5}, grams=p.grams).to_json(),
+    ],
     "jaxprune.structured.select_channels_globally": lambda p: structured.select_channels_globally(
         p.graph, p.params, 2_000
     ).to_json(),

@@ -64,6 +64,10 @@ SINGLE = (
     "no other part back"
 )
 UNUSED = "the function does not use it: no output depends on it; leave it out of params, or return what it is for"
+UNREAD = (
+    "no other parameter and no layer has to do with it, as with the rows of a table that are beyond those that the function "
+    "reads: longer inputs may need them; leave them out of params"
+)
 CHOSEN = (
     "elements are chosen by an index that is known only at run time, so each may be needed; slices with fixed bounds "
     "(x[:, 2:5]) leave it free"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,8 @@ from jaxprune.structured._axes._dims import (
 from jaxprune.structured._axes._label import differentiable, is_floating
 from jaxprune.structured._axes._program import Node, Program, Value
 
-# For some variables, which elements stay, and for some sums, whether the branch does (`find_branches`); arrays of bool,
-# which may be traced.
+# For some variables, which elements stay, in a row for each layer where layers have their own; and for some sums, whether
+# the branch does (`find_branches`). Arrays of bool, which may be traced.
 Masks = dict[Var | Node, Any]
 
 
@@ -41,11 +41,13 @@ class Replay:
         kept: the elements that stay of each variable that is cut.
         sizes: of the variables whose size is not the traced one: what is cut, and the batch.
         rescaled: whether a mean divides by the number of elements that stay, not by how many there were.
+        layers: for variables of which each layer of a scan may keep its own elements, the axis of the layers.
     """
 
     kept: Kept = dataclasses.field(default_factory=dict)
     sizes: dict[Var, Any] = dataclasses.field(default_factory=dict)
     rescaled: bool = False
+    layers: Mapping[Var, Var] = dataclasses.field(default_factory=dict)
 
     def bind(self, dims: Sequence[Dim], shape: Sequence[Any]) -> None:
         """Take note of sizes that are others than when the function was traced; they may be symbolic."""
@@ -143,17 +145,20 @@ class Replay:
     def _scan(self, node: Node, scan: _equations.Scan, values: list[Any], masks: Masks) -> list[Any]:
         first, last = scan.consts, scan.consts + scan.carry
         consts, init, stacked = values[:first], values[first:last], values[last:]
+        assert node.notes.steps is not None
+        steps = resolve(node.notes.steps)
+        own: list[Var | Node] = [v for v in masks if isinstance(v, Var) and self.layers.get(v) is steps]
 
-        def step(carry: Sequence[Any], xs: tuple[Sequence[Any], Any]) -> tuple[list[Any], list[Any]]:
-            slices, stays = xs
-            results = self.run(node.bodies[0], [*consts, *carry, *slices], masks)
+        def step(carry: Sequence[Any], xs: tuple[Sequence[Any], Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+            slices, stays, rows = xs
+            inside: Masks = masks | dict(zip(own, rows, strict=True))
+            results = self.run(node.bodies[0], [*consts, *carry, *slices], inside)
             moved, outs = results[: scan.carry], results[scan.carry :]
             if stays is not None:
                 moved = [jnp.where(stays, new, old) for new, old in zip(moved, carry, strict=True)]
             return moved, outs
 
-        assert node.notes.steps is not None
-        xs = stacked, mask_of(node.notes.steps, masks)
+        xs = stacked, mask_of(steps, masks), [masks[var] for var in own]
         length = None if stacked else scan.length
         carry, outs = jax.lax.scan(step, init, xs, length, reverse=scan.reverse, unroll=scan.unroll)
         return [*carry, *outs]
@@ -288,6 +293,11 @@ def mask_of(dim: Dim, masks: Masks) -> Any:
     for factor in filled[1:]:
         whole = (whole[:, None] & factor[None]).reshape(-1)
     return whole
+
+
+def sums(node: Node) -> bool:
+    """Whether an equation sums over axes of its operands, or looks for the largest along them."""
+    return node.name in ("dot_general", "conv_general_dilated") or node.name in _NEUTRAL
 
 
 def _masked(node: Node, values: list[Any], masks: Masks) -> list[Any]:

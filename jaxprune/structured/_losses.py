@@ -1,0 +1,228 @@
+"""What readers lose with each channel, where they make up for it: the order in which channels go."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._printing import some
+from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._matrices import as_matrices, overlap
+from jaxprune.sites._sites import Site, Sites
+from jaxprune.structured._groups import ChannelGroup, Member
+
+# The share of the mean diagonal that is added to a Gram matrix, as the solvers of `oneshot` do unless told otherwise.
+_DAMPING = 0.01
+# Updates of large matrices wait for each other, until they are this many columns: a product costs less than its parts.
+_WAITING = 64
+
+
+def removal_order(
+    group: ChannelGroup, params: Mapping[str, Any], grams: Grams, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the channels of a group that go, the first one first, and how much the loss rises with each.
+
+    Where each layer keeps its own channels, in a row for each layer.
+
+    Readers are matrices W of ``y = x W`` with the Gram matrix H of their inputs x. Their loss under a choice of channels is
+    the least of ``1/2 tr((V - W)^T H (V - W))`` over all V whose rows of the channels that went are zero. With the V of the
+    channels gone so far, and P the inverse of H where rows stay, the one whose rows are g adds ``1/2 tr(V_g^T (P_gg)^-1 V_g)``:
+    the cheapest goes, and ``V - P_:g (P_gg)^-1 V_g``, ``P - P_:g (P_gg)^-1 P_g:`` are those of what is left. V enters by
+    ``S = V V^T`` alone, so that what one removal costs does not depend on the number of outputs. Losses of several readers
+    add up. One that no least squares repairs (`is_repaired`) keeps its V = W where rows stay.
+
+    Args:
+        group: the channels.
+        params: the parameters by path.
+        grams: of the inputs of the group's readers.
+        number: how many channels go, below the group's size.
+
+    Returns:
+        Channels ``[number]``, or ``[layers, number]``, among equals the later ones first; what each adds to the loss, as a
+        share of what the readers compute, ``1/2 tr(W^T H W)``.
+
+    Raises:
+        ValueError: the group has no reader, or one whose inputs are not in `grams`.
+    """
+    layers = _readers(group, params, grams)
+    if group.layers is None:
+        return _order([reader for readers in layers.values() for reader in readers], group.size, number)
+    found = [_order(layers.pop(layer), group.size, number) for layer in range(group.layers.size)]
+    return np.stack([order for order, _ in found]), np.stack([losses for _, losses in found])
+
+
+def _order(matrices: Sequence["_Matrix"], size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of channels that one choice is made for."""
+    readers = [_Solved(matrix) if matrix.solved else _Fixed(matrix) for matrix in matrices]
+    whole = sum(float(np.vdot(matrix.gram, matrix.outer)) for matrix in matrices) / 2
+    order, losses = np.zeros(number, np.int64), np.zeros(number)
+    gone = np.zeros(size, bool)
+    for n in range(number):
+        rises = np.where(gone, np.inf, sum(reader.rises() for reader in readers))
+        channel = size - 1 - int(np.argmin(rises[::-1]))
+        order[n], losses[n], gone[channel] = channel, rises[channel], True
+        for reader in readers:
+            reader.remove(channel)
+    return order, losses / (whole or 1.0)
+
+
+def repaired_readers(group: ChannelGroup, grams: Grams) -> Iterator[str]:
+    """Yield the paths of a group's readers whose weights `removal_order` takes to be solved for."""
+    yield from (member.path for member in group.members if member.reads and is_repaired(grams.sites, member.path))
+
+
+def is_repaired(sites: Sites, path: str) -> bool:
+    """Whether every weight of a parameter multiplies data in one known way, so that least squares can be had for it."""
+    known = path not in sites.tables and all(entry.path != path for entry in sites.unresolved)
+    return known and not overlap(sites.at(path))
+
+
+class _Matrix(NamedTuple):
+    """One matrix of a reader, or of several that share their input.
+
+    Attributes:
+        gram: H, [I, I], float64.
+        outer: ``W W^T``, [I, I], float64.
+        rows: for each channel its rows, [channels, rows of each].
+        solved: whether least squares repairs it.
+    """
+
+    gram: np.ndarray
+    outer: np.ndarray
+    rows: np.ndarray
+    solved: bool
+
+
+def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> dict[int, list[_Matrix]]:
+    """Return the readers in each layer; all in one where layers have one choice."""
+    found: dict[int, dict[Any, _Matrix]] = {}
+    for member in group.members:
+        for site in _sites(group, member, grams) if member.reads else ():
+            solved = is_repaired(grams.sites, member.path)
+            for layer, key, matrix in _matrices(site, member, group.size, params[member.path], grams, solved):
+                inputs = (*key, solved, None if solved else member.path)
+                known = found.setdefault(layer, {})
+                # One input, one solution: of query, key and value.
+                known[inputs] = (
+                    known[inputs]._replace(outer=known[inputs].outer + matrix.outer) if inputs in known else matrix
+                )
+    if not found:
+        raise ValueError(
+            f"No parameter sums over the channels of {group.name}, so that no Gram matrix tells what is lost with them. "
+            "Choose those of the other groups by grams, which a k by name says, these by scores=, and combine the plans."
+        )
+    return {layer: list(known.values()) for layer, known in found.items()}
+
+
+def _sites(group: ChannelGroup, member: Member, grams: Grams) -> list[Site]:
+    sites = [site for site in grams.sites if site.path == member.path and member.axis in site.in_axes]
+    unresolved = [entry.reason for entry in grams.sites.unresolved if entry.path == member.path]
+    if unresolved or not sites:
+        known = some(dict.fromkeys(site.path for site in grams.sites))
+        raise ValueError(
+            f"{group.name} is read by {member.path}, of whose inputs grams "
+            + (
+                f"knows not all: {'; '.join(unresolved)}"
+                if unresolved
+                else f"has no Gram matrix; it has those of {known}"
+            )
+            + ". Calibrate it as well; or choose the other groups by name, this one by scores=, and combine the plans."
+        )
+    return sites
+
+
+def _matrices(
+    site: Site, member: Member, size: int, leaf: Any, grams: Grams, solved: bool
+) -> Iterator[tuple[int, tuple[Any, ...], _Matrix]]:
+    """Yield the matrices of a site that read the channels, each with its layer and what tells its input from others."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def read(along: Any, axis: int) -> jax.Array:
+        shape = [n if other == axis else 1 for other, n in enumerate(site.shape)]
+        return site.matrices(jnp.broadcast_to(along.reshape(shape), site.shape))[:, :, 0]
+
+    channels, weights, sums = np.asarray(read(member.channels, member.axis)), as_matrices(site, leaf), grams.of(site)
+    layers = np.zeros_like(channels)
+    if member.layers is not None:
+        layers = np.asarray(read(np.arange(site.shape[member.layers]), member.layers))
+    for n, along in enumerate(channels):
+        if (along < 0).all():  # the site of another part of the parameter
+            continue
+        order = np.argsort(along, kind="stable")
+        rows = order[np.searchsorted(along[order], 0) :].reshape(size, -1)
+        w = np.asarray(weights[n], np.float64)
+        matrix = _Matrix(np.asarray(sums[n], np.float64), w @ w.T, rows, solved)
+        yield int(layers[n, 0]), (site.groups, n, along.tobytes()), matrix
+
+
+class _Solved:
+    """A reader whose weights are solved for anew after each removal."""
+
+    def __init__(self, matrix: _Matrix) -> None:
+        """Invert the Gram matrix; of both matrices the rows of channels are all that is needed from then on."""
+        (size, k), rows = matrix.rows.shape, matrix.rows.ravel()
+        mean = np.diagonal(matrix.gram).mean() or 1.0
+        inverse = np.linalg.inv(matrix.gram + _DAMPING * mean * np.eye(len(matrix.gram)))
+        self._inverse = inverse[np.ix_(rows, rows)]
+        self._outer = matrix.outer[np.ix_(rows, rows)]
+        self._own_inverse, self._own_outer = (_blocks(square, size, k) for square in (self._inverse, self._outer))
+        # Of each removal that waits: P_:g, P_:g (P_gg)^-1, and S_:g - P_:g (P_gg)^-1 S_gg / 2.
+        self._waiting: tuple[np.ndarray, ...] = tuple(np.zeros((len(rows), 0)) for _ in range(3))
+
+    def rises(self) -> np.ndarray:
+        """Return what each channel would add to the loss; of one that is gone, anything."""
+        if self._own_inverse.shape[1] == 1:
+            return (self._own_outer / self._own_inverse).reshape(-1) / 2
+        return np.trace(np.linalg.solve(self._own_inverse, self._own_outer), axis1=1, axis2=2) / 2
+
+    def remove(self, channel: int) -> None:
+        """Solve for what is left without a channel."""
+        size, k, _ = self._own_inverse.shape
+        g = slice(channel * k, channel * k + k)
+        columns, gains, halves = self._waiting
+        column = self._inverse[:, g] - gains @ columns[g].T
+        outer = self._outer[:, g] - gains @ halves[g].T - halves @ gains[g].T
+        gain = np.linalg.solve(column[g], column.T).T
+        half = outer - gain @ outer[g] / 2
+        each = [part.reshape(size, k, k) for part in (column, gain, half)]
+        self._own_inverse -= each[1] @ each[0].swapaxes(1, 2)
+        cross = each[1] @ each[2].swapaxes(1, 2)
+        self._own_outer -= cross + cross.swapaxes(1, 2)
+        self._own_inverse[channel], self._own_outer[channel] = np.eye(k), 0.0
+        self._waiting = tuple(
+            np.concatenate([before, new], 1) for before, new in zip(self._waiting, (column, gain, half), strict=True)
+        )
+        if self._waiting[0].shape[1] >= _WAITING:
+            columns, gains, halves = self._waiting
+            self._inverse -= gains @ columns.T
+            cross = gains @ halves.T
+            self._outer -= cross + cross.T
+            self._waiting = tuple(part[:, :0] for part in self._waiting)
+
+
+class _Fixed:
+    """A reader whose weights stay as they are."""
+
+    def __init__(self, matrix: _Matrix) -> None:
+        """Sum up the products of all pairs of channels: ``tr(W_g^T H_gr W_r)``."""
+        size, k = matrix.rows.shape
+        at = np.ix_(matrix.rows.ravel(), matrix.rows.ravel())
+        self._pairs = (matrix.gram[at] * matrix.outer[at]).reshape(size, k, size, k).sum((1, 3))
+        self._rises = np.diagonal(self._pairs) / 2
+
+    def rises(self) -> np.ndarray:
+        """Return what each channel would add to the loss; of one that is gone, anything."""
+        return self._rises
+
+    def remove(self, channel: int) -> None:
+        """Take note of a channel that is gone."""
+        self._rises = self._rises + self._pairs[:, channel]
+
+
+def _blocks(square: np.ndarray, size: int, k: int) -> np.ndarray:
+    """Return the blocks on the diagonal, [size, k, k]."""
+    each = np.arange(size)
+    return square.reshape(size, k, size, k)[each, :, each].copy()
