@@ -87,6 +87,8 @@ class Grams(_Sums):
     def norms(self) -> Norms:
         """Return what `calibrate_norms` measures, read off the diagonals: norms of the inputs, for `scores.wanda`.
 
+        Of tables of which rows are read there are none, as there is no Gram matrix.
+
         >>> import jax.numpy as jnp
         >>> grams = calibrate_grams(lambda p, x: x @ p, jnp.ones((2, 1)), [jnp.array([[3.0, 1.0], [4.0, 0.0]])])
         >>> [grams.norms().of(site).tolist() for site in grams.sites]

@@ -1,6 +1,5 @@
 """What readers lose with each channel, where they make up for it: the order in which channels go."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,10 +46,10 @@ def removal_order(
     Raises:
         ValueError: the group has no reader, or one whose inputs are not in `grams`.
     """
-    layers = _readers(group, params, grams)
+    readers = _readers(group, params, grams)
     if group.layers is None:
-        return _order([reader for readers in layers.values() for reader in readers], group.size, number)
-    found = [_order(layers.pop(layer), group.size, number) for layer in range(group.layers.size)]
+        return _order(_matrices(readers, group.size, None), group.size, number)
+    found = [_order(_matrices(readers, group.size, layer), group.size, number) for layer in range(group.layers.size)]
     return np.stack([order for order, _ in found]), np.stack([losses for _, losses in found])
 
 
@@ -80,6 +79,26 @@ def is_repaired(sites: Sites, path: str) -> bool:
     return known and not overlap(sites.at(path))
 
 
+class _Reader(NamedTuple):
+    """A site that reads the channels.
+
+    Attributes:
+        groups: what tells its inputs from others.
+        channels: of each input of its N matrices the channel or -1, [N, I].
+        layers: of each matrix the layer, [N]; zeros where layers have one choice.
+        weights: [N, I, O].
+        grams: [N, I, I].
+        fixed: its path where no least squares repairs it, else None.
+    """
+
+    groups: tuple[int, ...]
+    channels: np.ndarray
+    layers: np.ndarray
+    weights: jax.Array
+    grams: jax.Array
+    fixed: str | None
+
+
 class _Matrix(NamedTuple):
     """One matrix of a reader, or of several that share their input.
 
@@ -96,25 +115,57 @@ class _Matrix(NamedTuple):
     solved: bool
 
 
-def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> dict[int, list[_Matrix]]:
-    """Return the readers in each layer; all in one where layers have one choice."""
-    found: dict[int, dict[Any, _Matrix]] = {}
-    for member in group.members:
-        for site in _sites(group, member, grams) if member.reads else ():
-            solved = is_repaired(grams.sites, member.path)
-            for layer, key, matrix in _matrices(site, member, group.size, params[member.path], grams, solved):
-                inputs = (*key, solved, None if solved else member.path)
-                known = found.setdefault(layer, {})
-                # One input, one solution: of query, key and value.
-                known[inputs] = (
-                    known[inputs]._replace(outer=known[inputs].outer + matrix.outer) if inputs in known else matrix
-                )
+def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> list[_Reader]:
+    found = []
+    for member in (member for member in group.members if member.reads):
+        sites = _sites(group, member, grams)
+        fixed = None if is_repaired(grams.sites, member.path) else member.path
+        for site in sites:
+            channels = _along(site, member.axis, member.channels)
+            layers = np.zeros(len(channels), np.int64)
+            if member.layers is not None:
+                layers = _along(site, member.layers, np.arange(site.shape[member.layers]))[:, 0]
+            weights = as_matrices(site, params[member.path])
+            found.append(_Reader(site.groups, channels, layers, weights, grams.of(site), fixed))
     if not found:
         raise ValueError(
             f"No parameter sums over the channels of {group.name}, so that no Gram matrix tells what is lost with them. "
             "Choose those of the other groups by grams, which a k by name says, these by scores=, and combine the plans."
         )
-    return {layer: list(known.values()) for layer, known in found.items()}
+    return found
+
+
+def _along(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
+    """Return for each input of each matrix the number at its place along an axis of the parameter, [N, I]."""
+
+    @jax.jit
+    def read(numbers: Any) -> jax.Array:
+        shape = [n if other == axis else 1 for other, n in enumerate(site.shape)]
+        return site.matrices(jnp.broadcast_to(numbers.reshape(shape), site.shape))[:, :, 0]
+
+    return np.asarray(read(numbers))
+
+
+def _matrices(readers: Sequence[_Reader], size: int, layer: int | None) -> list[_Matrix]:
+    """Return the matrices of one layer, or of all."""
+    found: dict[tuple[Any, ...], _Matrix] = {}
+    for reader in readers:
+        for n, along in enumerate(reader.channels):
+            if (along < 0).all() or layer not in (
+                None,
+                reader.layers[n],
+            ):  # of another part of the parameter, another layer
+                continue
+            weights = np.asarray(reader.weights[n], np.float64)
+            outer = weights @ weights.T
+            key = (reader.groups, n, along.tobytes(), reader.fixed)
+            if key in found:  # one input, one solution: of query, key and value
+                found[key] = found[key]._replace(outer=found[key].outer + outer)
+                continue
+            order = np.argsort(along, kind="stable")
+            rows = order[np.searchsorted(along[order], 0) :].reshape(size, -1)
+            found[key] = _Matrix(np.asarray(reader.grams[n], np.float64), outer, rows, reader.fixed is None)
+    return list(found.values())
 
 
 def _sites(group: ChannelGroup, member: Member, grams: Grams) -> list[Site]:
@@ -132,30 +183,6 @@ def _sites(group: ChannelGroup, member: Member, grams: Grams) -> list[Site]:
             + ". Calibrate it as well; or choose the other groups by name, this one by scores=, and combine the plans."
         )
     return sites
-
-
-def _matrices(
-    site: Site, member: Member, size: int, leaf: Any, grams: Grams, solved: bool
-) -> Iterator[tuple[int, tuple[Any, ...], _Matrix]]:
-    """Yield the matrices of a site that read the channels, each with its layer and what tells its input from others."""
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def read(along: Any, axis: int) -> jax.Array:
-        shape = [n if other == axis else 1 for other, n in enumerate(site.shape)]
-        return site.matrices(jnp.broadcast_to(along.reshape(shape), site.shape))[:, :, 0]
-
-    channels, weights, sums = np.asarray(read(member.channels, member.axis)), as_matrices(site, leaf), grams.of(site)
-    layers = np.zeros_like(channels)
-    if member.layers is not None:
-        layers = np.asarray(read(np.arange(site.shape[member.layers]), member.layers))
-    for n, along in enumerate(channels):
-        if (along < 0).all():  # the site of another part of the parameter
-            continue
-        order = np.argsort(along, kind="stable")
-        rows = order[np.searchsorted(along[order], 0) :].reshape(size, -1)
-        w = np.asarray(weights[n], np.float64)
-        matrix = _Matrix(np.asarray(sums[n], np.float64), w @ w.T, rows, solved)
-        yield int(layers[n, 0]), (site.groups, n, along.tobytes()), matrix
 
 
 class _Solved:
