@@ -89,7 +89,7 @@ def check(model: Model, plan: structured.Plan, params: Any, small: Model, tokens
 
 
 def distilled(model: Model, teacher: Model, windows: np.ndarray, rate: float, console: Console) -> Model:
-    """Let a model learn from another one what it foretells, by Adam, in a step for each window of `windows`.
+    """Let a model learn from another one what it foretells, by Adam, one step for each batch of windows.
 
     Args:
       model: the one that learns.
@@ -292,7 +292,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ffn", type=number(0.99), default=0.25, help=f"share of the perceptrons' channels that goes {default}")
     add("--kv", type=number(0.99), default=1 / 3, help="share of the heads of keys and values that goes (default: 1/3)")
     add("--calibration", type=count(BATCH_SIZE), default=64, help=f"windows of text, in batches of 4 {default}")
-    add("--steps", type=count(1), default=200, help=f"of distillation, two windows in each {default}")
+    add("--steps", type=count(2), default=200, help=f"of distillation, two windows in each {default}")
     add("--learning-rate", type=number(1), default=5e-4, help=f"of the distillation, at most {default}")
     add("--windows", type=count(1), default=32, help=f"of held-out text to measure with {default}")
     add("--length", type=count(2), default=256, help=f"of a window, in tokens {default}")
