@@ -184,7 +184,7 @@ def table(rows: Sequence[Row]) -> Table:
         shown.add_column(column, justify="right")
     for row in rows:
         shown.add_row(
-            row.name, f"{row.bits_per_byte:.3f}", f"{row.parameters / 1e6:.3g}", f"{row.macs / 1e6:.3g}",
+            row.name, f"{row.bits_per_byte:.3f}", f"{row.parameters / 1e6:.4g}", f"{row.macs / 1e6:.3g}",
             f"{row.bytes / 1e6:.2f}", f"{row.prefill:.0f}", f"{row.decode:.1f}", f"{row.cpu_seconds:.0f}",
             f"{row.peak_bytes / 1e6:.0f}",
         )  # fmt: skip
