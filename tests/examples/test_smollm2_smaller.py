@@ -1,0 +1,105 @@
+"""The example that makes a language model smaller: each stage by value, and a run that goes on behind any of them."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import smollm2
+import smollm2_smaller
+from _support import llama
+from _support.options import UsageError
+
+import jaxprune
+from jaxprune import structured
+
+OPTIONS = [
+    "--small",
+    "--length",
+    "64",
+    "--windows",
+    "16",
+    "--calibration",
+    "64",
+    "--steps",
+    "60",
+    "--learning-rate",
+    "5e-3",
+]
+STAGES = ["dense", "fewer layers", "cut", "repaired", "distilled"]
+OF_THE_MOMENT = {"prefill", "decode", "cpu_seconds", "peak_bytes"}
+
+
+def rows(folder):
+    """The rows of a run, without what differs from run to run."""
+    found = json.loads((folder / "results.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name not in OF_THE_MOMENT} for row in found]
+
+
+def test_a_smaller_llama_is_recovered_from_its_parameters():
+    config = smollm2.SMALL._replace(layers=3, heads=6, kv_heads=3, inner=40)
+    shapes = lambda config: jax.eval_shape(  # noqa: E731
+        llama.Llama(config, scan=True).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    )["params"]
+    model = smollm2.Model(llama.Llama(config, scan=True), shapes(config), None)
+    wanted = config._replace(layers=2, heads=4, kv_heads=2, inner=24)
+    assert smollm2_smaller.smaller(model, shapes(wanted)).network == llama.Llama(wanted, scan=True)
+
+
+@pytest.mark.slow
+def test_a_small_run_gets_smaller_stage_by_stage_and_goes_on(tmp_path, capsys, monkeypatch):
+    train_small = functools.cache(smollm2.train_small)
+    monkeypatch.setattr(smollm2_smaller, "train_small", train_small)  # once for all runs
+    options = [*OPTIONS, "--out", str(tmp_path)]
+    smollm2_smaller.run(options)
+    found = rows(tmp_path)
+    assert [row["name"] for row in found] == STAGES
+    bits = {row["name"]: row["bits_per_byte"] for row in found}
+    assert bits["dense"] < bits["distilled"] < bits["repaired"] < bits["cut"] < 8
+    assert [row["sizes"] for row in found] == [
+        {"layers": 2, "heads": 4, "kv_heads": 2, "inner": 64},
+        {"layers": 1, "heads": 4, "kv_heads": 2, "inner": 64},
+        *[{"layers": 1, "heads": 2, "kv_heads": 1, "inner": 48}] * 3,
+    ]
+    # A table of 256 x 32 and norms of 32 features; q and o of 32 x 8 a head, k and v, three matrices of 32 x inner.
+    by_hand = [
+        256 * 32 + 32 + layers * (2 * 32 + 2 * 32 * 8 * (heads + kv_heads) + 3 * 32 * inner)
+        for layers, heads, kv_heads, inner in (row["sizes"].values() for row in found)
+    ]
+    assert [row["parameters"] for row in found] == by_hand
+    # Of a token: every weight but the norms' once, the table as the head, and 64 keys and values of each head.
+    assert [row["macs"] for row in found] == [
+        size - 32 - layers * 2 * 32 + layers * 2 * 64 * heads * 8
+        for size, (layers, heads, _, _) in zip(by_hand, (row["sizes"].values() for row in found), strict=True)
+    ]
+    assert found[0]["bytes"] > found[1]["bytes"] > found[3]["bytes"]
+    assert all(
+        row["bytes"] == (tmp_path / f"{row['name'].replace(' ', '-')}.safetensors").stat().st_size for row in found
+    )
+    assert all(row["says"].startswith(smollm2.PROMPT) for row in found)
+
+    # The function that was made smaller equals the whole one under masks, and the smaller Llama on the same parameters.
+    dense = train_small(scan=True)
+    layers, channels = (
+        structured.Plan.from_json((tmp_path / f"{name}.json").read_text()) for name in ("layers", "channels")
+    )
+    model = smollm2_smaller.smaller(dense, structured.shrink(layers, dense.params))
+    tokens = dense.windows("test", 2, 48, seed=0)
+    graph = structured.trace(model.logits, model.params, tokens)
+    assert structured.verify(graph, channels, model.params, tokens).passed
+    params, _ = jaxprune.load_sparse(tmp_path / smollm2_smaller.REPAIRED)
+    small = smollm2_smaller.smaller(model, params)
+    expected = jax.jit(small.logits)(params, tokens)
+    np.testing.assert_allclose(structured.rebuild(graph, channels)(params, tokens), expected, rtol=1e-4, atol=1e-4)
+
+    # Behind each stage a run goes on to the same table.
+    results = json.loads((tmp_path / "results.json").read_text())
+    for done in (4, 2):
+        (tmp_path / "results.json").write_text(json.dumps({**results, "rows": results["rows"][:done]}))
+        smollm2_smaller.run([*options, "--resume"])
+        assert rows(tmp_path) == found
+    assert "bits per byte" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="another --learning-rate"):
+        smollm2_smaller.run([*options, "--resume", "--learning-rate", "1e-3"])
