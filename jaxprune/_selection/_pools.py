@@ -84,10 +84,8 @@ class Pools:
 
     def unknown(self, removed: Count) -> Share:
         """Return what is known of pools before any search."""
-        ends = self.order.lowest, self.order.infinity + 2
-        return Share(
-            removed, *(jnp.asarray(end, self.order.key) for end in ends), *map(_counts.from_int, (0, self.size))
-        )
+        low, high = (jnp.asarray(end, self.order.key) for end in (self.order.lowest, self.order.infinity + 2))
+        return Share(removed, low, high, _counts.from_int(0), _counts.from_int(self.size))
 
     def find(self, values: jax.Array, share: Share) -> jax.Array:
         """Find the numbers before which an entry is removed: [stages, *pools]."""
