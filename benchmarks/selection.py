@@ -8,6 +8,7 @@ the cheapest there is on XLA's CPU backend: two counts as one reduction over row
 """
 
 import argparse
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from jaxprune._selection import _counts
 from jaxprune._selection._largest import keep_largest, keep_largest_jointly
 
 LEAVES, COLUMNS, SPARSITY = 50, 1_600, 0.9
+# As `make_masks` calls it: layers of one shape are alike.
+select_jointly = functools.partial(keep_largest_jointly, magnitude=True, kinds=("layer",) * LEAVES)
 
 
 @jax.jit
@@ -119,7 +122,7 @@ def variants(size: int, sort: bool) -> dict[str, dict[str, Callable[[], Any]]]:
         },
         f"{LEAVES} leaves jointly": {
             **first,
-            "keep_largest_jointly": lambda: wait(keep_largest_jointly(arrays, whole, magnitude=True)),
+            "keep_largest_jointly": lambda: wait(select_jointly(arrays, whole)),
             "np.partition": lambda: by_partitioning_jointly(leaves),
             **joint,
         },
@@ -133,9 +136,7 @@ def memory(size: int) -> dict[str, float]:
     count = _counts.from_int(1)
     programs = {
         "one array": jax.jit(lambda x: keep_largest(x, count, magnitude=True)).lower(array),
-        f"{LEAVES} leaves jointly": jax.jit(lambda x: keep_largest_jointly(x, count, magnitude=True)).lower(
-            [leaf] * LEAVES
-        ),
+        f"{LEAVES} leaves jointly": jax.jit(lambda x: select_jointly(x, count)).lower([leaf] * LEAVES),
         "jnp.sort": by_sorting.lower(array),
     }
     weights = 4 * array.size

@@ -192,7 +192,7 @@ def test_what_deep_compression_needs_is_missed_before_it_trains(tmp_path, monkey
 
 
 # What is looked for before it is used, and what comes with tensorflow-datasets, whose errors are caught.
-OPTIONAL = {"tensorboardX", "requests"}
+OPTIONAL = {"tensorboardX", "requests", "gguf"}
 
 
 def test_the_readme_installs_all_that_the_examples_import():
