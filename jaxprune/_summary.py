@@ -130,10 +130,13 @@ def _not_applied(rows: Sequence[LayerRow]) -> Iterator[str]:
         total, removed = (
             sum(values) for values in zip(*((row.unapplied, row.size - row.kept) for row in rows), strict=True)
         )
-        yield (
-            f"{total:,} of {removed:,} pruned weights are not zero, in {len(left)} layer(s), {left[0].path} the first: did you "
-            "call apply_masks?"
-        )
+        if total == removed:  # as of a table of what is to be pruned, too
+            yield f"None of the {removed:,} pruned weights is zero: these are the weights before apply_masks."
+        else:
+            yield (
+                f"{total:,} of {removed:,} pruned weights are not zero, in {len(left)} layer(s), {left[0].path} the first: "
+                "did you call apply_masks?"
+            )
 
 
 def _remarks(row: LayerRow) -> Iterator[str]:
