@@ -56,3 +56,47 @@ def test_layers_by_themselves_and_together():
         apart = jaxprune.make_masks(alone, 0.75, rule=rule)
         for name, own in zip(params, alone, strict=True):
             np.testing.assert_array_equal(together[name]["kernel"], apart[own]["kernel"])
+
+
+COLLECTIVE = re.compile(r"= (\S+) (all-gather|all-to-all|all-reduce|collective-permute)\(")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_stack_sharded_by_layers_is_ranked_with_leaves_of_other_dtypes(axis_type):
+    """One layer of the stack would go whole, and keeps its last weight; what moves are counts, seven for each layer."""
+    rng = np.random.default_rng(0)
+    stack = rng.normal(size=(8, 32, 16)).astype(np.float32)
+    stack[3] *= 1e-3
+    stack[0, 0, 0] = np.nan
+    params = {
+        "layers": {"kernel": stack},
+        "[/]": {"kernel": jnp.asarray(rng.normal(size=(32, 32)), jnp.float8_e4m3fn)},
+        "other": {"kernel": jnp.asarray(rng.normal(size=(64, 16)), jnp.bfloat16)},
+    }
+    specs = {"layers": ("a", None, "b"), "[/]": ("a", "b"), "other": (("a", "b"), None)}
+
+    def make(params, k):
+        return jaxprune.make_masks(params, k, rule=rules.global_sparsity, stacked="layers/*")
+
+    expected = make(params, 0.7)
+    assert sum(int((~mask).sum()) for mask in jax.tree.leaves(expected)) == round(
+        0.7 * (8 * 32 * 16 + 32 * 32 + 64 * 16)
+    )
+    assert int(expected["layers"]["kernel"][3].sum()) == 1
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        sharded = {
+            name: {"kernel": jax.device_put(leaf["kernel"], NamedSharding(mesh, PartitionSpec(*specs[name])))}
+            for name, leaf in params.items()
+        }
+        compiled = jax.jit(make).lower(sharded, jnp.float32(0.7)).compile()
+        masks = compiled(sharded, jnp.float32(0.7))
+    moved = [found[0] for found in COLLECTIVE.findall(compiled.as_text())]
+    sizes = [
+        np.prod([int(n) for n in dims.split(",") if n]) for text in moved for dims in re.findall(r"\[([\d,]*)\]", text)
+    ]
+    assert 0 < max(sizes) <= 7 * 64
+    for name, leaf in sharded.items():
+        np.testing.assert_array_equal(masks[name]["kernel"], expected[name]["kernel"])
+        assert masks[name]["kernel"].sharding.is_equivalent_to(leaf["kernel"].sharding, leaf["kernel"].ndim)
