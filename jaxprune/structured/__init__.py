@@ -1,5 +1,6 @@
 """Models that are really smaller: coupled channels of any function, chosen, cut from parameters and from the function."""
 
+from jaxprune.structured._allocate_widths import allocate_widths as allocate_widths
 from jaxprune.structured._blocks import Block as Block
 from jaxprune.structured._count import count_macs as count_macs
 from jaxprune.structured._count import count_parameters as count_parameters
@@ -10,6 +11,7 @@ from jaxprune.structured._groups import Member as Member
 from jaxprune.structured._lasso import group_lasso as group_lasso
 from jaxprune.structured._plan import Plan as Plan
 from jaxprune.structured._plan import combine as combine
+from jaxprune.structured._price_widths import price_widths as price_widths
 from jaxprune.structured._rebuild import masked as masked
 from jaxprune.structured._rebuild import rebuild as rebuild
 from jaxprune.structured._recover import recover as recover

@@ -33,9 +33,10 @@ def order_by(graph: Graph, params: Any, grams: Grams | None, scores: Any, import
         grams.sites.require_params(params)
 
         def by_losses(group: ChannelGroup, number: int) -> tuple[np.ndarray, np.ndarray]:
-            order, losses = removal_order(group, flat.by_path, grams, number)
-            prices = np.maximum.accumulate(losses, -1)
-            return order, prices if prices.ndim == 1 else prices.mean(0)
+            found = removal_order(group, flat.by_path, grams, number)
+            whole = np.where(found.whole > 0, found.whole, 1.0)[..., None]
+            prices = np.maximum.accumulate(found.losses / whole, -1)
+            return found.order, prices if prices.ndim == 1 else prices.mean(0)
 
         return by_losses
 

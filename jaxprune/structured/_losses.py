@@ -19,9 +19,28 @@ _DAMPING = 0.01
 _WAITING = 64
 
 
+class Removals(NamedTuple):
+    """Channels that go one after the other.
+
+    Attributes:
+        order: the channels, [number], the first one first, among equals the later ones first; where each layer keeps its own,
+            [layers, number].
+        losses: what each adds to the loss of the group's readers, of the same shape.
+        whole: the loss without all channels: what the readers compute, ``1/2 tr(W^T H W)``; [] or [layers].
+    """
+
+    order: np.ndarray
+    losses: np.ndarray
+    whole: np.ndarray
+
+
 def removal_order(
-    group: ChannelGroup, params: Mapping[str, Any], grams: Grams, number: int
-) -> tuple[np.ndarray, np.ndarray]:
+    group: ChannelGroup,
+    params: Mapping[str, Any],
+    grams: Grams,
+    number: int,
+    squares: Mapping[str, Any] | None = None,
+) -> Removals:
     """Return the channels of a group that go, the first one first, and how much the loss rises with each.
 
     Where each layer keeps its own channels, in a row for each layer.
@@ -38,22 +57,23 @@ def removal_order(
         params: the parameters by path.
         grams: of the inputs of the group's readers.
         number: how many channels go, below the group's size.
-
-    Returns:
-        Channels ``[number]``, or ``[layers, number]``, among equals the later ones first; what each adds to the loss, as a
-        share of what the readers compute, ``1/2 tr(W^T H W)``.
+        squares: squared gradients of the parameters, by path. Each matrix then counts by the mean square of the gradient
+            at its outputs, on their scale. For inputs x and gradients g of the outputs that do not depend on each other
+            (Martens, Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015, section 3.1)
+            ``E[(dL/dW_io)^2] = E[x_i^2] E[g_o^2]``: it is the sum of squares over the diagonal of H, whatever is summed
+            over or averaged.
 
     Raises:
         ValueError: the group has no reader, or one whose inputs are not in `grams`.
     """
-    readers = _readers(group, params, grams)
+    readers = _readers(group, params, grams, squares)
     if group.layers is None:
         return _order(_matrices(readers, group.size, None), group.size, number)
     found = [_order(_matrices(readers, group.size, layer), group.size, number) for layer in range(group.layers.size)]
-    return np.stack([order for order, _ in found]), np.stack([losses for _, losses in found])
+    return Removals(*(np.stack(parts) for parts in zip(*found, strict=True)))
 
 
-def _order(matrices: Sequence["_Matrix"], size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _order(matrices: Sequence["_Matrix"], size: int, number: int) -> Removals:
     """Return the order of channels that one choice is made for."""
     readers = [_Solved(matrix) if matrix.solved else _Fixed(matrix) for matrix in matrices]
     whole = sum(float(np.vdot(matrix.gram, matrix.outer)) for matrix in matrices) / 2
@@ -65,7 +85,7 @@ def _order(matrices: Sequence["_Matrix"], size: int, number: int) -> tuple[np.nd
         order[n], losses[n], gone[channel] = channel, rises[channel], True
         for reader in readers:
             reader.remove(channel)
-    return order, losses / (whole or 1.0)
+    return Removals(order, losses, np.asarray(whole))
 
 
 def repaired_readers(group: ChannelGroup, grams: Grams) -> Iterator[str]:
@@ -88,6 +108,7 @@ class _Reader(NamedTuple):
         layers: of each matrix the layer, [N]; zeros where layers have one choice.
         weights: [N, I, O].
         grams: [N, I, I].
+        prices: of each matrix what a unit of its loss counts, [N].
         fixed: its path where no least squares repairs it, else None.
     """
 
@@ -96,6 +117,7 @@ class _Reader(NamedTuple):
     layers: np.ndarray
     weights: jax.Array
     grams: jax.Array
+    prices: np.ndarray
     fixed: str | None
 
 
@@ -104,7 +126,7 @@ class _Matrix(NamedTuple):
 
     Attributes:
         gram: H, [I, I], float64.
-        outer: ``W W^T``, [I, I], float64.
+        outer: ``W W^T``, [I, I], float64, times what a unit of the loss counts.
         rows: for each channel its rows, [channels, rows of each].
         solved: whether least squares repairs it.
     """
@@ -115,7 +137,9 @@ class _Matrix(NamedTuple):
     solved: bool
 
 
-def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> list[_Reader]:
+def _readers(
+    group: ChannelGroup, params: Mapping[str, Any], grams: Grams, squares: Mapping[str, Any] | None
+) -> list[_Reader]:
     found = []
     for member in (member for member in group.members if member.reads):
         sites = _sites(group, member, grams)
@@ -125,14 +149,23 @@ def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> li
             layers = np.zeros(len(channels), np.int64)
             if member.layers is not None:
                 layers = _along(site, member.layers, np.arange(site.shape[member.layers]))[:, 0]
-            weights = as_matrices(site, params[member.path])
-            found.append(_Reader(site.groups, channels, layers, weights, grams.of(site), fixed))
+            weights, gram = as_matrices(site, params[member.path]), grams.of(site)
+            prices = (
+                np.ones(len(weights)) if squares is None else _prices(as_matrices(site, squares[member.path]), gram)
+            )
+            found.append(_Reader(site.groups, channels, layers, weights, gram, prices, fixed))
     if not found:
         raise ValueError(
             f"No parameter sums over the channels of {group.name}, so that no Gram matrix tells what is lost with them. "
             "Choose those of the other groups by grams, which a k by name says, these by scores=, and combine the plans."
         )
     return found
+
+
+def _prices(squares: jax.Array, grams: jax.Array) -> np.ndarray:
+    """Return of each matrix the mean square of the gradient at one of its outputs, [N]."""
+    inputs = np.trace(np.asarray(grams, np.float64), axis1=1, axis2=2)
+    return np.asarray(squares, np.float64).sum(1).mean(1) / np.where(inputs > 0, inputs, 1.0)
 
 
 def _along(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
@@ -157,7 +190,7 @@ def _matrices(readers: Sequence[_Reader], size: int, layer: int | None) -> list[
             ):  # of another part of the parameter, another layer
                 continue
             weights = np.asarray(reader.weights[n], np.float64)
-            outer = weights @ weights.T
+            outer = reader.prices[n] * (weights @ weights.T)
             key = (reader.groups, n, along.tobytes(), reader.fixed)
             if key in found:  # one input, one solution: of query, key and value
                 found[key] = found[key]._replace(outer=found[key].outer + outer)

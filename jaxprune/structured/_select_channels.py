@@ -152,22 +152,17 @@ def select_channels_globally(
             `select_channels`.
     """
     steps = _check_options(graph, round_to, min_kept)
-    if among is None:
-        groups = [group for group in graph.groups if not group.outer]
-    else:
-        named = {g.name for pattern in as_list(among) for g in groups_named(graph, pattern, "among")}
-        groups = [group for group in graph.groups if group.name in named]
-    families = _families(graph, groups, as_list(alike), steps)
+    together = families(graph, groups_among(graph, among), alike, steps)
     order = order_by(graph, params, grams, scores, importance)
     # A group's last channels are never counted.
-    orders = {group.name: order(group, group.size - _least(group, min_kept)) for family in families for group in family}
-    ranks = [np.mean([orders[group.name][1] for group in family], 0) for family in families]
-    owners = np.repeat(np.arange(len(families)), [len(rank) for rank in ranks])
+    orders = {group.name: order(group, group.size - _least(group, min_kept)) for family in together for group in family}
+    ranks = [np.mean([orders[group.name][1] for group in family], 0) for family in together]
+    owners = np.repeat(np.arange(len(together)), [len(rank) for rank in ranks])
     owners = owners[np.argsort(np.concatenate(ranks), kind="stable")]
 
     def plan(removed: int) -> Plan:
         kept = {}
-        for family, gone in zip(families, np.bincount(owners[:removed], minlength=len(families)), strict=True):
+        for family, gone in zip(together, np.bincount(owners[:removed], minlength=len(together)), strict=True):
             for group in family:
                 step = _step(group, steps[group.name])
                 count = min(group.size, -(-(group.size - int(gone)) // step) * step)
@@ -178,12 +173,20 @@ def select_channels_globally(
     return plan(_first(graph, len(owners), plan, cost, budget))
 
 
-def _families(
-    graph: Graph, groups: Sequence[ChannelGroup], alike: Sequence[str], steps: Mapping[str, int]
+def groups_among(graph: Graph, among: str | Sequence[str] | None) -> list[ChannelGroup]:
+    """Return the groups that names or patterns mean, in the graph's order; None for all that are not part of others."""
+    if among is None:
+        return [group for group in graph.groups if not group.outer]
+    named = {group.name for pattern in as_list(among) for group in groups_named(graph, pattern, "among")}
+    return [group for group in graph.groups if group.name in named]
+
+
+def families(
+    graph: Graph, groups: Sequence[ChannelGroup], alike: str | Sequence[str], steps: Mapping[str, int]
 ) -> list[list[ChannelGroup]]:
     """Return the groups that keep the same number of channels together, each in one list."""
     family = {group.name: group.name for group in groups}
-    for pattern in alike:
+    for pattern in as_list(alike):
         same = [group for group in groups_named(graph, pattern, "alike") if group.name in family]
         if not same:
             raise ValueError(f"alike names {pattern!r}, of which among leaves no group to choose from.")
@@ -284,13 +287,19 @@ def _check_options(graph: Graph, round_to: int | Mapping[str, int], min_kept: in
         raise ValueError(
             f"The function has no channels that can be cut. What keeps them: {reasons or 'no parameters'}.{hint}"
         )
-    _check_whole(min_kept, "min_kept")
-    return by_group(graph, round_to, "round_to", 1, _check_whole)
+    check_whole(min_kept, "min_kept")
+    return by_group(graph, round_to, "round_to", 1, check_whole)
 
 
-def _check_whole(value: object, name: str) -> None:
+def check_whole(value: object, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is a whole number, at least 1, not {value!r}.")
+
+
+def require_budget(budget: float) -> None:
+    """Raise unless a budget is above 0."""
+    if not budget > 0:
+        raise ValueError(f"budget is the most that the function may cost, above 0, not {budget!r}.")
 
 
 def _check_share(share: object, name: str) -> None:
@@ -300,8 +309,7 @@ def _check_share(share: object, name: str) -> None:
 
 def _first(graph: Graph, last: int, plan: Callable[[int], Plan], cost: Cost | None, budget: float) -> int:
     """Return the least number whose plan costs no more than the budget; more never costs more."""
-    if not budget > 0:
-        raise ValueError(f"budget is the most that the function may cost, above 0, not {budget!r}.")
+    require_budget(budget)
     cost = cost or functools.partial(count_macs, graph)
     least = cost(plan(last))
     if least > budget:

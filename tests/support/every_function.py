@@ -106,6 +106,11 @@ class Problem:
         return structured.select_channels(self.graph, self.params, 0.5)
 
     @functools.cached_property
+    def prices(self) -> Any:
+        squares = jax.tree.map(jnp.square, self.grads)
+        return structured.price_widths(self.graph, self.params, grams=self.grams, squares=squares, options=4)
+
+    @functools.cached_property
     def file(self) -> Path:
         path = self.folder / "model.safetensors"
         jaxprune.save_sparse(path, self.params, self.masks, metadata={"k": "0.5"})
@@ -257,12 +262,14 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.storage.stored_bytes": lambda p: storage.stored_bytes(p.params, p.masks),
     "jaxprune.storage.summarize_file": lambda p: storage.summarize_file(p.file).bytes,
     "jaxprune.storage.to_bcsr": lambda p: jax.tree.leaves(storage.to_bcsr(p.params, p.masks)),
+    "jaxprune.structured.allocate_widths": lambda p: structured.allocate_widths(p.graph, p.prices, 2_000),
     "jaxprune.structured.channel_masks": lambda p: structured.channel_masks(p.plan, p.params),
     "jaxprune.structured.combine": lambda p: structured.combine(p.plan, p.plan).to_json(),
     "jaxprune.structured.count_macs": lambda p: structured.count_macs(p.graph, p.plan),
     "jaxprune.structured.count_parameters": lambda p: structured.count_parameters(p.graph, p.plan),
     "jaxprune.structured.group_lasso": lambda p: structured.group_lasso(p.graph, p.params),
     "jaxprune.structured.masked": lambda p: structured.masked(p.graph)(p.params, structured.channel_masks(p.plan, p.params), p.x),
+    "jaxprune.structured.price_widths": lambda p: p.prices,
     "jaxprune.structured.rebuild": lambda p: structured.rebuild(p.graph, p.plan)(structured.shrink(p.plan, p.params), p.x),
     "jaxprune.structured.recover": lambda p: structured.recover(
         lambda width: {"w": jnp.zeros((width, 2), jnp.float32)}, {"width": 4}, {"w": jnp.zeros((3, 2), jnp.float32)}
