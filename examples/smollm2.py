@@ -145,8 +145,13 @@ PATTERNS = {
 
 
 class Evidence(NamedTuple):
-    """What multiplies what in the model, and what was measured of it; None where no method asks for it."""
+    """The model up to its head, the text it is calibrated on, what multiplies what in it, and what was measured of it.
 
+    Norms and Gram matrices are None where no method asks for them.
+    """
+
+    fn: Callable[[Any, jax.Array], jax.Array]
+    batches: np.ndarray  # int32 [batches, BATCH_SIZE, length]
     sites: Any
     norms: Any
     grams: Any
@@ -179,8 +184,29 @@ def admm(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
     return jaxprune.oneshot.admm(params, evidence.grams, pattern.k, rule=pattern.rule, sites=evidence.sites)
 
 
-METHODS: dict[str, Method] = {"magnitude": magnitude, "Wanda": wanda, "SparseGPT": sparsegpt, "ADMM": admm}
-BY_NORMS, BY_GRAMS = {"Wanda"}, {"SparseGPT", "ADMM"}
+def reconstructed(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
+    """Remove the smallest weights, and give those that stay their best values."""
+    _, masks = magnitude(params, evidence, pattern)
+    return jaxprune.oneshot.reconstruct(params, masks, evidence.grams), masks
+
+
+def admm_in_sequence(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
+    """ADMM layer by layer: each matches the dense model's outputs on the inputs that the pruned one gives it."""
+    solve = functools.partial(jaxprune.oneshot.admm, k=pattern.k, rule=pattern.rule)
+    return jaxprune.oneshot.sequential(evidence.fn, params, evidence.batches, solve, sites=evidence.sites)
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": magnitude,
+    "Wanda": wanda,
+    "SparseGPT": sparsegpt,
+    "reconstructed": reconstructed,
+    "ADMM": admm,
+    "ADMM in sequence": admm_in_sequence,
+}
+BY_NORMS, BY_GRAMS = {"Wanda"}, {"SparseGPT", "reconstructed", "ADMM"}
+
+MEASURED = ("sparsity", "bytes", "cpu_seconds", "peak_bytes")  # beside bits per byte
 
 # How the weights that stay are stored, by the bits of one.
 STORED: dict[int, dict[str, Any]] = {
@@ -199,7 +225,7 @@ def calibrate(model: Model, methods: set[str], batches: np.ndarray) -> Evidence:
         norms = jaxprune.calibrate_norms(model.hidden, model.params, batches, progress=True)
     if methods & BY_GRAMS:
         grams = jaxprune.calibrate_grams(model.hidden, model.params, batches, progress=True)
-    return Evidence(sites, norms, grams)
+    return Evidence(model.hidden, batches, sites, norms, grams)
 
 
 def save(path: Path, params: Any, masks: Any, bits: int) -> int:
@@ -219,6 +245,7 @@ class Row:
 
     name: str
     pattern: str
+    seed: int
     bits_per_byte: float
     sparsity: float
     bytes: int
@@ -239,58 +266,77 @@ def measure(model: Model, path: Path, windows: np.ndarray, console: Console, **k
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Show what each model came to."""
+    """Show what each model came to: the mean over the seeds, and how far the bits per byte of the seeds lie apart."""
     shown = Table("method", "pattern", title="as reopened from its file", title_justify="left")
-    for column in ("bits per byte", "sparsity", "file, MB", "CPU, s", "peak, MB"):
+    for column in ("bits per byte", "seeds", "sparsity", "file, MB", "CPU, s", "peak, MB"):
         shown.add_column(column, justify="right")
+    runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
+        runs.setdefault((row.name, row.pattern), []).append(row)
+    for names, found in runs.items():
+        bits = [row.bits_per_byte for row in found]
+        spread = f" ± {np.std(bits, ddof=1):.3f}" if len(bits) > 1 else ""
+        mean = {name: np.mean([getattr(row, name) for row in found]) for name in MEASURED}
         shown.add_row(
-            row.name, row.pattern, f"{row.bits_per_byte:.3f}", f"{row.sparsity:.1%}", f"{row.bytes / 1e6:.2f}",
-            f"{row.cpu_seconds:.1f}", f"{row.peak_bytes / 1e6:.0f}",
+            *names, f"{np.mean(bits):.3f}{spread}", f"{len(bits)}", f"{mean['sparsity']:.1%}",
+            f"{mean['bytes'] / 1e6:.2f}", f"{mean['cpu_seconds']:.1f}", f"{mean['peak_bytes'] / 1e6:.0f}",
         )  # fmt: skip
     return shown
+
+
+def prune(
+    options: argparse.Namespace, model: Model, seed: int, held_out: np.ndarray, results: Results[Row], console: Console
+) -> None:
+    """Calibrate on text in the order of a seed, and prune in every way that was not run yet."""
+    runs = [
+        (name, pattern)
+        for name in options.methods
+        for pattern in options.patterns
+        if not results.has(name=name, pattern=pattern, seed=seed)
+    ]
+    if not runs:
+        return
+    windows = model.windows("train", options.calibration, options.length, seed)
+    with measured() as used:
+        evidence = calibrate(model, {name for name, _ in runs}, windows.reshape(-1, BATCH_SIZE, options.length))
+    console.print(
+        f"seed {seed}, calibrated: {used.cpu_seconds:.1f} s of CPU time, {used.peak_bytes / 1e6:.0f} MB at the peak"
+    )
+    for name, pattern in runs:
+        console.print(f"{name}, {pattern}")
+        with measured() as used:
+            pruned, masks = jax.block_until_ready(METHODS[name](model.params, evidence, PATTERNS[pattern]))
+        path = options.out / f"{name}-{pattern.replace(' %', '').replace(':', '-')}-{seed}.safetensors".replace(
+            " ", "-"
+        )
+        save(path, pruned, masks, options.bits)
+        found = float(jaxprune.sparsity(masks, sites=evidence.sites))
+        del pruned, masks
+        row = measure(
+            model, path, held_out, console, name=name, pattern=pattern, seed=seed, sparsity=found, **vars(used)
+        )
+        results.add(row)
+        console.print(f"  {row.bits_per_byte:.3f} bits per byte: {row.says!r}")
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, load or train, calibrate, prune in every way, measure, show the table."""
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        name: getattr(options, name) for name in ("small", "scan", "calibration", "windows", "length", "seed", "bits")
-    }
+    settings = {name: getattr(options, name) for name in ("small", "scan", "calibration", "windows", "length", "bits")}
     results = Results(options.out, Row, settings, resume=options.resume)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     with measured() as used:
         model = train_small(scan=options.scan) if options.small else load(scan=options.scan)
     held_out = model.windows("test", options.windows, options.length, seed=0)
-    runs = [
-        (name, pattern)
-        for name in options.methods
-        for pattern in options.patterns
-        if not results.has(name=name, pattern=pattern)
-    ]
     if not results.has(name="dense"):
         path = options.out / "dense.safetensors"
         save(path, model.params, None, options.bits)
-        row = measure(model, path, held_out, console, name="dense", pattern="", sparsity=0.0, **vars(used))
+        row = measure(model, path, held_out, console, name="dense", pattern="", seed=0, sparsity=0.0, **vars(used))
         results.add(row)
         console.print(f"dense: {row.says!r}")
-    if runs:
-        windows = model.windows("train", options.calibration, options.length, options.seed)
-        with measured() as used:
-            evidence = calibrate(model, {name for name, _ in runs}, windows.reshape(-1, BATCH_SIZE, options.length))
-        console.print(f"calibrated: {used.cpu_seconds:.1f} s of CPU time, {used.peak_bytes / 1e6:.0f} MB at the peak")
-    for name, pattern in runs:
-        console.print(f"{name}, {pattern}")
-        with measured() as used:
-            pruned, masks = jax.block_until_ready(METHODS[name](model.params, evidence, PATTERNS[pattern]))
-        path = options.out / f"{name}-{pattern.replace(' %', '').replace(':', '-')}.safetensors"
-        save(path, pruned, masks, options.bits)
-        found = float(jaxprune.sparsity(masks, sites=evidence.sites))
-        del pruned, masks
-        row = measure(model, path, held_out, console, name=name, pattern=pattern, sparsity=found, **vars(used))
-        results.add(row)
-        console.print(f"  {row.says!r}")
+    for seed in options.seeds:
+        prune(options, model, seed, held_out, results, console)
     console.print(table(results.rows))
     console.print(f"Written to {options.out}: results.json and the models")
 
@@ -324,7 +370,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--windows", type=count(1), default=32, help="of held-out text to measure with (default: %(default)s)")
     add("--length", type=count(2), default=256, help="of a window, in tokens (default: %(default)s)")
-    add("--seed", type=count(0), default=0, help="of the calibration's text (default: %(default)s)")
+    add("--seeds", type=count(0), nargs="+", default=[0], metavar="SEED", help="of the calibration's text (default: 0)")
     add(
         "--bits",
         type=int,

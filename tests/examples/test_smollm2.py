@@ -223,14 +223,14 @@ def test_without_a_package_the_command_to_install_it_is_named(name, installs, mo
 def test_a_small_run_prunes_saves_reopens_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(smollm2, "train_small", functools.cache(smollm2.train_small))  # once for both runs
     options = ["--small", "--scan", "--length", "64", "--windows", "16", "--calibration", "64", "--out", str(tmp_path)]
-    smollm2.run([*options, "--methods", "magnitude", "SparseGPT", "--patterns", "60 %"])
+    smollm2.run([*options, "--methods", "magnitude", "SparseGPT", "--patterns", "60 %", "--seeds", "0"])
     results = json.loads((tmp_path / "results.json").read_text())
     dense, magnitude, sparsegpt = results["rows"]
     assert [row["name"] for row in results["rows"]] == ["dense", "magnitude", "SparseGPT"]
     assert dense["bits_per_byte"] < sparsegpt["bits_per_byte"] < magnitude["bits_per_byte"] < 8
     assert sparsegpt["sparsity"] == pytest.approx(0.6, abs=1e-3)
     assert all(row["says"].startswith(smollm2.PROMPT) for row in results["rows"])
-    path = tmp_path / "SparseGPT-60.safetensors"
+    path = tmp_path / "SparseGPT-60-0.safetensors"
     assert sparsegpt["bytes"] == path.stat().st_size
     found, masks = jaxprune.load_sparse(path)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(found)} == {"bfloat16"}
@@ -238,14 +238,22 @@ def test_a_small_run_prunes_saves_reopens_and_goes_on(tmp_path, capsys, monkeypa
     np.testing.assert_allclose(kept, [0.4, 0.4], atol=1e-3)  # of each layer of the scan
     assert np.asarray(masks["embed"]["embedding"]).all()
     written = path.stat().st_mtime_ns
-    smollm2.run([*options, "--methods", "magnitude", "--patterns", "60 %", "50 %", "--resume"])
+    smollm2.run(
+        [*options, "--methods", "magnitude", "ADMM in sequence", "--patterns", "60 %", "--seeds", "0", "1", "--resume"]
+    )
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert again[:3] == results["rows"]
-    assert [(row["name"], row["pattern"]) for row in again[3:]] == [("magnitude", "50 %")]
+    assert [(row["name"], row["seed"]) for row in again[3:]] == [
+        ("ADMM in sequence", 0),
+        ("magnitude", 1),
+        ("ADMM in sequence", 1),
+    ]
+    assert again[4]["bits_per_byte"] == magnitude["bits_per_byte"]  # looks at no text
+    assert all(dense["bits_per_byte"] < again[n]["bits_per_byte"] < sparsegpt["bits_per_byte"] for n in (3, 5))
     assert path.stat().st_mtime_ns == written
     assert "bits per byte" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="another --seed"):
-        smollm2.run([*options, "--resume", "--seed", "1"])
+    with pytest.raises(UsageError, match="another --bits"):
+        smollm2.run([*options, "--resume", "--bits", "16"])
 
 
 @needs_weights
