@@ -230,7 +230,8 @@ def calibrate(model: Model, methods: set[str], batches: np.ndarray) -> Evidence:
 
 def save(path: Path, params: Any, masks: Any, bits: int) -> int:
     """Save a model; return the bytes of its file."""
-    return jaxprune.save_sparse(path, params, masks, **STORED[bits]).bytes
+    stacked = "layers" if "layers" in params else None  # each layer of a scan has scales of its own
+    return jaxprune.save_sparse(path, params, masks, stacked=stacked, **STORED[bits]).bytes
 
 
 def reopen(model: Model, path: Path) -> Model:

@@ -34,15 +34,23 @@ class Coding:
     dtype: np.dtype[Any] | None = None
     exchange: bool = True
 
-    def encode(self, path: str, values: np.ndarray, mask: np.ndarray | None, title: str | None = None) -> Encoded:
-        """Encode one tensor; `title` is what messages call it."""
+    def encode(
+        self,
+        path: str,
+        values: np.ndarray,
+        mask: np.ndarray | None,
+        *,
+        stack: tuple[int, ...] = (),
+        title: str | None = None,
+    ) -> Encoded:
+        """Encode one tensor; `stack` are its axes of layers, `title` is what messages call it."""
         bits = self._bits(path, values, mask)
         return encode(
             path,
             values,
             mask,
             bits=bits,
-            scales=scales_of(path, values.shape, self.group_size) if bits else (),
+            scales=scales_of(path, values.shape, self.group_size, stack) if bits else (),
             dtype=self._dtype(values),
             exchange=self.exchange,
             title=title,
@@ -92,13 +100,15 @@ def read_coding(
     return Coding(quantize, quantize_tables, group_size, known, exchange=not compress)
 
 
-def scales_of(path: str, shape: tuple[int, ...], group_size: int | None) -> tuple[int, ...]:
-    """Say how many scales a tensor has along each axis: one for each output, and for each group of its inputs.
+def scales_of(
+    path: str, shape: tuple[int, ...], group_size: int | None, stack: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """Say how many scales a tensor has along each axis: one for each output of each layer, and each group of its inputs.
 
     Neighbours in memory share a scale: as many inputs along their last axis as a group may have, and where that axis is
     shorter, along the one before as well. An axis is cut into pieces of one length, but for the last.
     """
-    outputs = _outputs(path, shape)
+    outputs = (*stack, *_outputs(path, shape, stack))
     scales = list(shape)
     room = math.prod(shape) if group_size is None else group_size
     for axis in reversed(range(len(shape))):
@@ -108,14 +118,14 @@ def scales_of(path: str, shape: tuple[int, ...], group_size: int | None) -> tupl
     return tuple(scales)
 
 
-def _outputs(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that number the outputs, or a table's rows; none where a tensor has a single axis.
+def _outputs(path: str, shape: tuple[int, ...], stack: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that number a layer's outputs, or a table's rows; none where a layer has a single axis.
 
     Where a name does not tell, the last axis does as well: any axis gives scales that values can be restored by.
     """
-    if len(shape) < 2:
+    if len(shape) - len(stack) < 2:
         return ()
     if is_table(path, np.broadcast_to(0, shape)):
         return tuple(range(len(shape) - 1))
-    outputs = conventional(path, shape).outputs
+    outputs = conventional(path, shape, stack).outputs
     return (len(shape) - 1,) if outputs is None else outputs

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._rows import Row
+from jaxprune._tree._axes import Stacked, read_axes
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import Tree, flatten
@@ -62,6 +63,7 @@ def save_sparse(
     quantize: int | None = None,
     quantize_tables: int | None = None,
     group_size: int | None = None,
+    stacked: Stacked = None,
     dtype: str | None = None,
     compress: bool = False,
 ) -> Saved:
@@ -84,6 +86,8 @@ def save_sparse(
         group_size: how many inputs of a channel, or entries of a row, share a scale at most, such as 64 or 128; None for all.
             An axis of n entries is cut into ``ceil(n / group_size)`` groups of one length but for the last, and the number
             of its scales says so in the file. An axis of inputs that is shorter shares a scale with the one before.
+        stacked: which leaves hold one layer for each index of their first axis, as in `make_masks`: each layer then has scales of
+            its own, rather than all layers those of the largest weights among them.
         dtype: "bfloat16", "float16" or "float32": what floating-point leaves of more bits are rounded to, and the scales of
             quantised ones, so that all of them load as that; None to keep each leaf's own.
         compress: whether to pass the file through zstd (needs ``jaxprune[storage]``). It then leaves out the row
@@ -93,7 +97,8 @@ def save_sparse(
         A `Saved`: bytes, and for each leaf what is kept and the errors of quantising.
 
     Raises:
-        ValueError: a mask does not fit or prunes a leaf that is not floating-point; a dtype or a name cannot be stored;
+        ValueError: a mask does not fit or prunes a leaf that is not floating-point; a dtype or a name cannot be stored; a pattern
+            of `stacked` fits nothing, or a leaf has fewer axes than it should have layers;
             a leaf to quantise is not finite, or one to round too large. The message names the leaf. Or there is no table to
             quantise, or `path` is a device, a pipe or a folder.
         TypeError: a leaf is no array, or metadata are not strings.
@@ -111,15 +116,16 @@ def save_sparse(
     strings = check_metadata(metadata)
     flat = flatten(params, "params")
     flat.require_arrays()
+    stacks = [axes.stack for axes in read_axes(flat, stacked)]
     fitting = [None] * len(flat.paths) if masks is None else align_masks(masks, flat)
     if "" in flat.paths and len(flat.paths) > 1:
         raise ValueError(f"{flat.names[flat.paths.index('')]} has an empty path beside other leaves; rename it.")
     coding.check_tables(zip(flat.paths, flat.leaves, strict=True), "params")
     chunks, rows = [], []
     members: dict[str, Iterable[str]] = {}
-    for path_, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, fitting, strict=True):
+    for path_, name, leaf, mask, stack in zip(flat.paths, flat.names, flat.leaves, fitting, stacks, strict=True):
         values, kept = _as_numpy(name, path_, leaf, mask)
-        encoded = coding.encode(path_, values, kept, title=name)
+        encoded = coding.encode(path_, values, kept, stack=stack, title=name)
         members[path_] = encoded.arrays
         chunks.append(_writer.ready(encoded.arrays))
         rows.append(

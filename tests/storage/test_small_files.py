@@ -335,3 +335,23 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
         assert len(printed.splitlines()) == 1
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "source"), str(tmp_path / "m"), "--dtype", "float8"])
+
+
+def test_each_layer_of_a_stack_has_its_own_scales(tmp_path):
+    small = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    params = {"layers": {"kernel": np.stack([small, 1000 * small]), "bias": np.ones((2, 4), np.float32)}}
+    shared = jaxprune.save_sparse(tmp_path / "shared.safetensors", params, quantize=8).tensors[1]
+    own = jaxprune.save_sparse(tmp_path / "own.safetensors", params, quantize=8, stacked="layers").tensors[1]
+    found, _ = jaxprune.load_sparse(tmp_path / "own.safetensors")
+    for layer, factor in enumerate((1, 1000)):
+        alone = jaxprune.save_sparse(tmp_path / "one.safetensors", {"kernel": factor * small}, quantize=8)
+        one, _ = jaxprune.load_sparse(alone.path)
+        np.testing.assert_array_equal(found["layers"]["kernel"][layer], one["kernel"])
+    assert own.path == "layers/kernel"
+    assert own.stored_bytes == shared.stored_bytes + 4 * 4  # one more scale for each output
+    grouped = jaxprune.save_sparse(
+        tmp_path / "grouped.safetensors", params, quantize=8, stacked=lambda path, _: 1, group_size=3
+    )
+    assert grouped.tensors[1].stored_bytes == own.stored_bytes + 4 * 2 * 4  # two groups of inputs in place of one
+    with pytest.raises(ValueError, match="stacked='blocks'"):
+        jaxprune.save_sparse(tmp_path / "own.safetensors", params, quantize=8, stacked="blocks")
