@@ -12,18 +12,27 @@ import jax.numpy as jnp
 Cache = tuple[jax.Array, jax.Array]
 
 
+# One for all layers, or one for each.
+Sizes = int | tuple[int, ...]
+
+
 class Config(NamedTuple):
-    """What a Llama is made of."""
+    """What a Llama is made of; in a scan all layers have the same sizes."""
 
     vocabulary: int
     width: int
     layers: int
-    heads: int
-    kv_heads: int
+    heads: Sizes
+    kv_heads: Sizes
     head_dim: int
-    inner: int
+    inner: Sizes
     rope_base: float = 100_000.0
     epsilon: float = 1e-5
+
+    def of_layer(self, number: int) -> "Config":
+        """Return what a layer is made of: each size as one number."""
+        sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "inner": self.inner}
+        return self._replace(**{name: size if isinstance(size, int) else size[number] for name, size in sizes.items()})
 
 
 class Block(nn.Module):
@@ -71,7 +80,7 @@ class Llama(nn.Module):
             of_layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": c.layers}
             self.layers = nn.scan(Block, in_axes=(0, nn.broadcast), **of_layers)(c)
         else:
-            self.blocks = [Block(c, name=f"layer_{i}") for i in range(c.layers)]
+            self.blocks = [Block(c.of_layer(i), name=f"layer_{i}") for i in range(c.layers)]
         self.norm = nn.RMSNorm(c.epsilon)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -127,12 +136,25 @@ def stack(params: Any) -> Any:
     return {name: leaf for name, leaf in params.items() if not name.startswith("layer_")} | {"layers": layers}
 
 
+def number_layers(params: Any, config: Config) -> tuple[Any, Config]:
+    """Return the parameters of a loop from which layers were cut with the layers counted anew, and the sizes of each."""
+    names = sorted((name for name in params if name.startswith("layer_")), key=lambda name: int(name.split("_")[1]))
+    layers = [params[name] for name in names]
+    heads, kv_heads = (
+        tuple(layer[name]["kernel"].shape[1] // config.head_dim for layer in layers) for name in ("q_proj", "k_proj")
+    )
+    inner = tuple(layer["gate_proj"]["kernel"].shape[1] for layer in layers)
+    renamed = {f"layer_{i}": layer for i, layer in enumerate(layers)}
+    rest = {name: leaf for name, leaf in params.items() if name not in names}
+    return rest | renamed, config._replace(layers=len(layers), heads=heads, kv_heads=kv_heads, inner=inner)
+
+
 def empty_caches(config: Config, batch: int, length: int, *, scan: bool = False, dtype: Any = jnp.float32) -> Any:
     """Return caches of so many positions: a pair for each layer, or one pair whose first axis counts the layers."""
-    shape = (batch, length, config.kv_heads, config.head_dim)
+    shapes = [(batch, length, config.of_layer(i).kv_heads, config.head_dim) for i in range(config.layers)]
     if scan:
-        return tuple(jnp.zeros((config.layers, *shape), dtype) for _ in range(2))
-    return [tuple(jnp.zeros(shape, dtype) for _ in range(2)) for _ in range(config.layers)]
+        return tuple(jnp.zeros((config.layers, *shapes[0]), dtype) for _ in range(2))
+    return [tuple(jnp.zeros(shape, dtype) for _ in range(2)) for shape in shapes]
 
 
 def generate(network: Llama, params: Any, prompt: Sequence[int], count: int) -> list[int]:
