@@ -212,7 +212,7 @@ def _calibrate(
         raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
     sums, counts = totals
     found = kind(sites, sums, counts)
-    _require_finite(found)
+    require_finite(found)
     return found
 
 
@@ -298,7 +298,8 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     return track(batches, "calibrating", total=total, console=Console(stderr=True))
 
 
-def _require_finite(found: _Sums) -> None:
+def require_finite(found: _Sums) -> None:
+    """Raise a ValueError that names the first parameter whose statistics are not finite."""
     finite = jax.jit(lambda sums: jax.tree.map(lambda x: jnp.isfinite(x).all(), sums))(found.sums)
     for site in found.sites:
         if not all(bool(finite[group]) for group in site.groups):

@@ -206,6 +206,14 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.distill.hidden_loss": lambda p: jax.grad(lambda x: distill.hidden_loss({"x": x}, {"x": 2 * x}))(p.x),
     "jaxprune.distill.logit_loss": _distil,
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
+    "jaxprune.oneshot.block_by_block": lambda p: list(
+        oneshot.block_by_block(
+            lambda kernel, x: x + _dense({"kernel": kernel, "bias": p.params["b"]["bias"]}, x),
+            [p.params["b"]["kernel"]] * 2,
+            [apply(p.params, p.x)] * 2,
+            functools.partial(oneshot.sparsegpt, k=0.5),
+        )
+    ),
     "jaxprune.oneshot.reconstruct": lambda p: oneshot.reconstruct(p.params, p.masks, p.grams),
     "jaxprune.oneshot.sequential": lambda p: oneshot.sequential(
         apply, p.params, [p.x, p.x], functools.partial(oneshot.sparsegpt, k=0.5)
