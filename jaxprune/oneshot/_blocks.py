@@ -27,6 +27,7 @@ from jaxprune.sites._calibrate import Grams, inputs_of, require_alike, require_f
 from jaxprune.sites._contractions import Contraction
 from jaxprune.sites._find import Reading, read
 from jaxprune.sites._matrices import sites_of
+from jaxprune.sites._sites import Sites
 
 
 def block_by_block(
@@ -106,13 +107,12 @@ def _walk(
         if folder is not None:
             here = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=folder)))
         data = _Data(Stream(here, "current"), [])
-        for number, inputs in enumerate(map(inputs_of, batches)):
-            first = inputs if number == 0 else first
-            require_alike(inputs, first, number)
-            data.append(inputs)
+        for number, batch in enumerate(batches):
+            data.append(inputs_of(batch))
+            require_alike(inputs_of(batch), data.inputs(0), number)
+            del batch
         if not data.constants:
             raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
-        del first, inputs
         dense = data
         step = jax.jit(fn)
         plans: dict[Any, _Plan] = {}
@@ -204,14 +204,15 @@ def _plan(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], prunable
 
 
 def _require_same(results: Any, hidden: Any) -> None:
-    def shown(tree: Any) -> list[str]:
-        return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in map(jax.typeof, jax.tree.leaves(tree))]
+    def shown(leaves: Iterable[Any]) -> str:
+        return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
 
-    found = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(results)]
-    if jax.tree.structure(results) != jax.tree.structure(hidden) or found != shown(hidden):
+    (found, structure), (leaves, wanted) = jax.tree.flatten(results), jax.tree.flatten(hidden)
+    given = shown(map(jax.typeof, leaves))
+    if shown(found) != given or str(structure) != str(wanted):
         raise ValueError(
-            f"block_by_block hands what a block returns to the next, but fn returns {', '.join(found) or 'nothing'} where "
-            f"hidden is {', '.join(shown(hidden))}. Let fn return the activations alone, as it is given them."
+            f"block_by_block hands what a block returns to the next, but fn returns {shown(found)} where hidden is {given}. "
+            "Let fn return the activations alone, as it is given them."
         )
 
 
@@ -273,14 +274,21 @@ def _prune(
             totals = stage.measure(*arguments) if totals is None else stage.add(totals, *arguments)
         assert totals is not None
         sums, cross = totals
-        of_stage = plan.reading.sites.select(lambda site, paths=stage.paths: site.path in paths)
-        found = Grams(of_stage, {g: gram for g, (gram, _) in sums.items()}, {g: n for g, (_, n) in sums.items()})
+        found = Grams(
+            _of(plan.reading.sites, stage.paths),
+            {g: gram for g, (gram, _) in sums.items()},
+            {g: n for g, (_, n) in sums.items()},
+        )
         require_finite(found)
         for path in stage.paths:
             place = flat.paths.index(path)
-            only = dataclasses.replace(found, sites=of_stage.select(lambda site, path=path: site.path == path))
+            only = dataclasses.replace(found, sites=_of(found.sites, [path]))
             leaf = leaves[place]
             for site in only.sites if cross is not None else ():
                 leaf = aim(site, leaf, only.of(site), cross)
             leaves[place], masks[place] = prune_leaf(method, flat, path, leaf, only)
     return [own(new) if new is old else new for new, old in zip(leaves, flat.leaves, strict=True)], masks
+
+
+def _of(sites: Sites, paths: list[str]) -> Sites:
+    return sites.select(lambda site: site.path in paths)

@@ -220,10 +220,10 @@ class _Pruner:
         gram, counts = _sum(_grams(contraction, tuple(x)) for x in zip(*(lane.current for lane in data), strict=True))
         whole = jnp.asarray(self.leaves[position])
         leaf = whole[index] if index else whole
-        if self._target == "dense" and any(lane.current is not lane.dense for lane in data):
-            if contraction.kind in ("dot", "conv"):
-                pairs = zip(data[0].current, data[0].dense, strict=True)
-                leaf = aim(site, leaf, gram, _sum(_cross_products(contraction, x, y) for x, y in pairs))
+        moved = any(lane.current is not lane.dense for lane in data)
+        if self._target == "dense" and moved and contraction.kind in ("dot", "conv"):
+            pairs = zip(data[0].current, data[0].dense, strict=True)
+            leaf = aim(site, leaf, gram, _sum(_cross_products(contraction, x, y) for x, y in pairs))
         group = site.groups[0]
         found = Grams(Sites((site,)), {group: gram}, {group: counts})
         leaf, mask = prune_leaf(self._method, flat, site.path, leaf, found)

@@ -229,10 +229,10 @@ def test_each_layer_is_handed_out_when_it_is_finished() -> None:
         seen.append((path, index))
         copies[path][0][index], copies[path][1][index] = weights, mask
 
-    # What is not finished is handed out once, however many parts it has.
     found, masks = sequential(fn, params, BATCHES, HALF, prunable=lambda path, leaf: True, on_layer=store)
-    in_layers = [[("qkv", (i,)), ("nested", (i, 0)), ("nested", (i, 1))] for i in range(3)]
-    assert seen == [*sum(in_layers, []), ("out", ()), ("last", ())]
+    in_layers = [("qkv", (0,)), ("nested", (0, 0)), ("nested", (0, 1))]
+    in_layers += [(path, (index[0] + i, *index[1:])) for i in (1, 2) for path, index in in_layers]
+    assert seen == [*in_layers, ("out", ()), ("last", ())]
     for name, (weights, mask) in copies.items():
         np.testing.assert_array_equal(found[name], weights)
         np.testing.assert_array_equal(masks[name], mask)

@@ -168,6 +168,20 @@ def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
 
+def _prune_blocks(p: Problem) -> Any:
+    data = [np.asarray(apply(p.params, p.x))]
+    source = jaxprune.save_sparse(p.folder / "blocks.safetensors", [p.params["b"]["kernel"]] * 2).path
+    storage.prune_blocks(
+        source,
+        p.folder / "pruned.safetensors",
+        "{}",
+        lambda blocks: oneshot.block_by_block(
+            lambda kernel, x: jnp.tanh(x @ kernel), blocks, data, functools.partial(oneshot.sparsegpt, k=0.5)
+        ),
+    )
+    return jaxprune.load_sparse(p.folder / "pruned.safetensors")
+
+
 # Full name -> the function, called once; what it returns is compared with what it returns without flags, on one device.
 CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.apply_masks": lambda p: jaxprune.apply_masks(p.params, p.masks),
@@ -260,6 +274,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.storage.multiply_bcsr": lambda p: storage.multiply_bcsr(
         p.x, storage.to_bcsr(p.params, p.masks)["a"]["kernel"]
     ),
+    "jaxprune.storage.prune_blocks": _prune_blocks,
     "jaxprune.storage.prune_file": lambda p: storage.prune_file(*_files(p), 0.75, rule=rules.layer_sparsity).bytes,
     "jaxprune.storage.read_metadata": lambda p: storage.read_metadata(p.file),
     "jaxprune.storage.stored_bytes": lambda p: storage.stored_bytes(p.params, p.masks),
