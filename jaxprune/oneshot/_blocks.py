@@ -87,7 +87,8 @@ def block_by_block(
     [[True, False], [False, True]]
 
     Reference: Frantar, Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023,
-    section 4 (one block at a time, its parts in sequence); the target as in `sequential`.
+    section 4 (one block after the other; its parts are pruned in sequence, each measured behind those before it, as the
+    authors' code does for Llama with ``--true-sequential``); the target as in `sequential`.
     """
     require_target(target, "block_by_block")
     return _walk(fn, blocks, batches, method, target == "dense", prunable, folder)

@@ -64,9 +64,9 @@ def sequential(
 
     The layers of a scan are pruned one after the other, and written into their stack in place. What is read more than once with other inputs (the weights
     of a recurrent cell, tied weights, whatever stands within while or cond) is pruned first, in one go, on the
-    dense model's activations. One Gram matrix is held at a time, beside the dense parameters, the pruned ones, and the
-    activations of all batches that are still needed: of a transformer its residual stream, and within a block what all
-    batches are at that moment. Where that is too much, `block_by_block` holds one block. Not for use under jit.
+    dense model's activations. Held are one Gram matrix at a time, the dense and the pruned parameters, and the activations of
+    all batches that are still needed: between the blocks of a transformer its residual stream, within one everything of
+    that moment, the scores of attention too. `block_by_block` holds less. Not for use under jit.
 
     Args:
         fn: ``fn(params, *inputs)``, as in `calibrate_grams`.
