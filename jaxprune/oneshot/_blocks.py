@@ -23,7 +23,7 @@ from jaxprune._tree._prunable import Prunable
 from jaxprune.oneshot._sequential import Method, aim, prune_leaf, require_target
 from jaxprune.oneshot._stream import Stream
 from jaxprune.sites._accumulate import cross_products, grams
-from jaxprune.sites._calibrate import Grams, inputs_of, require_alike, require_finite
+from jaxprune.sites._calibrate import Grams, inputs_of, require_alike, require_finite, warn_of_unresolved
 from jaxprune.sites._contractions import Contraction
 from jaxprune.sites._find import Reading, read
 from jaxprune.sites._matrices import sites_of
@@ -76,6 +76,9 @@ def block_by_block(
             shape than the first, a block returns something else than it was given, a leaf to prune multiplies no data in a way
             that is understood, activations are not finite; and whatever the method raises. A note names the block.
         TypeError: a leaf to prune is complex.
+
+    Warns:
+        CalibrationWarning: parameters are used in ways that are not understood; these stay dense.
 
     >>> import functools, jax.numpy as jnp, jaxprune
     >>> blocks = [{"kernel": jnp.array([[1.0, 0.1], [0.2, 1.0]])}] * 2
@@ -188,6 +191,7 @@ class _Plan:
 def _plan(fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], prunable: Prunable) -> _Plan:
     reading = read(fn, params, inputs)
     _require_same(reading.results, inputs[0])
+    warn_of_unresolved(reading.sites, stacklevel=3)
     flat = reading.flat
     chosen = read_params(params, prunable=prunable, sites=reading.sites).prunable
     stages: dict[frozenset[int], list[str]] = collections.defaultdict(list)
@@ -273,6 +277,7 @@ def _prune(
             others = (flat.leaves, dense.inputs(batch)) if both else (None, None)
             arguments = leaves, data.inputs(batch), *others
             totals = stage.measure(*arguments) if totals is None else stage.add(totals, *arguments)
+            jax.block_until_ready(totals)  # or the batches would be read ahead of the work
         assert totals is not None
         sums, cross = totals
         found = Grams(

@@ -236,15 +236,20 @@ def require_alike(inputs: tuple[Any, ...], first: tuple[Any, ...], number: int) 
             )
 
 
-def _selected(sites: Sites, where: Callable[[Site], bool] | None, rank: int) -> Sites:
+def warn_of_unresolved(sites: Sites, stacklevel: int) -> None:
+    """Warn where there will be no statistics, as seen from the function that calls."""
     if sites.unresolved:
         lines = [f"  {entry.name}: {entry.reason}" for entry in sites.unresolved]
         warnings.warn(
             "Parameters are used in ways that are not understood; there are no statistics of these uses:\n"
             + "\n".join(lines),
             CalibrationWarning,
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )
+
+
+def _selected(sites: Sites, where: Callable[[Site], bool] | None, rank: int) -> Sites:
+    warn_of_unresolved(sites, stacklevel=4)
     chosen = sites.select(lambda site: (rank == 1 or site.operation != "gather") and (where is None or where(site)))
     if not chosen.sites:
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxprune import sites
 from jaxprune.oneshot import admm, block_by_block, sequential, sparsegpt
 from tests.support import oracles_oneshot as oracles
 from tests.support.graph_zoo import normal
@@ -139,6 +140,16 @@ def test_prunes_what_multiplies_data_also_in_loops() -> None:
         assert jax.tree.all(jax.tree.map(lambda w, mask: bool((w[~mask] == 0).all()), pruned, masks))
     only = list(block_by_block(looped, [params], BATCHES, HALF, prunable="last"))
     assert [bool(mask.all()) for mask in only[0][1].values()] == [True, True, False]
+
+
+def test_what_is_not_understood_is_told_and_stays() -> None:
+    def sorted_kernel(params: Any, x: jax.Array) -> jax.Array:
+        return x + x @ params["plain"] + x @ jnp.sort(params["sorted"], axis=0)
+
+    params = {"plain": normal(WIDTH, WIDTH) / 2, "sorted": normal(WIDTH, WIDTH) / 2}
+    with pytest.warns(sites.CalibrationWarning, match=r"params\['sorted'\]"):
+        ((_, masks),) = block_by_block(sorted_kernel, [params], BATCHES, HALF)
+    assert [float(masks[name].mean()) for name in ("plain", "sorted")] == [0.5, 1.0]
 
 
 def test_bad_input() -> None:
