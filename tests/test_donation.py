@@ -71,6 +71,11 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "sequential": lambda p: oneshot.sequential(
         fn, reads(p), [X], functools.partial(oneshot.sparsegpt, k=0.5), prunable="up/kernel"
     ),
+    "block_by_block": lambda p: list(
+        oneshot.block_by_block(
+            lambda p, x: x + fn(p, x) @ jnp.ones((2, 3)), [p] * 2, [X], functools.partial(oneshot.sparsegpt, k=0.5), prunable="up/kernel"
+        )
+    ),
     "soft_threshold": lambda p: transforms.soft_threshold(kernels(p), -1.0),
     "straight_through": lambda p: transforms.straight_through(p, masks_of(p)),
     "merge_lora": lambda p: transforms.merge_lora(

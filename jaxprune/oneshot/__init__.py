@@ -1,6 +1,7 @@
 """Pruning in one shot, with a few batches of data or none, and without training."""
 
 from jaxprune.oneshot._admm import admm as admm
+from jaxprune.oneshot._blocks import block_by_block as block_by_block
 from jaxprune.oneshot._reconstruct import reconstruct as reconstruct
 from jaxprune.oneshot._sequential import Method as Method
 from jaxprune.oneshot._sequential import sequential as sequential

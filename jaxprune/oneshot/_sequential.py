@@ -1,6 +1,8 @@
 """Prune layer by layer: each layer is calibrated on the outputs of the layers already pruned."""
 
+import collections
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
@@ -12,8 +14,9 @@ from jaxprune._jaxpr import _equations
 from jaxprune._tree._leaves import is_floating, own, require_real
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
+from jaxprune._tree._paths import Tree
 from jaxprune._tree._prunable import Predicate, Prunable
-from jaxprune._tree._sharding import through_compiler
+from jaxprune._tree._sharding import through_compiler, without_explicit_axes
 from jaxprune.sites._accumulate import cross_products, grams
 from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
 from jaxprune.sites._contractions import Contraction, Use
@@ -36,6 +39,10 @@ class Method(Protocol):
         """Return the pruned parameters and their masks."""
 
 
+# (path, index of the layer within the leaf, its weights, its mask) -> nothing.
+OnLayer = Callable[[str, tuple[int, ...], jax.Array, jax.Array], None]
+
+
 def sequential(
     fn: Callable[..., Any],
     params: Any,
@@ -45,6 +52,7 @@ def sequential(
     target: Literal["dense", "current"] = "dense",
     prunable: Prunable = None,
     sites: Sites | None = None,
+    on_layer: OnLayer = lambda path, index, weights, mask: None,
 ) -> tuple[Any, Any]:
     """Prune layer by layer, in the order in which the function uses them, each on what the pruned layers before give.
 
@@ -54,10 +62,11 @@ def sequential(
     that come closest to the dense model's outputs X W on the pruned model's inputs X~,
     ``W* = (X~'X~ + d I)^-1 (X~'X + d I) W``, so that each layer also makes up for the errors of those before.
 
-    The layers of a scan are pruned one after the other. What is read more than once with other inputs (the weights
+    The layers of a scan are pruned one after the other, and written into their stack in place. What is read more than once with other inputs (the weights
     of a recurrent cell, tied weights, whatever stands within while or cond) is pruned first, in one go, on the
-    dense model's activations. Keeps the activations of all batches that are still needed at any one time: of a
-    transformer its residual stream. Not for use under jit.
+    dense model's activations. Held are one Gram matrix at a time, the dense and the pruned parameters, and the activations of
+    all batches that are still needed: between the blocks of a transformer its residual stream, within one everything of
+    that moment, the scores of attention too. `block_by_block` holds less. Not for use under jit.
 
     Args:
         fn: ``fn(params, *inputs)``, as in `calibrate_grams`.
@@ -65,12 +74,15 @@ def sequential(
         batches: an iterable of inputs of equal shapes, as in `calibrate_grams`; all are kept.
         method: ``(params, grams, prunable=...) -> (params, masks)``, for example
             ``functools.partial(jaxprune.oneshot.sparsegpt, k=0.5)``. It is called for one parameter, or one layer of a stack, at
-            a time: a tree prefix k reaches it whole, but k cannot differ within a stack.
+            a time (then without the axis of layers): a tree prefix k reaches it whole, but k cannot differ within a stack.
         target: what the pruned layer imitates: the outputs of the dense model, or (as published) its own outputs
             before it was pruned, given the pruned model's inputs.
         prunable: which leaves are pruned, as in `make_masks`; recipes as published keep the head of a language model
             (``lm_head``) dense, which is pruned here like any other kernel unless it is left out.
         sites: as in `make_masks`.
+        on_layer: called with ``(path, index, weights, mask)`` as soon as a layer is finished, to store it or to show how
+            far it is: ``leaf[index]`` of the leaf at this path is what was pruned, ``(3,)`` for layer 3 of a stack, ``()``
+            for a leaf that is no stack.
 
     Returns:
         The pruned parameters and their masks, of the treedef of params; True = keep.
@@ -91,8 +103,7 @@ def sequential(
     Reference: Frantar, Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023,
     section 3 (layer by layer); the target is that of least squares between the two models' activations.
     """
-    if target not in ("dense", "current"):
-        raise ValueError(f'sequential takes target="dense" or "current", not {target!r}.')
+    require_target(target, "sequential")
     held = [inputs_of(batch) for batch in batches]
     if not held:
         raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
@@ -108,7 +119,7 @@ def sequential(
     for path in paths:
         sites_of(Grams(reading.sites, {}, {}), path, "sequential")
     masks = [all_true(leaf) for leaf in flat.leaves]
-    pruner = _Pruner(reading, method, target, list(flat.leaves), masks)
+    pruner = _Pruner(reading, method, target, list(flat.leaves), masks, on_layer)
     planned = _in_order(reading, paths)
     at_once = paths - {site.path for site, _ in planned.values()}
     if at_once:
@@ -119,6 +130,12 @@ def sequential(
         pruner.run(held, planned)
     leaves = [own(new) if new is old else new for new, old in zip(pruner.leaves, flat.leaves, strict=True)]
     return flat.build(leaves), flat.build(pruner.masks)
+
+
+def require_target(target: str, title: str) -> None:
+    """Raise a ValueError for what is none of the two targets."""
+    if target not in ("dense", "current"):
+        raise ValueError(f'{title} takes target="dense" or "current", not {target!r}.')
 
 
 _Planned = dict[tuple[Place, int], tuple[Site, Use]]
@@ -147,59 +164,119 @@ class _Pruner:
     """The parameters as they are pruned, one after the other."""
 
     def __init__(
-        self, reading: Reading, method: Method, target: str, leaves: list[Any], masks: list[jax.Array]
+        self,
+        reading: Reading,
+        method: Method,
+        target: str,
+        leaves: list[Any],
+        masks: list[jax.Array],
+        on_layer: OnLayer,
     ) -> None:
         self.leaves = leaves
         self.masks = masks
         self._reading = reading
         self._method = method
         self._target = target
+        self._on_layer = on_layer
 
     def prune(self, path: str, found: Grams) -> None:
         """Prune a leaf by its sites in `found`."""
         flat = self._reading.flat
         position = flat.paths.index(path)
-        # Other leaves are here only for the sake of tree prefixes.
-        tree = {other: jnp.zeros(()) for other, leaf in zip(flat.paths, flat.leaves, strict=True) if is_floating(leaf)}
-        tree[path] = jnp.asarray(self.leaves[position])
         only = Grams(found.sites.select(lambda site: site.path == path), found.sums, found.counts)
-        weights, masks = self._method(tree, only, prunable=lambda other, _: other == path)
-        self.leaves[position] = weights[path]
-        self.masks[position] = self.masks[position] & masks[path]
+        weights, mask = prune_leaf(self._method, flat, path, jnp.asarray(self.leaves[position]), only)
+        self.leaves[position], self.masks[position] = weights, self.masks[position] & mask
+        self._on_layer(path, (), weights, self.masks[position])
 
     def run(self, held: Sequence[tuple[Any, ...]], planned: _Planned) -> None:
         """Evaluate the function for all batches, and prune where data meets parameters."""
-        weights = Weights(list(self._reading.flat.leaves), list(self.leaves))
-        left = sum(
-            math.prod(step.size for step in site.steps if isinstance(step, Each)) for site, _ in planned.values()
-        )
+        flat = self._reading.flat
+        weights = Weights(list(flat.leaves), list(self.leaves))
+        left = _visits(planned)
 
         def visit(place: Place, number: int, layers: tuple[int, ...], data: Lanes) -> bool:
-            nonlocal left
             site, use = planned[place, number]
-            self._prune_one(site.entry(layers), use.contraction, data)
-            position = self._reading.flat.paths.index(site.path)
+            position = flat.paths.index(site.path)
+            cut = site.leading
+            index, alone = layers[:cut], site.slice().entry(layers[cut:])
+            leaf, mask = self._prune_one(position, index, alone, use.contraction, data)
             weights.replace(position, self.leaves[position])
-            left -= 1
-            return left > 0
+            left[site.path, index] -= 1
+            if not left[site.path, index]:
+                del left[site.path, index]
+                self._on_layer(site.path, index, leaf, mask)
+            return bool(left)
 
         inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
         operands = {at: use.operands for at, (_, use) in planned.items()}
         lockstep = Lockstep(weights, operands, visit, dense=self._target == "dense")
         lockstep.run(self._reading.body, inputs)
 
-    def _prune_one(self, site: Site, contraction: Contraction, data: Lanes) -> None:
+    def _prune_one(
+        self, position: int, index: tuple[int, ...], site: Site, contraction: Contraction, data: Lanes
+    ) -> tuple[jax.Array, jax.Array]:
+        """Prune what one site sees of a leaf, or of one layer of it; return that leaf or layer, and its mask."""
+        flat = self._reading.flat
         gram, counts = _sum(_grams(contraction, tuple(x)) for x in zip(*(lane.current for lane in data), strict=True))
-        group = site.groups[0]
-        position = self._reading.flat.paths.index(site.path)
+        whole = jnp.asarray(self.leaves[position])
+        leaf = whole[index] if index else whole
         moved = any(lane.current is not lane.dense for lane in data)
         if self._target == "dense" and moved and contraction.kind in ("dot", "conv"):
             pairs = zip(data[0].current, data[0].dense, strict=True)
-            cross = _sum(_cross_products(contraction, x, y) for x, y in pairs)
-            leaf = jnp.asarray(self.leaves[position])
-            aim = through_compiler(_aim, site.matrices(leaf).astype(jnp.float32), gram, cross)
-            self.leaves[position] = site.put(leaf, aim)
-        self.prune(site.path, Grams(Sites((site,)), {group: gram}, {group: counts}))
+            leaf = aim(site, leaf, gram, _sum(_cross_products(contraction, x, y) for x, y in pairs))
+        group = site.groups[0]
+        found = Grams(Sites((site,)), {group: gram}, {group: counts})
+        leaf, mask = prune_leaf(self._method, flat, site.path, leaf, found)
+        if not index:
+            self.leaves[position], self.masks[position] = leaf, self.masks[position] & mask
+            return leaf, self.masks[position]
+        mask &= self.masks[position][index]
+        if self.leaves[position] is flat.leaves[position]:
+            whole = whole.copy()  # the stack that was given stays
+        self.leaves[position] = _put_layer(whole, leaf, index)
+        self.masks[position] = _put_layer(self.masks[position], mask, index)
+        return leaf, mask
+
+
+def _visits(planned: _Planned) -> collections.Counter[tuple[str, tuple[int, ...]]]:
+    """How often data meets each layer, by path and index: several times where the sites are parts of a parameter."""
+    found: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
+    for site, _ in planned.values():
+        sizes = [step.size for step in site.steps if isinstance(step, Each)]
+        for index in itertools.product(*map(range, sizes[: site.leading])):
+            found[site.path, index] += math.prod(sizes[site.leading :])
+    return found
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_layer(stack: jax.Array, layer: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    """Write a layer into its stack, in the same memory."""
+
+    def put(stack: jax.Array, layer: jax.Array) -> jax.Array:
+        layer = layer.reshape((1,) * len(index) + layer.shape)
+        return jax.lax.dynamic_update_slice(stack, layer, (*index, *(0,) * (stack.ndim - len(index))))
+
+    return without_explicit_axes(put, stack)(stack, layer)
+
+
+def prune_leaf(method: Method, flat: Tree, path: str, leaf: jax.Array, grams: Grams) -> tuple[jax.Array, jax.Array]:
+    """Call a method for one leaf, or one layer of it; return its weights and its mask."""
+    # Other leaves are here only for the sake of tree prefixes.
+    tree = {other: jnp.zeros(()) for other, other_leaf in flat.by_path.items() if is_floating(other_leaf)}
+    weights, masks = method({**tree, path: leaf}, grams, prunable=lambda other, _: other == path)
+    return weights[path], masks[path]
+
+
+def aim(site: Site, leaf: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
+    """Return a leaf with the weights at a site that bring its outputs on pruned inputs closest to the dense ones.
+
+    Args:
+        site: of the leaf.
+        leaf: its weights W.
+        gram: of the pruned model's inputs X~, ``X~'X~`` [N, I, I].
+        cross: of both models' inputs, ``X~'X`` [N, I, I].
+    """
+    return site.put(leaf, through_compiler(_aim, site.matrices(leaf).astype(jnp.float32), gram, cross))
 
 
 _grams = jax.jit(grams, static_argnums=0)

@@ -212,7 +212,7 @@ def _calibrate(
         raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
     sums, counts = totals
     found = kind(sites, sums, counts)
-    _require_finite(found)
+    require_finite(found)
     return found
 
 
@@ -236,15 +236,20 @@ def require_alike(inputs: tuple[Any, ...], first: tuple[Any, ...], number: int) 
             )
 
 
-def _selected(sites: Sites, where: Callable[[Site], bool] | None, rank: int) -> Sites:
+def warn_of_unresolved(sites: Sites, stacklevel: int) -> None:
+    """Warn where there will be no statistics, as seen from the function that calls."""
     if sites.unresolved:
         lines = [f"  {entry.name}: {entry.reason}" for entry in sites.unresolved]
         warnings.warn(
             "Parameters are used in ways that are not understood; there are no statistics of these uses:\n"
             + "\n".join(lines),
             CalibrationWarning,
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )
+
+
+def _selected(sites: Sites, where: Callable[[Site], bool] | None, rank: int) -> Sites:
+    warn_of_unresolved(sites, stacklevel=4)
     chosen = sites.select(lambda site: (rank == 1 or site.operation != "gather") and (where is None or where(site)))
     if not chosen.sites:
         raise ValueError(
@@ -298,7 +303,8 @@ def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
     return track(batches, "calibrating", total=total, console=Console(stderr=True))
 
 
-def _require_finite(found: _Sums) -> None:
+def require_finite(found: _Sums) -> None:
+    """Raise a ValueError that names the first parameter whose statistics are not finite."""
     finite = jax.jit(lambda sums: jax.tree.map(lambda x: jnp.isfinite(x).all(), sums))(found.sums)
     for site in found.sites:
         if not all(bool(finite[group]) for group in site.groups):

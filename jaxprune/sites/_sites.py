@@ -108,6 +108,30 @@ class Site:
         n, i, o = self.matrix_shape
         return dataclasses.replace(self, steps=steps, matrix_shape=(n // layers, i, o))
 
+    @property
+    def leading(self) -> int:
+        """How many leading axes of the leaf are gone through layer by layer."""
+        return next((i for i, step in enumerate(self.steps) if not isinstance(step, Each)), len(self.steps))
+
+    def slice(self) -> "Site":
+        """Return the site as it is in one layer of the leaf, ``leaf[index]`` with a number for each of the `leading` axes."""
+        cut = self.leading
+
+        def inner(axes: Axes) -> Axes:
+            return tuple(axis - cut for axis in axes if axis >= cut)
+
+        n, i, o = self.matrix_shape
+        return dataclasses.replace(
+            self,
+            shape=self.shape[cut:],
+            matrix_shape=(n // math.prod(self.shape[:cut]), i, o),
+            in_axes=inner(self.in_axes),
+            out_axes=inner(self.out_axes),
+            stack_axes=inner(self.stack_axes),
+            input_axis=None if self.input_axis is None else self.input_axis - cut,
+            steps=self.steps[cut:],
+        )
+
     def _check(self, leaf: Any) -> None:
         if jnp.shape(leaf) != self.shape:
             raise ValueError(

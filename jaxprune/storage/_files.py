@@ -256,12 +256,13 @@ def plan_file(
     if dense and (quantize or quantize_tables):
         raise ValueError("quantize= and quantize_tables= store integers, which dense=True does not; give one of them.")
     coding.check_tables(checkpoint.tensors.items(), str(checkpoint.path))
-    encode_one: Encode = functools.partial(_encode, mask_of, dense, coding)
+    encode_one: Encode = functools.partial(encode_tensor, mask_of, dense, coding)
     strings = checkpoint.metadata | check_metadata(metadata)
     return plan(checkpoint, encode_one, metadata=strings, compress=compress, done=done)
 
 
-def _encode(mask_of: MaskOf, dense: bool, coding: Coding, tensor: Stored) -> Encoded:
+def encode_tensor(mask_of: MaskOf, dense: bool, coding: Coding, tensor: Stored) -> Encoded:
+    """Encode a tensor under the mask that it has and the one that it is to get."""
     values, before = tensor.load()
     mask = mask_of(tensor, values)
     if before is not None:

@@ -200,6 +200,47 @@ def test_recurrent_and_tied_weights_are_pruned_at_once() -> None:
     assert [float(masks[name]["kernel"].mean()) for name in params] == [0.5] * 3
 
 
+@pytest.mark.slow
+def test_each_layer_is_handed_out_when_it_is_finished() -> None:
+    stacks = {
+        "qkv": normal(3, 6, 12) / 2,  # a stack, of three parts a layer
+        "out": normal(12, 6) / 2,  # a stack only after a reshape
+        "nested": normal(3, 2, 6, 6) / 2,  # a stack of stacks
+        "last": normal(6, 2),
+    }
+    params = jax.tree.map(jnp.copy, stacks)
+
+    def inner(h: Any, kernel: Any) -> Any:
+        return jnp.tanh(h @ kernel), None
+
+    def step(h: Any, layer: Any) -> Any:
+        q, k, v = (h @ part for part in jnp.split(layer["qkv"], 3, axis=1))
+        h = h + lax.scan(inner, h, layer["nested"])[0]
+        return h + (q * k + v) @ layer["out"], None
+
+    def fn(params: Any, x: Any) -> Any:
+        layers = {"qkv": params["qkv"], "nested": params["nested"], "out": params["out"].reshape(3, 4, 6)}
+        return lax.scan(step, x, layers)[0] @ params["last"]
+
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    copies = {name: (np.zeros(leaf.shape), np.zeros(leaf.shape, bool)) for name, leaf in params.items()}
+
+    def store(path: str, index: tuple[int, ...], weights: Any, mask: Any) -> None:
+        seen.append((path, index))
+        copies[path][0][index], copies[path][1][index] = weights, mask
+
+    found, masks = sequential(fn, params, BATCHES, HALF, prunable=lambda path, leaf: True, on_layer=store)
+    in_layers = [("qkv", (0,)), ("nested", (0, 0)), ("nested", (0, 1))]
+    in_layers += [(path, (index[0] + i, *index[1:])) for i in (1, 2) for path, index in in_layers]
+    assert seen == [*in_layers, ("out", ()), ("last", ())]
+    for name, (weights, mask) in copies.items():
+        np.testing.assert_array_equal(found[name], weights)
+        np.testing.assert_array_equal(masks[name], mask)
+    assert masks["qkv"].reshape(3, 6, 3, 4).mean(axis=(1, 3)).tolist() == [[0.5] * 3] * 3
+    # What was given is as it was.
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, stacks))
+
+
 def test_stops_behind_the_last_layer_and_keeps_what_is_not_pruned() -> None:
     params = weights()
     seen: list[str] = []

@@ -173,6 +173,20 @@ def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
 
+def _prune_blocks(p: Problem) -> Any:
+    data = [np.asarray(apply(p.params, p.x))]
+    source = jaxprune.save_sparse(p.folder / "blocks.safetensors", [p.params["b"]["kernel"]] * 2).path
+    storage.prune_blocks(
+        source,
+        p.folder / "pruned.safetensors",
+        "{}",
+        lambda blocks: oneshot.block_by_block(
+            lambda kernel, x: jnp.tanh(x @ kernel), blocks, data, functools.partial(oneshot.sparsegpt, k=0.5)
+        ),
+    )
+    return jaxprune.load_sparse(p.folder / "pruned.safetensors")
+
+
 # Full name -> the function, called once; what it returns is compared with what it returns without flags, on one device.
 CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.apply_masks": lambda p: jaxprune.apply_masks(p.params, p.masks),
@@ -211,6 +225,14 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.distill.hidden_loss": lambda p: jax.grad(lambda x: distill.hidden_loss({"x": x}, {"x": 2 * x}))(p.x),
     "jaxprune.distill.logit_loss": _distil,
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
+    "jaxprune.oneshot.block_by_block": lambda p: list(
+        oneshot.block_by_block(
+            lambda kernel, x: x + _dense({"kernel": kernel, "bias": p.params["b"]["bias"]}, x),
+            [p.params["b"]["kernel"]] * 2,
+            [apply(p.params, p.x)] * 2,
+            functools.partial(oneshot.sparsegpt, k=0.5),
+        )
+    ),
     "jaxprune.oneshot.reconstruct": lambda p: oneshot.reconstruct(p.params, p.masks, p.grams),
     "jaxprune.oneshot.sequential": lambda p: oneshot.sequential(
         apply, p.params, [p.x, p.x], functools.partial(oneshot.sparsegpt, k=0.5)
@@ -257,6 +279,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.storage.multiply_bcsr": lambda p: storage.multiply_bcsr(
         p.x, storage.to_bcsr(p.params, p.masks)["a"]["kernel"]
     ),
+    "jaxprune.storage.prune_blocks": _prune_blocks,
     "jaxprune.storage.prune_file": lambda p: storage.prune_file(*_files(p), 0.75, rule=rules.layer_sparsity).bytes,
     "jaxprune.storage.read_metadata": lambda p: storage.read_metadata(p.file),
     "jaxprune.storage.stored_bytes": lambda p: storage.stored_bytes(p.params, p.masks),
