@@ -1,29 +1,25 @@
 """Prune layer by layer: each layer is calibrated on the outputs of the layers already pruned."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune._jaxpr import _equations
 from jaxprune._tree._leaves import is_floating, own, require_real
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._prunable import Predicate, Prunable
 from jaxprune._tree._sharding import through_compiler
 from jaxprune.sites._accumulate import cross_products, grams
-from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
-from jaxprune.sites._contractions import Contraction, Use
+from jaxprune.sites._calibrate import Grams, all_inputs, calibrate_grams
+from jaxprune.sites._contractions import Contraction
 from jaxprune.sites._factorise import factorise
-from jaxprune.sites._find import Reading, read
+from jaxprune.sites._find import Planned, Reading, read
 from jaxprune.sites._lanes import Lanes, Lockstep, Weights
 from jaxprune.sites._matrices import sites_of
 from jaxprune.sites._sites import Site, Sites
-from jaxprune.sites._views import Each
-from jaxprune.sites._walk import Place
 
 # How much is added to the diagonal of a Gram matrix, as a share of its mean, to find the weights to aim at.
 _DAMPING = 0.01
@@ -93,11 +89,7 @@ def sequential(
     """
     if target not in ("dense", "current"):
         raise ValueError(f'sequential takes target="dense" or "current", not {target!r}.')
-    held = [inputs_of(batch) for batch in batches]
-    if not held:
-        raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
-    for number, inputs in enumerate(held):
-        require_alike(inputs, held[0], number)
+    held = all_inputs(batches)
     reading = read(fn, params, held[0])
     flat = reading.flat
     chosen = read_params(params, prunable=prunable, sites=sites).prunable
@@ -109,7 +101,7 @@ def sequential(
         sites_of(Grams(reading.sites, {}, {}), path, "sequential")
     masks = [all_true(leaf) for leaf in flat.leaves]
     pruner = _Pruner(reading, method, target, list(flat.leaves), masks)
-    planned = _in_order(reading, paths)
+    planned = reading.in_order(paths)
     at_once = paths - {site.path for site, _ in planned.values()}
     if at_once:
         found = calibrate_grams(fn, params, held, where=lambda site: site.path in at_once)
@@ -119,28 +111,6 @@ def sequential(
         pruner.run(held, planned)
     leaves = [own(new) if new is old else new for new, old in zip(pruner.leaves, flat.leaves, strict=True)]
     return flat.build(leaves), flat.build(pruner.masks)
-
-
-_Planned = dict[tuple[Place, int], tuple[Site, Use]]
-
-
-def _in_order(reading: Reading, paths: set[str]) -> _Planned:
-    """The uses of parameters that can be pruned where they stand: read once, outside loops other than over layers."""
-    times: dict[Site, int] = {}
-    for site, _ in reading.uses.values():
-        times[site] = times.get(site, 0) + 1
-    planned: _Planned = {}
-    late: set[str] = set()
-    for (place, number), (site, use) in reading.uses.items():
-        if site.path not in paths:
-            continue
-        loops = _equations.enclosing(reading.body, place)
-        over_layers = all(name == "scan" for name in loops) and len(loops) == len(use.piece.frames)
-        if times[site] == 1 and over_layers and all(frame.index is None for frame in use.piece.frames):
-            planned[place, number] = site, use
-        else:
-            late.add(site.path)
-    return {at: entry for at, entry in planned.items() if entry[0].path not in late}
 
 
 class _Pruner:
@@ -167,26 +137,21 @@ class _Pruner:
         self.leaves[position] = weights[path]
         self.masks[position] = self.masks[position] & masks[path]
 
-    def run(self, held: Sequence[tuple[Any, ...]], planned: _Planned) -> None:
+    def run(self, held: Sequence[tuple[Any, ...]], planned: Planned) -> None:
         """Evaluate the function for all batches, and prune where data meets parameters."""
         weights = Weights(list(self._reading.flat.leaves), list(self.leaves))
-        left = sum(
-            math.prod(step.size for step in site.steps if isinstance(step, Each)) for site, _ in planned.values()
-        )
-
-        def visit(place: Place, number: int, layers: tuple[int, ...], data: Lanes) -> bool:
-            nonlocal left
-            site, use = planned[place, number]
-            self._prune_one(site.entry(layers), use.contraction, data)
+        left = sum(site.layers for site, _ in planned.values())
+        inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
+        operands = {at: use.operands for at, (_, use) in planned.items()}
+        lockstep = Lockstep(weights, operands, dense=self._target == "dense")
+        for stop in lockstep.stops(self._reading.body, inputs):
+            site, use = planned[stop.place, stop.number]
+            self._prune_one(site.entry(stop.layers), use.contraction, stop.data)
             position = self._reading.flat.paths.index(site.path)
             weights.replace(position, self.leaves[position])
             left -= 1
-            return left > 0
-
-        inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
-        operands = {at: use.operands for at, (_, use) in planned.items()}
-        lockstep = Lockstep(weights, operands, visit, dense=self._target == "dense")
-        lockstep.run(self._reading.body, inputs)
+            if not left:
+                break
 
     def _prune_one(self, site: Site, contraction: Contraction, data: Lanes) -> None:
         gram, counts = _sum(_grams(contraction, tuple(x)) for x in zip(*(lane.current for lane in data), strict=True))
