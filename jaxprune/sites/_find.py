@@ -17,7 +17,6 @@ from jaxprune.sites._sites import Site, Sites, Unresolved
 from jaxprune.sites._views import Each, View, source_axes
 from jaxprune.sites._walk import Log, Measure, Place, Tracked, Walk
 
-
 # Uses of parameters, each with its site, by where they are.
 Planned = dict[tuple[Place, int], tuple[Site, Use]]
 

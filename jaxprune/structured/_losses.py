@@ -14,7 +14,7 @@ from jaxprune.sites._sites import Site, Sites
 from jaxprune.structured._groups import ChannelGroup, Member
 
 # The share of the mean diagonal that is added to a Gram matrix, as the solvers of `oneshot` do unless told otherwise.
-_DAMPING = 0.01
+DAMPING = 0.01
 # Updates of large matrices wait for each other, until they are this many columns: a product costs less than its parts.
 _WAITING = 64
 
@@ -48,9 +48,23 @@ def removal_order(
     """
     readers = _readers(group, params, grams)
     if group.layers is None:
-        return _order(_matrices(readers, group.size, None), group.size, number)
-    found = [_order(_matrices(readers, group.size, layer), group.size, number) for layer in range(group.layers.size)]
+        return order_of(readers, group.size, number)
+    found = [order_of(readers, group.size, number, layer) for layer in range(group.layers.size)]
     return np.stack([order for order, _ in found]), np.stack([losses for _, losses in found])
+
+
+def order_of(
+    readers: Sequence["Reader"], size: int, number: int, layer: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order that `removal_order` returns: of one layer, or of channels that all have in common.
+
+    Args:
+        readers: what reads the channels.
+        size: how many channels there are.
+        number: how many go.
+        layer: which layer, where readers are of several.
+    """
+    return _order(_matrices(readers, size, layer), size, number)
 
 
 def _order(matrices: Sequence["_Matrix"], size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +93,7 @@ def is_repaired(sites: Sites, path: str) -> bool:
     return known and not overlap(sites.at(path))
 
 
-class _Reader(NamedTuple):
+class Reader(NamedTuple):
     """A site that reads the channels.
 
     Attributes:
@@ -94,8 +108,8 @@ class _Reader(NamedTuple):
     groups: tuple[int, ...]
     channels: np.ndarray
     layers: np.ndarray
-    weights: jax.Array
-    grams: jax.Array
+    weights: jax.Array | np.ndarray
+    grams: jax.Array | np.ndarray
     fixed: str | None
 
 
@@ -115,18 +129,18 @@ class _Matrix(NamedTuple):
     solved: bool
 
 
-def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> list[_Reader]:
+def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> list[Reader]:
     found = []
     for member in (member for member in group.members if member.reads):
         sites = _sites(group, member, grams)
         fixed = None if is_repaired(grams.sites, member.path) else member.path
         for site in sites:
-            channels = _along(site, member.axis, member.channels)
+            channels = along_inputs(site, member.axis, member.channels)
             layers = np.zeros(len(channels), np.int64)
             if member.layers is not None:
-                layers = _along(site, member.layers, np.arange(site.shape[member.layers]))[:, 0]
+                layers = along_inputs(site, member.layers, np.arange(site.shape[member.layers]))[:, 0]
             weights = as_matrices(site, params[member.path])
-            found.append(_Reader(site.groups, channels, layers, weights, grams.of(site), fixed))
+            found.append(Reader(site.groups, channels, layers, weights, grams.of(site), fixed))
     if not found:
         raise ValueError(
             f"No parameter sums over the channels of {group.name}, so that no Gram matrix tells what is lost with them. "
@@ -135,8 +149,8 @@ def _readers(group: ChannelGroup, params: Mapping[str, Any], grams: Grams) -> li
     return found
 
 
-def _along(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
-    """Return for each input of each matrix the number at its place along an axis of the parameter, [N, I]."""
+def along_inputs(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
+    """Return for each input of each of a site's matrices the number at its place along an axis of the parameter, [N, I]."""
 
     @jax.jit
     def read(numbers: Any) -> jax.Array:
@@ -146,7 +160,7 @@ def _along(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
     return np.asarray(read(numbers))
 
 
-def _matrices(readers: Sequence[_Reader], size: int, layer: int | None) -> list[_Matrix]:
+def _matrices(readers: Sequence[Reader], size: int, layer: int | None) -> list[_Matrix]:
     """Return the matrices of one layer, or of all."""
     found: dict[tuple[Any, ...], _Matrix] = {}
     for reader in readers:
@@ -192,7 +206,7 @@ class _Solved:
         """Invert the Gram matrix; of both matrices the rows of channels are all that is needed from then on."""
         (size, k), rows = matrix.rows.shape, matrix.rows.ravel()
         mean = np.diagonal(matrix.gram).mean() or 1.0
-        inverse = np.linalg.inv(matrix.gram + _DAMPING * mean * np.eye(len(matrix.gram)))
+        inverse = np.linalg.inv(matrix.gram + DAMPING * mean * np.eye(len(matrix.gram)))
         self._inverse = inverse[np.ix_(rows, rows)]
         self._outer = matrix.outer[np.ix_(rows, rows)]
         self._own_inverse, self._own_outer = (_blocks(square, size, k) for square in (self._inverse, self._outer))
