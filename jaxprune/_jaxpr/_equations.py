@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -77,6 +78,10 @@ class Equation:
             if not frame.file_name.startswith(_OURS):
                 return f"{Path(frame.file_name).name}:{frame.line_num}, {frame.function_name}"
         return self.caller.place if self.caller is not None else ""
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        """Return a context in which its operands can be computed with: where it was traced, the mesh may be another."""
+        return self.eqn.ctx.manager
 
     def called_by(self, caller: "Equation | None") -> "Equation":
         """The equation, as one of a jaxpr that another one calls."""

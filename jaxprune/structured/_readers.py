@@ -129,7 +129,8 @@ class Readers:
         site, use = self.planned[stop.place, stop.number]
         layer, entry = stop.layers[0] if stop.layers else 0, site.entry(stop.layers)
         weights = np.asarray(as_matrices(entry, leaf(site.path)), np.float64)
-        problem = posed(stop, use, weights, outputs)
+        with stop.equation.surroundings():
+            problem = posed(stop, use, weights, outputs)
         if not (np.isfinite(problem.gram).all() and np.isfinite(problem.cross).all()):
             raise ValueError(
                 f"What meets {site.name} is NaN or infinite. Look at the batches, or at what comes before it."

@@ -12,7 +12,7 @@ from jaxprune._printing import some
 from jaxprune._tree._leaves import own
 from jaxprune._tree._paths import flatten
 from jaxprune.sites._calibrate import all_inputs
-from jaxprune.sites._find import read
+from jaxprune.sites._find import Reading, read
 from jaxprune.sites._lanes import Lane, Lockstep, Stop, Weights
 from jaxprune.structured._axes._dims import leaves
 from jaxprune.structured._graph import Graph
@@ -104,7 +104,8 @@ def select_in_sequence(
     reading = shallow.reading
     readers = Readers(reading, [group for group in asked if not shallow.lacks(group)], counts)
     weights = Weights(list(reading.flat.leaves), list(reading.flat.leaves))
-    dense = _ahead(_stops(graph, params, held), shallow.lost)
+    whole = read(rebuild(graph, Plan({}, graph.by_path)), params, held[0]) if target == "dense" else None
+    dense = None if whole is None else _ahead(_stops(whole, held), shallow.lost)
     position = {path: number for number, path in enumerate(reading.flat.paths)}
 
     def leaf(path: str) -> Any:
@@ -114,7 +115,8 @@ def select_in_sequence(
     left = sum(site.layers for site, _ in readers.planned.values())
     for stop in _shown(lockstep.stops(reading.body, _by_input(held)), left, progress):
         site, _ = readers.planned[stop.place, stop.number]
-        outputs = _outputs(stop, dense, shallow.key(site.path, stop.layers)) if target == "dense" else None
+        key = shallow.key(site.path, stop.layers)
+        outputs = None if dense is None else _outputs(stop, *next(twin for other, twin in dense if other == key))
         weights.replace(position[site.path], readers.solve(stop, leaf, outputs))
         left -= 1
         if not left:
@@ -193,9 +195,8 @@ def _by_input(held: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
     return [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
 
 
-def _stops(graph: Graph, params: Any, held: Sequence[tuple[Any, ...]]) -> Iterator[tuple[_Key, Stop]]:
-    """Evaluate the whole function, and yield every place where a parameter meets data."""
-    reading = read(rebuild(graph, Plan({}, graph.by_path)), params, held[0])
+def _stops(reading: Reading, held: Sequence[tuple[Any, ...]]) -> Iterator[tuple[_Key, Stop]]:
+    """Evaluate a function as it is, and yield every place where a parameter meets data."""
     weights = Weights(list(reading.flat.leaves), list(reading.flat.leaves))
     planned = reading.in_order(reading.flat.paths)
     lockstep = Lockstep(weights, dict.fromkeys(planned, ()), dense=False)
@@ -205,7 +206,7 @@ def _stops(graph: Graph, params: Any, held: Sequence[tuple[Any, ...]]) -> Iterat
 
 def _ahead(
     stops: Iterator[tuple[_Key, Stop]], lost: Callable[[_Key], bool]
-) -> Iterator[tuple[_Key, Stop, Lane | None]]:
+) -> Iterator[tuple[_Key, tuple[Stop, Lane | None]]]:
     """Yield the stops that are in the smaller function, too, and the stream that each adds to, as it is when the next one comes."""
     held: tuple[_Key, Stop] | None = None
     after: list[Stop] = []
@@ -214,10 +215,10 @@ def _ahead(
             after += [stop] if stop.stream is not None else []
             continue
         if held is not None:
-            yield *held, _end(held[1], after)
+            yield held[0], (held[1], _end(held[1], after))
         held, after = (key, stop), []
     if held is not None:
-        yield *held, _end(held[1], after)
+        yield held[0], (held[1], _end(held[1], after))
 
 
 def _end(stop: Stop, after: Sequence[Stop]) -> Lane | None:
@@ -229,9 +230,14 @@ def _end(stop: Stop, after: Sequence[Stop]) -> Lane | None:
     return end
 
 
-def _outputs(stop: Stop, dense: Iterator[tuple[_Key, Stop, Lane | None]], key: _Key) -> Iterator[jax.Array]:
-    """Yield for each batch what a parameter is to compute, in float32."""
-    twin, end = next((twin, end) for other, twin, end in dense if other == key)
+def _outputs(stop: Stop, twin: Stop, end: Lane | None) -> Iterator[jax.Array]:
+    """Yield for each batch what a parameter is to compute, in float32 at least.
+
+    Args:
+        stop: where it is read.
+        twin: the same place in the whole function.
+        end: where the stream is to be that both add to.
+    """
     assert twin.result is not None
     for batch, result in enumerate(twin.result.current):
         wanted = result.astype(wide(result.dtype))
