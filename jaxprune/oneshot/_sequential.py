@@ -1,6 +1,7 @@
 """Prune layer by layer: each layer is calibrated on the outputs of the layers already pruned."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -140,18 +141,15 @@ class _Pruner:
     def run(self, held: Sequence[tuple[Any, ...]], planned: Planned) -> None:
         """Evaluate the function for all batches, and prune where data meets parameters."""
         weights = Weights(list(self._reading.flat.leaves), list(self.leaves))
-        left = sum(site.layers for site, _ in planned.values())
+        number = sum(site.layers for site, _ in planned.values())  # nothing is evaluated behind the last one
         inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
         operands = {at: use.operands for at, (_, use) in planned.items()}
         lockstep = Lockstep(weights, operands, dense=self._target == "dense")
-        for stop in lockstep.stops(self._reading.body, inputs):
+        for stop in itertools.islice(lockstep.stops(self._reading.body, inputs), number):
             site, use = planned[stop.place, stop.number]
             self._prune_one(site.entry(stop.layers), use.contraction, stop.data)
             position = self._reading.flat.paths.index(site.path)
             weights.replace(position, self.leaves[position])
-            left -= 1
-            if not left:
-                break
 
     def _prune_one(self, site: Site, contraction: Contraction, data: Lanes) -> None:
         gram, counts = _sum(_grams(contraction, tuple(x)) for x in zip(*(lane.current for lane in data), strict=True))

@@ -54,7 +54,6 @@ class Reading:
         totals = {group: jax.tree.map(lambda *parts: sum(parts), *found) for group, found in sums.items()}
         return jax.tree.unflatten(jax.tree.structure(self.results), [value.value for value in values]), totals
 
-
     def in_order(self, paths: Container[str]) -> Planned:
         """Return the uses of parameters that can be replaced where they stand: read once, in no loop but over layers."""
         times: dict[Site, int] = {}

@@ -1,5 +1,6 @@
 """Choose channels where they are read, one layer after the other, on what the layers that are cut already give."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -112,15 +113,12 @@ def select_in_sequence(
         return weights.current[position[path]]
 
     lockstep = Lockstep(weights, {at: use.operands for at, (_, use) in readers.planned.items()}, dense=False)
-    left = sum(site.layers for site, _ in readers.planned.values())
-    for stop in _shown(lockstep.stops(reading.body, _by_input(held)), left, progress):
+    number = sum(site.layers for site, _ in readers.planned.values())
+    for stop in _shown(lockstep.stops(reading.body, _by_input(held)), number, progress):
         site, _ = readers.planned[stop.place, stop.number]
         key = shallow.key(site.path, stop.layers)
         outputs = None if dense is None else _outputs(stop, *next(twin for other, twin in dense if other == key))
         weights.replace(position[site.path], readers.solve(stop, leaf, outputs))
-        left -= 1
-        if not left:
-            break
     kept = {group.var: shallow.whole(group, readers.kept[group.name]) for group in asked if group.name in readers.kept}
     plan = plan_of(graph, {var: rows for var, rows in kept.items() if rows.shape[-1] < var.size})
     changed = {site.path: leaf(site.path) for site, _ in readers.planned.values()}
@@ -251,6 +249,8 @@ def _outputs(stop: Stop, twin: Stop, end: Lane | None) -> Iterator[jax.Array]:
 
 
 def _shown(stops: Iterator[Stop], number: int, progress: bool) -> Iterable[Stop]:
+    """Yield the first stops, and evaluate nothing behind the last one."""
+    stops = itertools.islice(stops, number)
     if not progress:
         return stops
     from rich.console import Console
