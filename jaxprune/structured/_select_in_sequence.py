@@ -15,7 +15,6 @@ from jaxprune._tree._paths import flatten
 from jaxprune.sites._calibrate import all_inputs
 from jaxprune.sites._find import Reading, read
 from jaxprune.sites._lanes import Lane, Lockstep, Stop, Weights
-from jaxprune.structured._axes._dims import leaves
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import ChannelGroup
 from jaxprune.structured._naming import by_group
@@ -145,11 +144,12 @@ class _Shallow:
 
     def __init__(self, graph: Graph, plan: Plan, params: Any, held: Sequence[tuple[Any, ...]]) -> None:
         self._layers = solve(graph, plan)
-        channels = [path for path, value in zip(graph.paths, graph.params, strict=True) for dim in value.dims for var in leaves(dim) if var in self._layers and not var.depth]  # fmt: skip
+        channels = [group.name for group in graph.groups if group.var in self._layers]
         if channels:
-            raise ValueError(f"blocks is to drop layers or branches, but it cuts channels, those of {some(channels)}.")
+            raise ValueError(f"blocks is to drop layers or branches, but it cuts channels: {some(channels)}.")
         self.plan = plan
-        self.reading = read(rebuild(graph, plan), shrink(plan, params), held[0])
+        smaller = shrink(plan, params) if plan.kept or plan.dropped else params
+        self.reading = read(rebuild(graph, plan), smaller, held[0])
 
     def lacks(self, group: ChannelGroup) -> bool:
         """Whether what reads a group's channels is gone."""
