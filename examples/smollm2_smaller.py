@@ -4,11 +4,12 @@
     pip install gguf                    # reads them
     python examples/smollm2_smaller.py --steps 80
 
-Layers go that the loss misses least; then, in each layer that is left, channels of the perceptron and heads with their
-keys and values, by what is lost with them once least squares has made up for it. That repair is made, and the smaller
-model, the same Llama with smaller hyperparameters, learns from the dense one. After every stage the model is saved and
-opened again, measured as it came out of the file, and continues a sentence. Writes the models, the plans `layers.json`
-and `channels.json`, and `results.json`; `--resume` goes on behind the last stage that was finished.
+Layers go that the loss misses least; then, in one layer that is left after the other, channels of the perceptron and heads
+with their keys and values, by what is lost with them once least squares has made up for it. That repair is made before the
+next layer is looked at, so that each makes up for the layers that went, too. The smaller model, the same Llama with
+smaller hyperparameters, learns from the dense one. After every stage the model is saved and opened again, measured as
+it came out of the file, and continues a sentence. Writes the models, the plans `layers.json` and `channels.json` (of
+layers and channels), and `results.json`; `--resume` goes on behind the last stage that was finished.
 """
 
 import argparse
@@ -67,9 +68,11 @@ def choose_layers(model: Model, gone: int, windows: np.ndarray) -> structured.Pl
     return structured.select_blocks(graph, model.params, gone, loss)
 
 
-def choose_channels(model: Model, shares: dict[str, float], grams: Any) -> structured.Plan:
-    """Choose the channels that stay: each layer its own, all layers equally many."""
-    return structured.select_channels(_graph(model), model.params, shares, grams=grams)
+def choose_channels(
+    model: Model, layers: structured.Plan | None, shares: dict[str, float], batches: np.ndarray
+) -> tuple[structured.Plan, Any]:
+    """Choose the channels that stay, each layer its own, all layers equally many; and repair what reads them."""
+    return structured.select_in_sequence(_graph(model), model.params, shares, batches, blocks=layers, progress=True)
 
 
 def check(model: Model, plan: structured.Plan, params: Any, small: Model, tokens: np.ndarray, console: Console) -> None:
@@ -216,40 +219,34 @@ class Stages(NamedTuple):
         self.console.print(f"  {row.says!r}")
 
 
-def shallower(stages: Stages, dense: Model, windows: np.ndarray) -> Model:
-    """Drop layers; those of a run that goes on are known."""
+def shallower(stages: Stages, dense: Model, windows: np.ndarray) -> structured.Plan | None:
+    """Choose the layers that stay; those of a run that goes on are known."""
     name, path = "fewer layers", stages.options.out / "layers.json"
     if not stages.options.drop_layers:
-        return dense
+        return None
     with measured() as used, stages.console.status("choosing layers"):
         if stages.done(name):
-            plan = structured.Plan.from_json(path.read_text())
-        else:
-            number, length = LAYERS_BY
-            plan = choose_layers(dense, stages.options.drop_layers, windows[:number, :length])
-            path.write_text(plan.to_json() + "\n")
+            return structured.Plan.from_json(path.read_text())
+        number, length = LAYERS_BY
+        plan = choose_layers(dense, stages.options.drop_layers, windows[:number, :length])
+        path.write_text(plan.to_json() + "\n")
         model = smaller(dense, structured.shrink(plan, dense.params))
     stages.finish(name, model, used)
-    return model
+    return plan
 
 
-def narrower(stages: Stages, model: Model, windows: np.ndarray) -> Model:
+def narrower(stages: Stages, dense: Model, layers: structured.Plan | None, windows: np.ndarray) -> Model:
     """Cut channels and heads, without and with repair."""
     options, batches = stages.options, windows.reshape(-1, BATCH_SIZE, windows.shape[1])
     with measured() as used:
-        grams = jaxprune.calibrate_grams(model.hidden, model.params, batches, progress=True)
-        with stages.console.status("choosing channels"):
-            plan = choose_channels(model, {"*/gate_proj": options.ffn, "*/k_proj": options.kv}, grams)
+        plan, params = choose_channels(dense, layers, {"*/gate_proj": options.ffn, "*/k_proj": options.kv}, batches)
         (options.out / "channels.json").write_text(plan.to_json() + "\n")
-        # As they are, for comparison: the plan counts on their repair, and shrink would say so.
-        unrepaired = jaxprune.apply_masks(model.params, structured.channel_masks(plan, model.params))
-        cut = smaller(model, structured.shrink(plan, unrepaired))
-        del unrepaired
-    stages.finish("cut", cut, used)
-    with measured() as used, stages.console.status("repairing"):
-        params = structured.repair(plan, model.params, grams)
-        repaired = smaller(model, jax.block_until_ready(structured.shrink(plan, params)))
-    check(model, plan, params, repaired, windows[:1, :CHECKED], stages.console)
+        repaired = smaller(dense, jax.block_until_ready(structured.shrink(plan, params)))
+    with measured() as used_without:  # the same channels for comparison, from weights as they were
+        cut = smaller(dense, structured.shrink(plan, dense.params))
+    stages.finish("cut", cut, used_without)
+    del cut
+    check(dense, plan, params, repaired, windows[:1, :CHECKED], stages.console)
     jaxprune.save_sparse(options.out / REPAIRED, repaired.params)
     stages.finish("repaired", repaired, used)
     return repaired
@@ -271,7 +268,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         repaired = smaller(dense, jax.tree.map(jnp.asarray, params))
     else:
         windows = dense.windows("train", options.calibration, options.length, options.seed)
-        repaired = narrower(stages, shallower(stages, dense, windows), windows)
+        repaired = narrower(stages, dense, shallower(stages, dense, windows), windows)
     if not stages.done("distilled"):
         # The text in another order than for calibration.
         lessons = dense.windows("train", options.steps * AT_ONCE, options.length, options.seed + 1)

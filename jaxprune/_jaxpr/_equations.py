@@ -1,9 +1,10 @@
 """All that differs between versions of jax in how a jaxpr is read; with `_records`, what looks inside equations."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 from jax import lax
@@ -11,7 +12,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 from jax.sharding import AxisType
 
-from jaxprune._jaxpr._primitives import CALLS
+from jaxprune._jaxpr._primitives import CALLS, COPIES, RESHAPES, SUMS
 
 Held = TypeVar("Held")
 
@@ -77,6 +78,10 @@ class Equation:
             if not frame.file_name.startswith(_OURS):
                 return f"{Path(frame.file_name).name}:{frame.line_num}, {frame.function_name}"
         return self.caller.place if self.caller is not None else ""
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        """Return a context in which its operands can be computed with: where it was traced, the mesh may be another."""
+        return self.eqn.ctx.manager
 
     def called_by(self, caller: "Equation | None") -> "Equation":
         """The equation, as one of a jaxpr that another one calls."""
@@ -167,37 +172,84 @@ def _is_dropped(var: Any) -> bool:
     return type(var).__name__ == "DropVar"
 
 
+class Values(Generic[Held]):
+    """The values of a jaxpr, of any kind, as they become known; each is forgotten as soon as nothing needs it any more.
+
+    Args:
+        body: the jaxpr.
+        arguments: the values of its arguments.
+        constant: makes a value of a constant array.
+    """
+
+    def __init__(self, body: Body, arguments: Sequence[Held], constant: Callable[[Any], Held]) -> None:
+        self._jaxpr = body.jaxpr
+        self._constant = constant
+        self._known = dict(zip(body.jaxpr.constvars, map(constant, body.consts), strict=True))
+        self._known.update(zip(body.jaxpr.invars, arguments, strict=True))
+        self._last = _last_uses(body.jaxpr)
+
+    def steps(self) -> Iterator[tuple[int, Equation, list[Held]]]:
+        """Yield the number of each equation, the equation and its operands; `put` its results before the next one."""
+        for number, eqn in enumerate(self._jaxpr.eqns):
+            yield number, Equation(eqn, self._jaxpr), [self._read(atom) for atom in eqn.invars]
+
+    def put(self, number: int, results: Sequence[Held]) -> None:
+        """Take note of an equation's results."""
+        self._known.update(zip(self._jaxpr.eqns[number].outvars, results, strict=True))
+        for var in self._last.get(number, ()):
+            del self._known[var]
+
+    def results(self) -> list[Held]:
+        """Return the jaxpr's results."""
+        return [self._read(atom) for atom in self._jaxpr.outvars]
+
+    def stream(self, number: int, is_data: Callable[[Held], bool]) -> tuple[int, Held] | None:
+        """Return which equation adds the one result of another to data that is known already, and that data.
+
+        Copies, reshapes and sums with what is no data (a bias) may come first. None where the result goes elsewhere.
+
+        Args:
+            number: of the equation that has the result.
+            is_data: whether a value is data, or made of parameters and constants alone.
+        """
+        (result,) = self._jaxpr.eqns[number].outvars
+        later: dict[Any, bool] = {}
+
+        def of_data(atom: Any) -> bool:
+            if isinstance(atom, core.Literal):
+                return False
+            return is_data(self._known[atom]) if atom in self._known else later.get(atom, True)
+
+        for at, eqn in enumerate(self._jaxpr.eqns[number + 1 :], number + 1):
+            name, others = eqn.primitive.name, [atom for atom in eqn.invars if atom is not result]
+            if len(others) == len(eqn.invars):
+                later.update((var, any(map(of_data, others))) for var in eqn.outvars)
+            elif name in SUMS and len(others) == 1 and of_data(others[0]):
+                return (at, self._known[others[0]]) if others[0] in self._known else None
+            elif name in COPIES | RESHAPES | SUMS and eqn.outvars[0].aval.size == result.aval.size:
+                result = eqn.outvars[0]
+            else:
+                return None
+        return None
+
+    def _read(self, atom: Any) -> Held:
+        return self._constant(atom.val) if isinstance(atom, core.Literal) else self._known[atom]
+
+
 def interpret(
     body: Body,
     arguments: Sequence[Held],
     constant: Callable[[Any], Held],
     step: Callable[[int, Equation, list[Held]], Sequence[Held]],
 ) -> list[Held]:
-    """Go through a jaxpr with values of any kind, each forgotten as soon as nothing needs it any more.
+    """Go through a jaxpr with `Values`, whose arguments are the first three, and return its results.
 
-    Args:
-        body: the jaxpr.
-        arguments: the values of its arguments.
-        constant: makes a value of a constant array.
-        step: takes the number of an equation, the equation and its operands; returns its results.
-
-    Returns:
-        The jaxpr's results.
+    `step` takes the number of an equation, the equation and its operands; returns its results.
     """
-    jaxpr = body.jaxpr
-    values = dict(zip(jaxpr.constvars, map(constant, body.consts), strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-    last = _last_uses(jaxpr)
-
-    def read(atom: Any) -> Held:
-        return constant(atom.val) if isinstance(atom, core.Literal) else values[atom]
-
-    for number, eqn in enumerate(jaxpr.eqns):
-        results = step(number, Equation(eqn, jaxpr), [read(atom) for atom in eqn.invars])
-        values.update(zip(eqn.outvars, results, strict=True))
-        for var in last.get(number, ()):
-            del values[var]
-    return [read(atom) for atom in jaxpr.outvars]
+    values = Values(body, arguments, constant)
+    for number, equation, operands in values.steps():
+        values.put(number, step(number, equation, operands))
+    return values.results()
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxprune._jaxpr import _equations
 from jaxprune._tree._leaves import is_floating, own, require_real
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
@@ -18,15 +17,14 @@ from jaxprune._tree._paths import Tree
 from jaxprune._tree._prunable import Predicate, Prunable
 from jaxprune._tree._sharding import through_compiler, without_explicit_axes
 from jaxprune.sites._accumulate import cross_products, grams
-from jaxprune.sites._calibrate import Grams, calibrate_grams, inputs_of, require_alike
-from jaxprune.sites._contractions import Contraction, Use
+from jaxprune.sites._calibrate import Grams, all_inputs, calibrate_grams
+from jaxprune.sites._contractions import Contraction
 from jaxprune.sites._factorise import factorise
-from jaxprune.sites._find import Reading, read
+from jaxprune.sites._find import Planned, Reading, read
 from jaxprune.sites._lanes import Lanes, Lockstep, Weights
 from jaxprune.sites._matrices import sites_of
 from jaxprune.sites._sites import Site, Sites
 from jaxprune.sites._views import Each
-from jaxprune.sites._walk import Place
 
 # How much is added to the diagonal of a Gram matrix, as a share of its mean, to find the weights to aim at.
 _DAMPING = 0.01
@@ -104,11 +102,7 @@ def sequential(
     section 3 (layer by layer); the target is that of least squares between the two models' activations.
     """
     require_target(target, "sequential")
-    held = [inputs_of(batch) for batch in batches]
-    if not held:
-        raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
-    for number, inputs in enumerate(held):
-        require_alike(inputs, held[0], number)
+    held = all_inputs(batches)
     reading = read(fn, params, held[0])
     flat = reading.flat
     chosen = read_params(params, prunable=prunable, sites=sites).prunable
@@ -120,7 +114,7 @@ def sequential(
         sites_of(Grams(reading.sites, {}, {}), path, "sequential")
     masks = [all_true(leaf) for leaf in flat.leaves]
     pruner = _Pruner(reading, method, target, list(flat.leaves), masks, on_layer)
-    planned = _in_order(reading, paths)
+    planned = reading.in_order(paths)
     at_once = paths - {site.path for site, _ in planned.values()}
     if at_once:
         found = calibrate_grams(fn, params, held, where=lambda site: site.path in at_once)
@@ -136,28 +130,6 @@ def require_target(target: str, title: str) -> None:
     """Raise a ValueError for what is none of the two targets."""
     if target not in ("dense", "current"):
         raise ValueError(f'{title} takes target="dense" or "current", not {target!r}.')
-
-
-_Planned = dict[tuple[Place, int], tuple[Site, Use]]
-
-
-def _in_order(reading: Reading, paths: set[str]) -> _Planned:
-    """The uses of parameters that can be pruned where they stand: read once, outside loops other than over layers."""
-    times: dict[Site, int] = {}
-    for site, _ in reading.uses.values():
-        times[site] = times.get(site, 0) + 1
-    planned: _Planned = {}
-    late: set[str] = set()
-    for (place, number), (site, use) in reading.uses.items():
-        if site.path not in paths:
-            continue
-        loops = _equations.enclosing(reading.body, place)
-        over_layers = all(name == "scan" for name in loops) and len(loops) == len(use.piece.frames)
-        if times[site] == 1 and over_layers and all(frame.index is None for frame in use.piece.frames):
-            planned[place, number] = site, use
-        else:
-            late.add(site.path)
-    return {at: entry for at, entry in planned.items() if entry[0].path not in late}
 
 
 class _Pruner:
@@ -188,29 +160,27 @@ class _Pruner:
         self.leaves[position], self.masks[position] = weights, self.masks[position] & mask
         self._on_layer(path, (), weights, self.masks[position])
 
-    def run(self, held: Sequence[tuple[Any, ...]], planned: _Planned) -> None:
+    def run(self, held: Sequence[tuple[Any, ...]], planned: Planned) -> None:
         """Evaluate the function for all batches, and prune where data meets parameters."""
         flat = self._reading.flat
         weights = Weights(list(flat.leaves), list(self.leaves))
         left = _visits(planned)
-
-        def visit(place: Place, number: int, layers: tuple[int, ...], data: Lanes) -> bool:
-            site, use = planned[place, number]
+        inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
+        operands = {at: use.operands for at, (_, use) in planned.items()}
+        lockstep = Lockstep(weights, operands, dense=self._target == "dense")
+        for stop in lockstep.stops(self._reading.body, inputs):
+            site, use = planned[stop.place, stop.number]
             position = flat.paths.index(site.path)
             cut = site.leading
-            index, alone = layers[:cut], site.slice().entry(layers[cut:])
-            leaf, mask = self._prune_one(position, index, alone, use.contraction, data)
+            index, alone = stop.layers[:cut], site.slice().entry(stop.layers[cut:])
+            leaf, mask = self._prune_one(position, index, alone, use.contraction, stop.data)
             weights.replace(position, self.leaves[position])
             left[site.path, index] -= 1
             if not left[site.path, index]:
                 del left[site.path, index]
                 self._on_layer(site.path, index, leaf, mask)
-            return bool(left)
-
-        inputs = [list(arrays) for arrays in zip(*map(jax.tree.leaves, held), strict=True)]
-        operands = {at: use.operands for at, (_, use) in planned.items()}
-        lockstep = Lockstep(weights, operands, visit, dense=self._target == "dense")
-        lockstep.run(self._reading.body, inputs)
+            if not left:
+                break  # nothing is evaluated behind the last one
 
     def _prune_one(
         self, position: int, index: tuple[int, ...], site: Site, contraction: Contraction, data: Lanes
@@ -238,7 +208,7 @@ class _Pruner:
         return leaf, mask
 
 
-def _visits(planned: _Planned) -> collections.Counter[tuple[str, tuple[int, ...]]]:
+def _visits(planned: Planned) -> collections.Counter[tuple[str, tuple[int, ...]]]:
     """How often data meets each layer, by path and index: several times where the sites are parts of a parameter."""
     found: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
     for site, _ in planned.values():

@@ -221,6 +221,16 @@ def inputs_of(batch: Any) -> tuple[Any, ...]:
     return batch if type(batch) is tuple else (batch,)
 
 
+def all_inputs(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return the inputs of all batches; raise a ValueError where there is none, or one is unlike the first."""
+    held = [inputs_of(batch) for batch in batches]
+    if not held:
+        raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
+    for number, inputs in enumerate(held):
+        require_alike(inputs, held[0], number)
+    return held
+
+
 def require_alike(inputs: tuple[Any, ...], first: tuple[Any, ...], number: int) -> None:
     """Raise a ValueError that names the first array of a batch that is unlike that of the first batch."""
     structures: list[Any] = [jax.tree.structure(inputs), jax.tree.structure(first)]

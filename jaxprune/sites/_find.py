@@ -1,7 +1,7 @@
 """Find the sites of a function: read it once, without computing anything."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,9 @@ from jaxprune.sites._pieces import Piece
 from jaxprune.sites._sites import Site, Sites, Unresolved
 from jaxprune.sites._views import Each, View, source_axes
 from jaxprune.sites._walk import Log, Measure, Place, Tracked, Walk
+
+# Uses of parameters, each with its site, by where they are.
+Planned = dict[tuple[Place, int], tuple[Site, Use]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Reading:
     results: Any
     sites: Sites
     groups: dict[Place, int]
-    uses: dict[tuple[Place, int], tuple[Site, Use]]
+    uses: Planned
 
     def run(self, leaves: Sequence[Any], inputs: Sequence[Any], measure: Measure, groups: set[int]) -> tuple[Any, Any]:
         """Evaluate the function; return its results, and for each of the groups asked for its measurement.
@@ -50,6 +53,24 @@ class Reading:
             sums.setdefault(self.groups[place], []).append(found)
         totals = {group: jax.tree.map(lambda *parts: sum(parts), *found) for group, found in sums.items()}
         return jax.tree.unflatten(jax.tree.structure(self.results), [value.value for value in values]), totals
+
+    def in_order(self, paths: Container[str]) -> Planned:
+        """Return the uses of parameters that can be replaced where they stand: read once, in no loop but over layers."""
+        times: dict[Site, int] = {}
+        for site, _ in self.uses.values():
+            times[site] = times.get(site, 0) + 1
+        planned: Planned = {}
+        late: set[str] = set()
+        for (place, number), (site, use) in self.uses.items():
+            if site.path not in paths:
+                continue
+            loops = _equations.enclosing(self.body, place)
+            over_layers = all(name == "scan" for name in loops) and len(loops) == len(use.piece.frames)
+            if times[site] == 1 and over_layers and all(frame.index is None for frame in use.piece.frames):
+                planned[place, number] = site, use
+            else:
+                late.add(site.path)
+        return {at: entry for at, entry in planned.items() if entry[0].path not in late}
 
 
 def read(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Reading:
@@ -77,7 +98,7 @@ def _origin(position: int, leaf: Any) -> Origin:
     return Origin(pieces=(Piece(View(position, tuple(leaf.shape))),), leaves=frozenset([position]))
 
 
-def _gather_sites(log: Log, flat: Tree) -> tuple[Sites, dict[Place, int], dict[tuple[Place, int], tuple[Site, Use]]]:
+def _gather_sites(log: Log, flat: Tree) -> tuple[Sites, dict[Place, int], Planned]:
     """Merge uses of the same view into one site each, and inputs that all the same sites use into one group."""
     merged: dict[Any, list[tuple[Use, Place]]] = {}
     consumers: dict[Place, set[Any]] = {}

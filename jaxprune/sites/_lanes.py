@@ -4,10 +4,9 @@ Values of parameters and constants alone are made when they are needed, so that 
 is seen as it is now. Equations are evaluated one by one; compiled pieces (a jitted softmax, a scan) stay compiled.
 """
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,57 +64,92 @@ class Made:
 
 
 Lanes = tuple[Lane, ...]
-# Called with the place of a planned use, its number there, the layers of the scans around it, and the data; says
-# whether to go on.
-Visit = Callable[[Place, int, tuple[int, ...], Lanes], bool]
 
 
-class _Stopped(Exception):
-    """A visit was the last one."""
+@dataclasses.dataclass(eq=False)
+class Stop:
+    """A planned use of a parameter that is about to be evaluated.
+
+    Attributes:
+        place: of the equation.
+        number: of the use there.
+        layers: of the scans around it.
+        equation: the equation.
+        data: those of its operands that were asked for.
+        stream: what its result is added to, where that is known by now; else None.
+        result: its result, None before it is known.
+        total: the sum with the stream, None before it is known.
+    """
+
+    place: Place
+    number: int
+    layers: tuple[int, ...]
+    equation: Equation
+    data: Lanes
+    stream: Lane | None
+    result: Lane | None = None
+    total: Lane | None = None
+
+
+_Stops = Generator[Stop, None, list[Any]]
 
 
 class Lockstep:
     """An evaluation that stops at planned uses of parameters, with the data of all batches at hand.
 
     Args:
-        weights: the parameters, which `visit` may replace.
+        weights: the parameters, which may be replaced at every stop.
         planned: (place, number) of the uses to stop at, and which operands are their data; scans around them are gone
             through layer by layer.
-        visit: what to do there.
         dense: whether to evaluate with the parameters as given as well; else both are as they become.
     """
 
-    def __init__(
-        self, weights: Weights, planned: Mapping[tuple[Place, int], Sequence[int]], visit: Visit, *, dense: bool
-    ) -> None:
+    def __init__(self, weights: Weights, planned: Mapping[tuple[Place, int], Sequence[int]], *, dense: bool) -> None:
         self._weights = weights
         self._dense = dense
-        self._planned = planned
-        self._around = {place[:n] for place, _ in planned for n in range(len(place) + 1)}
-        self._visit = visit
+        self._planned: dict[Place, dict[int, Sequence[int]]] = {}
+        for place, number in sorted(planned):
+            self._planned.setdefault(place, {})[number] = planned[place, number]
+        self._around = {place[:n] for place in self._planned for n in range(len(place))}
 
-    def run(self, body: Body, inputs: Sequence[list[Any]]) -> None:
+    def stops(self, body: Body, inputs: Sequence[list[Any]]) -> Iterator[Stop]:
         """Evaluate a jaxpr of all leaves, then the inputs, of which each is a list with an array for each batch."""
         self._batches = len(inputs[0])
         leaves = [
             Made(frozenset([i]), functools.partial(self._weights.leaf, i)) for i in range(len(self._weights.dense))
         ]
-        with contextlib.suppress(_Stopped):
-            self._body(body, [*leaves, *(Lane(arrays, arrays) for arrays in inputs)], (), ())
+        return self._body(body, [*leaves, *(Lane(arrays, arrays) for arrays in inputs)], (), ())
 
-    def _body(self, body: Body, arguments: Sequence[Any], place: Place, layers: tuple[int, ...]) -> list[Any]:
-        def step(number: int, equation: Equation, operands: list[Any]) -> list[Any]:
-            return self._equation(equation, operands, (*place, number), layers)
+    def _body(self, body: Body, arguments: Sequence[Any], place: Place, layers: tuple[int, ...]) -> _Stops:
+        values = _equations.Values(body, arguments, _constant)
+        waiting: dict[int, list[Stop]] = {}
+        for number, equation, operands in values.steps():
+            at, stops = (*place, number), []
+            for use, wanted in self._planned.get(at, {}).items():
+                ahead, stream = values.stream(number, lambda value: isinstance(value, Lane)) or (number, None)
+                data = tuple(self._as_lane(operands[i]) for i in wanted)
+                stop = Stop(at, use, layers, equation, data, stream)
+                yield stop
+                stops.append(stop)
+                if stream is not None:
+                    waiting.setdefault(ahead, []).append(stop)
+            results = yield from self._opened(equation, operands, at, layers)
+            for stop in stops:
+                stop.result = results[0]
+            for stop in waiting.pop(number, ()):
+                stop.total = results[0]
+            values.put(number, results)
+        return values.results()
 
-        return _equations.interpret(body, arguments, _constant, step)
-
-    def _equation(self, equation: Equation, operands: list[Any], place: Place, layers: tuple[int, ...]) -> list[Any]:
+    def _opened(self, equation: Equation, operands: list[Any], place: Place, layers: tuple[int, ...]) -> _Stops:
         if place in self._around:
             if (inner := _equations.call(equation)) is not None:
-                return self._body(inner, operands, place, layers)
+                return (yield from self._body(inner, operands, place, layers))
             if (scan := _equations.scan(equation)) is not None:
-                return self._scan(scan, operands, place, layers)
-            self._stop(operands, place, layers)
+                return (yield from self._scan(scan, operands, place, layers))
+        return self._equation(equation, operands)
+
+    def _equation(self, equation: Equation, operands: list[Any]) -> list[Any]:
         if not any(isinstance(operand, Lane) for operand in operands):
             return self._later(equation, operands)
         current = self._evaluate(equation, operands, dense=False)
@@ -127,12 +161,6 @@ class Lockstep:
         )
         dense = self._evaluate(equation, operands, dense=True) if moved else current
         return [Lane(*arrays) for arrays in zip(current, dense, strict=True)]
-
-    def _stop(self, operands: list[Any], place: Place, layers: tuple[int, ...]) -> None:
-        """Visit the planned uses of one equation."""
-        for at in sorted(at for at in self._planned if at[0] == place):
-            if not self._visit(*at, layers, tuple(self._as_lane(operands[i]) for i in self._planned[at])):
-                raise _Stopped
 
     def _as_lane(self, operand: Lane | Made) -> Lane:
         """A value as data; what parameters alone make (a learned query) is the same for every batch."""
@@ -154,14 +182,14 @@ class Lockstep:
             results.append(_equations.evaluate(equation, values))
         return list(map(list, zip(*results, strict=True)))
 
-    def _scan(self, scan: _equations.Scan, operands: list[Any], place: Place, layers: tuple[int, ...]) -> list[Any]:
+    def _scan(self, scan: _equations.Scan, operands: list[Any], place: Place, layers: tuple[int, ...]) -> _Stops:
         cut = scan.consts + scan.carry
         consts, carry, stacked = operands[: scan.consts], operands[scan.consts : cut], operands[cut:]
         steps = range(scan.length)
         outputs: list[list[Any]] = []
         for i in reversed(steps) if scan.reverse else steps:
             slices = [self._entry(operand, i) for operand in stacked]
-            results = self._body(scan.body, [*consts, *carry, *slices], place, (*layers, i))
+            results = yield from self._body(scan.body, [*consts, *carry, *slices], place, (*layers, i))
             carry = results[: scan.carry]
             outputs.append(results[scan.carry :])
         if scan.reverse:

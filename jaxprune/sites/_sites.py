@@ -100,13 +100,17 @@ class Site:
         """The axes of the leaf that count copies alone: layers, experts; not those that groups of a convolution share."""
         return tuple(axis for axis in self.stack_axes if axis not in (*self.in_axes, *self.out_axes))
 
+    @property
+    def layers(self) -> int:
+        """The number of its layers: of what a scan, or an index, goes through one by one."""
+        return math.prod(step.size for step in self.steps if isinstance(step, Each))
+
     def entry(self, index: Sequence[int]) -> "Site":
         """Return the site of one layer of a stack alone: `index` has a number for each axis of the stack."""
         numbers = iter(index)
         steps = tuple(Entry(next(numbers)) if isinstance(step, Each) else step for step in self.steps)
-        layers = math.prod(step.size for step in self.steps if isinstance(step, Each))
         n, i, o = self.matrix_shape
-        return dataclasses.replace(self, steps=steps, matrix_shape=(n // layers, i, o))
+        return dataclasses.replace(self, steps=steps, matrix_shape=(n // self.layers, i, o))
 
     @property
     def leading(self) -> int:

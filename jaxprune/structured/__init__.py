@@ -20,6 +20,7 @@ from jaxprune.structured._select_blocks import select_blocks as select_blocks
 from jaxprune.structured._select_channels import select_channels as select_channels
 from jaxprune.structured._select_channels import select_channels_globally as select_channels_globally
 from jaxprune.structured._select_channels import sparsity_within as sparsity_within
+from jaxprune.structured._select_in_sequence import select_in_sequence as select_in_sequence
 from jaxprune.structured._shrink import UnrepairedWarning as UnrepairedWarning
 from jaxprune.structured._shrink import channel_masks as channel_masks
 from jaxprune.structured._shrink import shrink as shrink

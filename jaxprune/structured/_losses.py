@@ -14,7 +14,7 @@ from jaxprune.sites._sites import Site, Sites
 from jaxprune.structured._groups import ChannelGroup, Member
 
 # The share of the mean diagonal that is added to a Gram matrix, as the solvers of `oneshot` do unless told otherwise.
-_DAMPING = 0.01
+DAMPING = 0.01
 # Updates of large matrices wait for each other, until they are this many columns: a product costs less than its parts.
 _WAITING = 64
 
@@ -68,9 +68,21 @@ def removal_order(
     """
     readers = _readers(group, params, grams, squares)
     if group.layers is None:
-        return _order(_matrices(readers, group.size, None), group.size, number)
-    found = [_order(_matrices(readers, group.size, layer), group.size, number) for layer in range(group.layers.size)]
+        return order_of(readers, group.size, number)
+    found = [order_of(readers, group.size, number, layer) for layer in range(group.layers.size)]
     return Removals(*(np.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def order_of(readers: Sequence["Reader"], size: int, number: int, layer: int | None = None) -> Removals:
+    """Return what `removal_order` returns: of one layer, or of channels that all have in common.
+
+    Args:
+        readers: what reads the channels.
+        size: how many channels there are.
+        number: how many go.
+        layer: which layer, where readers are of several.
+    """
+    return _order(_matrices(readers, size, layer), size, number)
 
 
 def _order(matrices: Sequence["_Matrix"], size: int, number: int) -> Removals:
@@ -99,7 +111,7 @@ def is_repaired(sites: Sites, path: str) -> bool:
     return known and not overlap(sites.at(path))
 
 
-class _Reader(NamedTuple):
+class Reader(NamedTuple):
     """A site that reads the channels.
 
     Attributes:
@@ -115,8 +127,8 @@ class _Reader(NamedTuple):
     groups: tuple[int, ...]
     channels: np.ndarray
     layers: np.ndarray
-    weights: jax.Array
-    grams: jax.Array
+    weights: jax.Array | np.ndarray
+    grams: jax.Array | np.ndarray
     prices: np.ndarray
     fixed: str | None
 
@@ -139,21 +151,21 @@ class _Matrix(NamedTuple):
 
 def _readers(
     group: ChannelGroup, params: Mapping[str, Any], grams: Grams, squares: Mapping[str, Any] | None
-) -> list[_Reader]:
+) -> list[Reader]:
     found = []
     for member in (member for member in group.members if member.reads):
         sites = _sites(group, member, grams)
         fixed = None if is_repaired(grams.sites, member.path) else member.path
         for site in sites:
-            channels = _along(site, member.axis, member.channels)
+            channels = along_inputs(site, member.axis, member.channels)
             layers = np.zeros(len(channels), np.int64)
             if member.layers is not None:
-                layers = _along(site, member.layers, np.arange(site.shape[member.layers]))[:, 0]
+                layers = along_inputs(site, member.layers, np.arange(site.shape[member.layers]))[:, 0]
             weights, gram = as_matrices(site, params[member.path]), grams.of(site)
             prices = (
                 np.ones(len(weights)) if squares is None else _prices(as_matrices(site, squares[member.path]), gram)
             )
-            found.append(_Reader(site.groups, channels, layers, weights, gram, prices, fixed))
+            found.append(Reader(site.groups, channels, layers, weights, gram, prices, fixed))
     if not found:
         raise ValueError(
             f"No parameter sums over the channels of {group.name}, so that no Gram matrix tells what is lost with them. "
@@ -168,8 +180,8 @@ def _prices(squares: jax.Array, grams: jax.Array) -> np.ndarray:
     return np.asarray(squares, np.float64).sum(1).mean(1) / np.where(inputs > 0, inputs, 1.0)
 
 
-def _along(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
-    """Return for each input of each matrix the number at its place along an axis of the parameter, [N, I]."""
+def along_inputs(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
+    """Return for each input of each of a site's matrices the number at its place along an axis of the parameter, [N, I]."""
 
     @jax.jit
     def read(numbers: Any) -> jax.Array:
@@ -179,7 +191,7 @@ def _along(site: Site, axis: int, numbers: np.ndarray) -> np.ndarray:
     return np.asarray(read(numbers))
 
 
-def _matrices(readers: Sequence[_Reader], size: int, layer: int | None) -> list[_Matrix]:
+def _matrices(readers: Sequence[Reader], size: int, layer: int | None) -> list[_Matrix]:
     """Return the matrices of one layer, or of all."""
     found: dict[tuple[Any, ...], _Matrix] = {}
     for reader in readers:
@@ -225,7 +237,7 @@ class _Solved:
         """Invert the Gram matrix; of both matrices the rows of channels are all that is needed from then on."""
         (size, k), rows = matrix.rows.shape, matrix.rows.ravel()
         mean = np.diagonal(matrix.gram).mean() or 1.0
-        inverse = np.linalg.inv(matrix.gram + _DAMPING * mean * np.eye(len(matrix.gram)))
+        inverse = np.linalg.inv(matrix.gram + DAMPING * mean * np.eye(len(matrix.gram)))
         self._inverse = inverse[np.ix_(rows, rows)]
         self._outer = matrix.outer[np.ix_(rows, rows)]
         self._own_inverse, self._own_outer = (_blocks(square, size, k) for square in (self._inverse, self._outer))

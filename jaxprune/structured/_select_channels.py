@@ -95,15 +95,15 @@ def select_channels(
     and Language Models with Combinatorial Optimization", 2024, section 3: the
     objective, and the update of what is left; one channel at a time, without the local search.
     """
-    steps = _check_options(graph, round_to, min_kept)
-    shares = by_group(graph, k, "k", 0.0, _check_share)
+    steps = check_options(graph, round_to, min_kept)
+    shares = by_group(graph, k, "k", 0.0, check_share)
     order = order_by(graph, params, grams, scores, importance)
     kept = {}
     for group in graph.groups:
         share = 0.0 if group.outer and not isinstance(k, Mapping) else float(shares[group.name])
         count = kept_count(group, share, steps[group.name], min_kept)
         if count < group.size:
-            kept[group.var] = _without(group, order(group, group.size - count)[0])
+            kept[group.var] = without(group, order(group, group.size - count)[0])
     return _planned(graph, kept, grams)
 
 
@@ -151,7 +151,7 @@ def select_channels_globally(
         ValueError: the budget cannot be met, because of what must stay; groups that are to be alike are of different sizes; as in
             `select_channels`.
     """
-    steps = _check_options(graph, round_to, min_kept)
+    steps = check_options(graph, round_to, min_kept)
     together = families(graph, groups_among(graph, among), alike, steps)
     order = order_by(graph, params, grams, scores, importance)
     # A group's last channels are never counted.
@@ -167,7 +167,7 @@ def select_channels_globally(
                 step = _step(group, steps[group.name])
                 count = min(group.size, -(-(group.size - int(gone)) // step) * step)
                 if count < group.size:
-                    kept[group.var] = _without(group, orders[group.name][0][..., : group.size - count])
+                    kept[group.var] = without(group, orders[group.name][0][..., : group.size - count])
         return _planned(graph, kept, grams)
 
     return plan(_first(graph, len(owners), plan, cost, budget))
@@ -236,7 +236,7 @@ def sparsity_within(
     >>> sparsity_within(graph, 0.5 * count_macs(graph))  # 4 channels stay as soon as round(8 s) is 4
     0.438
     """
-    steps = _check_options(graph, round_to, min_kept)
+    steps = check_options(graph, round_to, min_kept)
 
     def plan(thousandths: int) -> Plan:
         counts = {
@@ -265,7 +265,7 @@ def _least(group: ChannelGroup, min_kept: int) -> int:
     return min(max(min_kept, 1), group.size)
 
 
-def _without(group: ChannelGroup, gone: np.ndarray) -> np.ndarray:
+def without(group: ChannelGroup, gone: np.ndarray) -> np.ndarray:
     stays = np.ones((*gone.shape[:-1], group.size), bool)
     np.put_along_axis(stays, gone, False, -1)
     return np.nonzero(stays)[-1].reshape(*gone.shape[:-1], -1)
@@ -278,7 +278,7 @@ def _planned(graph: Graph, kept: Mapping[Var, np.ndarray], grams: Grams | None) 
     return plan_of(graph, kept, to_repair=to_repair)
 
 
-def _check_options(graph: Graph, round_to: int | Mapping[str, int], min_kept: int) -> dict[str, int]:
+def check_options(graph: Graph, round_to: int | Mapping[str, int], min_kept: int) -> dict[str, int]:
     """Return what each group's width is rounded to."""
     if not graph.groups:
         first = {axis.reasons[0]: f"{axis.path}[{axis.axis}]: {axis.reasons[0]}" for axis in reversed(graph.frozen)}
@@ -302,7 +302,7 @@ def require_budget(budget: float) -> None:
         raise ValueError(f"budget is the most that the function may cost, above 0, not {budget!r}.")
 
 
-def _check_share(share: object, name: str) -> None:
+def check_share(share: object, name: str) -> None:
     if not isinstance(share, int | float | np.floating) or not 0 <= share < 1:
         raise ValueError(f"{name} is the fraction of channels removed, at least 0 and below 1, not {share!r}.")
 

@@ -82,17 +82,17 @@ def test_a_small_run_gets_smaller_stage_by_stage_and_goes_on(tmp_path, capsys, m
 
     # The function that was made smaller equals the whole one under masks, and the smaller Llama on the same parameters.
     dense = train_small(scan=True)
-    layers, channels = (
+    layers, plan = (
         structured.Plan.from_json((tmp_path / f"{name}.json").read_text()) for name in ("layers", "channels")
     )
-    model = smollm2_smaller.smaller(dense, structured.shrink(layers, dense.params))
+    assert plan.kept["layers/mlp_norm/scale"] == layers.kept["layers/mlp_norm/scale"]
     tokens = dense.windows("test", 2, 48, seed=0)
-    graph = structured.trace(model.logits, model.params, tokens)
-    assert structured.verify(graph, channels, model.params, tokens).passed
+    graph = structured.trace(dense.logits, dense.params, tokens)
+    assert structured.verify(graph, plan, dense.params, tokens).passed
     params, _ = jaxprune.load_sparse(tmp_path / smollm2_smaller.REPAIRED)
-    small = smollm2_smaller.smaller(model, params)
+    small = smollm2_smaller.smaller(dense, params)
     expected = jax.jit(small.logits)(params, tokens)
-    np.testing.assert_allclose(structured.rebuild(graph, channels)(params, tokens), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(structured.rebuild(graph, plan)(params, tokens), expected, rtol=1e-4, atol=1e-4)
 
     # Behind each stage a run goes on to the same table.
     results = json.loads((tmp_path / "results.json").read_text())

@@ -308,6 +308,11 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.structured.select_channels_globally": lambda p: structured.select_channels_globally(
         p.graph, p.params, 2_000
     ).to_json(),
+    "jaxprune.structured.select_in_sequence": lambda p: [
+        (plan.to_json(), params)
+        for target in ("dense", "current")
+        for plan, params in [structured.select_in_sequence(p.graph, p.params, {"a": 0.5}, [p.x], target=target)]
+    ],
     "jaxprune.structured.shrink": lambda p: structured.shrink(p.plan, p.params),
     "jaxprune.structured.sparsity_within": lambda p: structured.sparsity_within(p.graph, 2_000),
     "jaxprune.structured.trace": lambda p: str(p.graph),
