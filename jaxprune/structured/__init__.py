@@ -7,6 +7,7 @@ from jaxprune.structured._graph import Graph as Graph
 from jaxprune.structured._groups import ChannelGroup as ChannelGroup
 from jaxprune.structured._groups import FrozenAxis as FrozenAxis
 from jaxprune.structured._groups import Member as Member
+from jaxprune.structured._inputs import with_inputs as with_inputs
 from jaxprune.structured._lasso import group_lasso as group_lasso
 from jaxprune.structured._plan import Plan as Plan
 from jaxprune.structured._plan import combine as combine

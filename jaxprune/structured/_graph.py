@@ -1,7 +1,7 @@
 """The channels of a function: which axes of which parameters must be cut together, and which must stay."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,6 +29,7 @@ class Graph(Printable):
         shapes: of the parameters.
         program: the function.
         inputs: the tree of the shapes of its other arguments.
+        prunable_inputs: those of them, by path, of which axes may be cut.
         outputs: the tree of the shapes of its results.
         retrace: what traces the function once more, with other inputs.
     """
@@ -40,6 +41,7 @@ class Graph(Printable):
     shapes: tuple[tuple[int, ...], ...]
     program: Program = dataclasses.field(repr=False)
     inputs: Any
+    prunable_inputs: Mapping[str, Value] = dataclasses.field(repr=False)
     outputs: Any
     retrace: Callable[..., "Graph"] = dataclasses.field(repr=False)
 

@@ -12,7 +12,7 @@ from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, plan_of
-from jaxprune.structured._rebuild import at_shapes, evaluate
+from jaxprune.structured._rebuild import at_shapes, evaluate, whole_shapes
 
 Loss = Callable[[Callable[..., Any], Any], Any]
 
@@ -60,7 +60,7 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
         def fn(params: Any, *inputs: Any) -> Any:
             here = at_shapes(graph, inputs)
             masks: Masks = {block.place: gate for block, gate in zip(here.blocks, gates, strict=True)}
-            return evaluate(here, Replay(), params, here.shapes, inputs, masks)
+            return evaluate(here, Replay(), params, whole_shapes(here), inputs, masks)
 
         value = jnp.asarray(loss(fn, params))
         if value.shape:

@@ -14,9 +14,9 @@ from jaxprune.structured._axes._layered import take_kept
 from jaxprune.structured._axes._replay import Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
-from jaxprune.structured._rebuild import at_shapes, evaluate, masked, rebuild
+from jaxprune.structured._rebuild import at_shapes, evaluate, masked, rebuild, whole_shapes
 from jaxprune.structured._rounding import tolerances
-from jaxprune.structured._shrink import channel_masks, cut_out
+from jaxprune.structured._shrink import channel_masks, cut_inputs, cut_out
 
 if TYPE_CHECKING:
     from jaxprune._tables import Table
@@ -97,7 +97,7 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
         graph: the function, by `trace`.
         plan: the channels that stay.
         params: the parameters before they are cut.
-        *inputs: the function's other arguments, of any shapes that it takes.
+        *inputs: the function's other arguments, of any shapes that it takes; caches before they are cut.
         tolerance: the largest relative difference that passes, for every output; measured when None.
 
     Returns:
@@ -116,11 +116,11 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     kept = solve(graph, plan)
     layers = layered_groups(graph, kept)
     masks = channel_masks(plan, params)
-    small = rebuild(graph, plan)(cut_out(plan, params), *inputs)
+    small = rebuild(graph, plan)(cut_out(plan, params), *cut_inputs(graph, plan, inputs))
     masked_fn = masked(graph)
     references = (
         masked_fn(params, masks, *inputs),
-        jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, graph.shapes, inputs, {}))(
+        jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, whole_shapes(graph), inputs, {}))(
             apply_masks(params, masks), *inputs
         ),
     )

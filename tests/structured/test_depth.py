@@ -376,7 +376,7 @@ def test_plans_are_text():
     _, graph = traced("transformer")
     plan = combine(dropping(graph, ["_Transformer_1"]), select_channels(graph, traced("transformer")[0].params, 0.5))
     assert Plan.from_json(plan.to_json()) == plan
-    assert Plan.from_json('{"up": {"shape": [3, 4], "kept": {"1": [0, 2]}}}') == Plan(
+    assert Plan.from_json('{"parameters": {"up": {"shape": [3, 4], "kept": {"1": [0, 2]}}}}') == Plan(
         {"up": {1: (0, 2)}}, {"up": (3, 4)}
     )
 

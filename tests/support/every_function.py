@@ -43,6 +43,12 @@ def _dense(layer: Any, x: jax.Array) -> jax.Array:
     return jnp.einsum("ti,io->to", x, kernel, out_sharding=out) + bias[None]
 
 
+def remember(params: Any, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same layers, of which the first one adds to a state."""
+    state = jnp.tanh(_dense(params["a"], x)) + state
+    return _dense(params["b"], state), state
+
+
 def deep(params: Any, x: jax.Array) -> jax.Array:
     """Two residual blocks."""
     for i in range(2):
@@ -104,6 +110,13 @@ class Problem:
     @functools.cached_property
     def plan(self) -> Any:
         return structured.select_channels(self.graph, self.params, 0.5)
+
+    @functools.cached_property
+    def remembering(self) -> Any:
+        """The graph of a function with state that is passed in and comes back."""
+        state = jax.eval_shape(lambda p, x: _dense(p["a"], x), self.params, self.x)
+        alone = lambda path: path == "1"  # noqa: E731
+        return structured.trace(remember, self.params, self.x, state, prunable_inputs=alone, prunable_outputs=alone)
 
     @functools.cached_property
     def file(self) -> Path:
@@ -283,6 +296,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.structured.trace": lambda p: str(p.graph),
     "jaxprune.structured.verify": lambda p: structured.verify(p.graph, p.plan, p.params, p.x).passed,
     "jaxprune.structured.verify_module": lambda p: structured.verify_module(p.graph, p.plan, apply, p.params, p.x).passed,
+    "jaxprune.structured.with_inputs": lambda p: structured.with_inputs(p.plan, p.remembering).to_json(),
     "jaxprune.transforms.ac_dc_schedule": lambda p: [
         transforms.ac_dc_schedule(0.5, every=2, until=8)(jnp.int32(i)) for i in range(8)
     ],

@@ -26,7 +26,10 @@ class Reason(str):
 
 def of_input(name: str, axis: int) -> str:
     """Say that an input lies along an axis."""
-    return f"an input: axis {axis} of {name} lies along it and keeps its size; a parameter that maps the two frees it"
+    return (
+        f"an input: axis {axis} of {name} lies along it and keeps its size; a parameter that maps the two frees it, and for "
+        "state that is passed in see prunable_inputs="
+    )
 
 
 def of_output(name: str, axis: int) -> str:
