@@ -19,6 +19,9 @@ from jaxprune.structured._select_blocks import select_blocks as select_blocks
 from jaxprune.structured._select_channels import select_channels as select_channels
 from jaxprune.structured._select_channels import select_channels_globally as select_channels_globally
 from jaxprune.structured._select_channels import sparsity_within as sparsity_within
+from jaxprune.structured._select_rows import new_ids as new_ids
+from jaxprune.structured._select_rows import old_ids as old_ids
+from jaxprune.structured._select_rows import select_rows as select_rows
 from jaxprune.structured._shrink import UnrepairedWarning as UnrepairedWarning
 from jaxprune.structured._shrink import channel_masks as channel_masks
 from jaxprune.structured._shrink import shrink as shrink

@@ -13,6 +13,7 @@ from jaxprune._tree._shapes import require_shapes
 from jaxprune.structured._axes._dims import Var, leaves, resolve, split_kept
 from jaxprune.structured._axes._layered import kept_of, layers_axis
 from jaxprune.structured._axes._program import Node, Value
+from jaxprune.structured._axes._reasons import only_renumbers
 from jaxprune.structured._axes._residuals import without
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
@@ -31,6 +32,8 @@ class Plan:
             `repair` returns.
         layers: by path of the parameters of which layers keep their own indices, the axis of the layers; all of them are
             counted, also those that the plan cuts.
+        renumbered: by path of tables and heads of which rows go, by `select_rows`, their axis: what chooses rows by number has to
+            use the new numbers (`new_ids`), and results along it have them.
         inputs: the same of the inputs that the function's graph calls prunable, as a cache of keys and values; None where
             there are none. Of its shapes the sizes of axes that are not cut are None: they may be any.
 
@@ -44,6 +47,7 @@ class Plan:
     dropped: tuple[str, ...] = ()
     to_repair: tuple[str, ...] = ()
     layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    renumbered: Mapping[str, int] = dataclasses.field(default_factory=dict)
     inputs: "Plan | None" = None
 
     def __post_init__(self) -> None:
@@ -106,6 +110,8 @@ class Plan:
             entries[path]["to_repair"] = True
         for path, axis in self.layers.items():
             entries[path]["layers"] = axis
+        for path, axis in self.renumbered.items():
+            entries.setdefault(path, {})["renumbered"] = axis
         entries.update((path, {"dropped": True}) for path in self.dropped)
         return {path: {"shape": list(shape), **entries.get(path, {})} for path, shape in self.shapes.items()}
 
@@ -126,8 +132,11 @@ class Plan:
         dropped, to_repair = (
             tuple(path for path, entry in entries.items() if entry.get(what)) for what in ("dropped", "to_repair")
         )
-        layers = {path: entry["layers"] for path, entry in entries.items() if "layers" in entry}
-        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()}, dropped, to_repair, layers)
+        layers, renumbered = (
+            {path: entry[what] for path, entry in entries.items() if what in entry} for what in ("layers", "renumbered")
+        )
+        shapes = {path: tuple(entry["shape"]) for path, entry in entries.items()}
+        return cls(kept, shapes, dropped, to_repair, layers, renumbered)
 
 
 def is_nested(kept: Sequence[Any]) -> bool:
@@ -186,7 +195,7 @@ def combine(plan: Plan, other: Plan) -> Plan:
     layers = {path: axis for path, axis in {**other.layers, **plan.layers}.items() if path in kept}
     given = [each.inputs for each in (plan, other) if each.inputs is not None]
     inputs = functools.reduce(combine, given) if given else None
-    return Plan(kept, shapes, dropped, to_repair, layers, inputs)
+    return Plan(kept, shapes, dropped, to_repair, layers, {**plan.renumbered, **other.renumbered}, inputs)
 
 
 def _shape_in_both(path: str, shape: tuple[Any, ...], other: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
@@ -205,7 +214,7 @@ def plan_of(
     found, layers = _taken(graph, dict(zip(graph.paths, graph.params, strict=True)), kept, dropped)
     gone = tuple(path for path in graph.paths if path in dropped)
     needed = tuple(path for path in found if path in to_repair)
-    return Plan(found, graph.by_path, gone, needed, layers, inputs_of(graph, kept, branches))
+    return Plan(found, graph.by_path, gone, needed, layers, inputs=inputs_of(graph, kept, branches))
 
 
 def inputs_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block]) -> Plan | None:
@@ -280,7 +289,8 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
     for path, axes in plan.kept.items():
         for axis in axes:
             for var in leaves(values[path].dims[axis]):
-                if var in kept_vars and var.reason is not None:
+                met = axis == plan.renumbered.get(path) and only_renumbers(var.reason)
+                if var in kept_vars and var.reason is not None and not met:
                     raise ValueError(f"The plan cuts axis {axis} of {path}, which must stay: {var.reason}.")
     for path, value in values.items():
         if path in plan.dropped:

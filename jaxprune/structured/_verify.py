@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._masks import apply_masks
-from jaxprune._printing import Printable
+from jaxprune._printing import Printable, some
 from jaxprune._tree._paths import flatten
 from jaxprune.structured._axes._layered import take_kept
 from jaxprune.structured._axes._replay import Replay
@@ -103,6 +103,10 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     Returns:
         The differences by output.
 
+    Raises:
+        ValueError: the plan does not fit; or it renumbers rows (`select_rows`), so that the two take other numbers: compare
+            ``rebuild(graph, plan)(shrink(plan, params), new_ids(plan, ids))`` with the function's results along the rows kept.
+
     >>> import jax.numpy as jnp
     >>> from jaxprune.structured import trace
     >>> params = {"up": jnp.array([[1.0, 2.0, 3.0]]), "down": jnp.array([[1.0], [1.0], [1.0]])}
@@ -112,6 +116,11 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     >>> result.passed, result.outputs[0].difference < 1e-6
     (True, True)
     """
+    if plan.renumbered:
+        raise ValueError(
+            f"The plan renumbers the rows of {some(plan.renumbered)}: the smaller function takes other numbers than the masked one. "
+            "Verify a plan without select_rows, and compare logits by new_ids."
+        )
     graph = at_shapes(graph, inputs)
     kept = solve(graph, plan)
     layers = layered_groups(graph, kept)

@@ -140,6 +140,13 @@ class Problem:
         return params, structured.trace(deep, params, x), x
 
 
+def _words() -> structured.Plan:
+    """Two of six words stay."""
+    params, ids = {"table": jnp.ones((6, 2), jnp.float32)}, jnp.array([4, 1], jnp.int32)
+    graph = structured.trace(lambda p, ids: p["table"][ids] @ p["table"].T, params, ids)
+    return structured.select_rows(graph, "table", ids)
+
+
 def trained(problem: Problem, tx: optax.GradientTransformation) -> Any:
     """Two steps from the pruned weights."""
 
@@ -276,6 +283,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.structured.count_parameters": lambda p: structured.count_parameters(p.graph, p.plan),
     "jaxprune.structured.group_lasso": lambda p: structured.group_lasso(p.graph, p.params),
     "jaxprune.structured.masked": lambda p: structured.masked(p.graph)(p.params, structured.channel_masks(p.plan, p.params), p.x),
+    "jaxprune.structured.new_ids": lambda p: structured.new_ids(_words(), jnp.array([4, 1], jnp.int32)),
+    "jaxprune.structured.old_ids": lambda p: structured.old_ids(_words(), jnp.array([1, 0], jnp.int32)),
     "jaxprune.structured.rebuild": lambda p: structured.rebuild(p.graph, p.plan)(structured.shrink(p.plan, p.params), p.x),
     "jaxprune.structured.recover": lambda p: structured.recover(
         lambda width: {"w": jnp.zeros((width, 2), jnp.float32)}, {"width": 4}, {"w": jnp.zeros((3, 2), jnp.float32)}
@@ -291,6 +300,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.structured.select_channels_globally": lambda p: structured.select_channels_globally(
         p.graph, p.params, 2_000
     ).to_json(),
+    "jaxprune.structured.select_rows": lambda p: _words().to_json(),
     "jaxprune.structured.shrink": lambda p: structured.shrink(p.plan, p.params),
     "jaxprune.structured.sparsity_within": lambda p: structured.sparsity_within(p.graph, 2_000),
     "jaxprune.structured.trace": lambda p: str(p.graph),
