@@ -21,8 +21,8 @@ from jaxprune.structured._plan import Plan, plan_of
 def select_rows(
     graph: Graph,
     tables: str | Sequence[str],
-    keep: Any = (),
     *,
+    keep: Any = (),
     counts: Any = None,
     number: int | None = None,
     round_to: int = 1,
@@ -52,7 +52,7 @@ def select_rows(
     >>> from jaxprune.structured import shrink, trace
     >>> params = {"table": jnp.arange(10.0).reshape(5, 2)}
     >>> graph = trace(lambda p, ids: p["table"][ids] @ p["table"].T, params, jnp.array([0, 1]))
-    >>> plan = select_rows(graph, "table", [4, 1], counts=[0, 9, 0, 2, 0])
+    >>> plan = select_rows(graph, "table", keep=[4, 1], counts=[0, 9, 0, 2, 0])
     >>> plan.kept, new_ids(plan, np.array([4, 1, 3])).tolist(), old_ids(plan, np.array([2, 0])).tolist()
     ({'table': {0: (1, 3, 4)}}, [2, 0, 1], [4, 1])
     >>> shrink(plan, params)["table"].tolist()

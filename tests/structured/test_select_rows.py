@@ -51,7 +51,7 @@ KEPT = [2, 4, 5, 7, 9]
 def plan_of_words(params: Any, fn: Any = logits) -> tuple[Graph, Plan]:
     graph = trace(fn, params, IDS)
     tables = ["embed/table", "head/kernel"] if "head" in params else "*/table"
-    return graph, select_rows(graph, tables, [*IDS.ravel().tolist(), 5])
+    return graph, select_rows(graph, tables, keep=[*IDS.ravel().tolist(), 5])
 
 
 @pytest.mark.parametrize("params", [TIED, UNTIED], ids=["tied", "untied"])
@@ -98,7 +98,7 @@ def test_together_with_channels_at_another_batch():
 
 def test_the_head_may_stay_whole():
     graph = trace(logits, UNTIED, IDS)
-    plan = select_rows(graph, "embed/table[0]", KEPT)
+    plan = select_rows(graph, "embed/table[0]", keep=KEPT)
     assert set(plan.kept) == {"embed/table"}
     close(rebuild(graph, plan)(shrink(plan, UNTIED), new_ids(plan, IDS)), logits(UNTIED, IDS))
 
@@ -157,7 +157,7 @@ def test_bad_arguments(tables: Any, options: dict[str, Any], message: str):
 def test_what_numbers_alone_do_not_decide(fn: Any, why: str):
     graph = trace(fn, TIED, IDS)
     with pytest.raises(ValueError, match=f"Rows along axis 0 of embed/table must stay: .*{why}"):
-        select_rows(graph, "embed/table[0]", [1, 2])
+        select_rows(graph, "embed/table[0]", keep=[1, 2])
     # Nor does a plan that was made for another function pass.
     with pytest.raises(ValueError, match="which must stay"):
         rebuild(graph, plan_of_words(TIED)[1])
@@ -193,7 +193,7 @@ def test_numbers_that_are_gone():
 def test_two_vocabularies():
     params = {"source": normal(5, 3), "target": normal(4, 3)}
     graph = trace(lambda p, x, y: (p["source"][x] * p["target"][y]).sum(), params, jnp.array([1, 2]), jnp.array([0, 1]))
-    plan = combine(select_rows(graph, "source", [1, 4]), select_rows(graph, "target", [2]))
+    plan = combine(select_rows(graph, "source", keep=[1, 4]), select_rows(graph, "target", keep=[2]))
     with pytest.raises(ValueError, match="The plan keeps other rows of source, target: say which with table="):
         new_ids(plan, [1])
     assert new_ids(plan, [4, 1], table="source").tolist() == [1, 0]

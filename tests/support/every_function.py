@@ -144,7 +144,7 @@ def _words() -> structured.Plan:
     """Two of six words stay."""
     params, ids = {"table": jnp.ones((6, 2), jnp.float32)}, jnp.array([4, 1], jnp.int32)
     graph = structured.trace(lambda p, ids: p["table"][ids] @ p["table"].T, params, ids)
-    return structured.select_rows(graph, "table", ids)
+    return structured.select_rows(graph, "table", keep=ids)
 
 
 def trained(problem: Problem, tx: optax.GradientTransformation) -> Any:
