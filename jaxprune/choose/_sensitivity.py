@@ -97,12 +97,12 @@ class Sensitivity(Printable):
                 )
         return found
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print: the metric, and below it the sparsity."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed: the metric, and below it the sparsity; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
         title = f"Metric with one layer pruned by k (dense {self.dense:.4g}), and the sparsity of that layer"
-        table = Table(title=title, padding=(0, 0, 0, 1))
+        table = Table(full=full, title=title, padding=(0, 0, 0, 1))
         table.add_column("layer", overflow="fold", min_width=12)
         table.add_column("weights", justify="right")
         for k in self.ks:

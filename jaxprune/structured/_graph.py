@@ -14,7 +14,7 @@ from jaxprune.structured._groups import ChannelGroup, FrozenAxis
 from jaxprune.structured._show import dot, tables
 
 if TYPE_CHECKING:
-    from rich.console import Group as RichGroup
+    from jaxprune._tables import Tables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,9 +97,9 @@ class Graph(Printable):
                 return group
         raise KeyError(f"{name!r} is no group; there are {some(group.name for group in self.groups)}.")
 
-    def __rich__(self) -> "RichGroup":
-        """Return the tables for rich to print."""
-        return tables(self.groups, self.blocks, self.frozen)
+    def table(self, *, full: bool = False) -> "Tables":
+        """Return the tables that are printed; a row for each layer if they are to be `full`."""
+        return tables(self.groups, self.prunable_inputs, self.blocks, self.frozen, full=full)
 
     def to_dot(self) -> str:
         """Return the groups and the parameters they tie together in the language of Graphviz."""

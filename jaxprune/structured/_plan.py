@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from jaxprune._printing import Printable
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.structured._axes._dims import Var, leaves, resolve, split_kept
 from jaxprune.structured._axes._layered import kept_of, layers_axis
@@ -17,11 +19,17 @@ from jaxprune.structured._axes._reasons import only_renumbers
 from jaxprune.structured._axes._residuals import without
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
+from jaxprune.structured._show import plan_table
+
+if TYPE_CHECKING:
+    from jaxprune._tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Printable):
     """The elements that stay along each axis that is cut, and the parameters that go; what it does not name stays whole.
+
+    Prints as a table.
 
     Attributes:
         kept: by parameter path and axis, the indices that stay, rising; where each layer of a scan keeps its own, so many of
@@ -95,6 +103,27 @@ class Plan:
         """Whether an array of this shape is one that the plan is for, by its path."""
         wanted = self.shapes[path]
         return len(wanted) == len(shape) and all(n in (None, found) for n, found in zip(wanted, shape, strict=True))
+
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed: how many stay of each axis that is cut; in full a row for each layer."""
+        before = sum(math.prod(shape) for shape in self.shapes.values())
+        gone = sum(math.prod(self.shapes[path]) for path in self.dropped)
+        gone += sum(math.prod(self.shapes[path]) - math.prod(self.shrunk_shape(path)) for path in self.kept)
+        rows = [*self._rows(), *(() if self.inputs is None else self.inputs._rows("inputs/"))]
+        return plan_table(f"What stays: {before - gone:,} of {before:,} parameters", rows, full=full)
+
+    def _rows(self, above: str = "") -> Iterator[tuple[str, str, str, str]]:
+        for path in self.shapes:
+            if path in self.dropped:
+                yield above + path, "", "", "dropped"
+            for axis, kept in self.kept.get(path, {}).items():
+                said = [
+                    f"in each of {len(kept)} layers its own" if is_nested(kept) else "",
+                    "renumbered" if self.renumbered.get(path) == axis else "",
+                    "to be repaired" if path in self.to_repair and axis == min(self.kept[path]) else "",
+                ]
+                size = str(self.shapes[path][axis])
+                yield f"{above}{path}[{axis}]", str(np.shape(kept)[-1]), size, ", ".join(filter(None, said))
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""

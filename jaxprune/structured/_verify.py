@@ -68,12 +68,12 @@ class Verification(Printable):
         """Whether it passed."""
         return self.passed
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
         verdict = "equals" if self.passed else "does NOT equal"
-        table = Table(title=f"{self.found} {verdict} {self.expected}")
+        table = Table(full=full, title=f"{self.found} {verdict} {self.expected}")
         both = any(output.zeroed is not None for output in self.outputs)
         table.add_column("output")
         for column in ("tolerance", *(("from masked channels", "from masked parameters") if both else ("difference",))):
