@@ -64,7 +64,7 @@ def choose_layers(model: Model, gone: int, windows: np.ndarray) -> structured.Pl
         logits = fn(params, windows[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
-    return structured.select_blocks(graph, model.params, gone, loss)
+    return structured.select_blocks(graph, model.params, gone, loss, progress=True)
 
 
 def choose_channels(model: Model, shares: dict[str, float], grams: Any) -> structured.Plan:
@@ -221,7 +221,7 @@ def shallower(stages: Stages, dense: Model, windows: np.ndarray) -> Model:
     name, path = "fewer layers", stages.options.out / "layers.json"
     if not stages.options.drop_layers:
         return dense
-    with measured() as used, stages.console.status("choosing layers"):
+    with measured() as used:
         if stages.done(name):
             plan = structured.Plan.from_json(path.read_text())
         else:

@@ -80,7 +80,8 @@ def test_many_layers_share_a_row_unless_the_table_is_full(tmp_path, capsys):
         assert run(*command) == code
         assert "layers.*.weight x " in capsys.readouterr().out
         assert run(*command, "--full") == code
-        rows = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "layers." in line and "│" in line]
+        lines = [line for line in capsys.readouterr().out.splitlines() if "layers." in line and "│" in line]
+        rows = [line.strip("│").split("│")[0].strip() for line in lines]
         assert rows == [f"layers.{i}.weight" for i in range(60)]
 
 
