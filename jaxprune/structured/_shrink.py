@@ -94,8 +94,9 @@ def shrink(plan: Plan, tree: Any) -> Any:
     that the plan drops becomes None, so that the tree has no leaf there. Works under jit.
 
     Inputs that the plan cuts (``plan.inputs``) are cut in the tuple of all of the function's inputs, or where a whole one of them
-    stands, alone or in a tree: ``shrink(plan, caches)``, ``shrink(plan, (params, caches))``. Their other axes may have any
-    size: a cache may be longer than that which was traced.
+    stands, alone or in a tree: ``shrink(plan, caches)``, ``shrink(plan, (params, caches))`` (an input that is one array has no
+    path to be told by: it is cut alone, or among all inputs). Their other axes may have any size: a cache may be longer than
+    that which was traced.
 
     Args:
         plan: what stays.

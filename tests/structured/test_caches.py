@@ -232,6 +232,42 @@ def test_two_states_of_one_shape():
     assert verify(graph, other, params, x, state, state)
 
 
+def test_one_array_for_all_layers_keeps_its_layers():
+    """Caches of all layers in one array that a loop takes apart: heads go alike in each, and no layer goes alone."""
+
+    def step(params: Any, token: Any, position: Any, caches: Any) -> Any:
+        each = [{"k": caches[n, 0], "v": caches[n, 1]} for n in range(LAYERS)]
+        logits, each = looped(params, token, position, each)
+        return logits, jnp.stack([jnp.stack([cache["k"], cache["v"]]) for cache in each])
+
+    caches = normal(LAYERS, 2, BATCH, LENGTH, HEADS, SIZE)
+    graph = trace(step, LOOP, STEPS[0], jnp.int32(0), caches, prunable_inputs=lambda path: path == "2", prunable_outputs=lambda path: path == "1")  # fmt: skip
+    assert all("up" in "".join(block.paths) for block in graph.blocks)
+    assert len(graph.blocks) == LAYERS
+    plan = select_channels(graph, LOOP, {"layers/0/v": 0.5})
+    assert verify(graph, plan, LOOP, STEPS[0], jnp.int32(1), caches)
+    assert shrink(plan, caches).shape == (LAYERS, 2, BATCH, LENGTH, HEADS // 2, SIZE)
+
+
+def test_a_cache_that_grows():
+    def step(params: Any, x: Any, keys: Any) -> Any:
+        keys = jnp.concatenate([keys, (x @ params["k"])[:, None]], 1)
+        weights = jax.nn.softmax(jnp.einsum("bd,btd->bt", x @ params["q"], keys))
+        return jnp.einsum("bt,btd->bd", weights, keys) @ params["o"], keys
+
+    params = {"k": normal(3, 4), "q": normal(3, 4), "o": normal(4, 2)}
+    x, keys = normal(2, 3), normal(2, 2, 4)
+    graph = trace(step, params, x, keys, prunable_inputs=lambda path: path == "1", prunable_outputs=lambda path: path == "1")  # fmt: skip
+    plan = select_channels(graph, params, 0.5)
+    small_fn, small, own = rebuild(graph, plan), shrink(plan, params), shrink(plan, keys)
+    for length in (3, 4):
+        found, own = small_fn(small, x, own)
+        expected, keys = masked(graph)(params, channel_masks(plan, params), x, keys)
+        close(found, expected)
+        close(own, shrink(plan, keys))
+        assert own.shape == (2, length, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_llama(scan: bool):

@@ -36,7 +36,8 @@ def find_branches(
 
     An operand of a sum is a branch if it depends on the other operand, and so on data, and if parameters are read for
     it alone. (In ``x + g(x) + h(x)`` it may depend on an operand of the other one.) Of branches inside each other, one
-    that reads nothing beyond what others inside it read is left out.
+    that reads nothing beyond what others inside it read is left out; so is one of which a result holds a part beside parts of
+    others, as the stacked caches of all layers.
 
     Args:
         program: the function.
@@ -55,8 +56,17 @@ def find_branches(
         edge = (node, 1 - node.notes.stream)
         if any(inside.knows(params[number]) for number in own.get(edge, [])):
             lost = tuple(number for number in state if edge in reached[id(program.outs[number])])
+            made_in = {other for number in lost for other in reached[id(program.outs[number])]}
+            if any(_apart(edge, other, inside) for other in made_in):  # a part of a result cannot go
+                continue
             found.append(Branch(node, tuple(own[edge]), lost, tuple(own_state.get(edge, ()))))
     return _with_something_of_their_own(found)
+
+
+def _apart(edge: Edge, other: Edge, inside: Dominance) -> bool:
+    """Whether two operands of sums lie side by side, neither inside of the other."""
+    (node, _), (another, _) = edge, other
+    return edge != other and edge not in inside.edges(another.outs[0]) and other not in inside.edges(node.outs[0])
 
 
 def _owned(values: Sequence[Value], inside: Dominance, alone: Mapping[int, frozenset[Edge]]) -> dict[Edge, list[int]]:
