@@ -50,16 +50,14 @@ def find_branches(
     reached = _reached(program, inside) if state else {}
     alone = _alone(program, state, reached)
     own, own_state = (_owned(values, inside, alone) for values in (params, given))
+    edges: list[Edge] = [(node, 1 - node.notes.stream) for node in sums if node.notes.stream is not None]
+    edges = [edge for edge in edges if any(inside.knows(params[number]) for number in own.get(edge, []))]
     found = []
-    for node in sums:
-        assert node.notes.stream is not None
-        edge = (node, 1 - node.notes.stream)
-        if any(inside.knows(params[number]) for number in own.get(edge, [])):
-            lost = tuple(number for number in state if edge in reached[id(program.outs[number])])
-            made_in = {other for number in lost for other in reached[id(program.outs[number])]}
-            if any(_apart(edge, other, inside) for other in made_in):  # a part of a result cannot go
-                continue
-            found.append(Branch(node, tuple(own[edge]), lost, tuple(own_state.get(edge, ()))))
+    for edge in edges:
+        lost = tuple(number for number in state if edge in reached[id(program.outs[number])])
+        made_in = {other for number in lost for other in reached[id(program.outs[number])]}
+        if not any(_apart(edge, other, inside) for other in made_in.intersection(edges)):
+            found.append(Branch(edge[0], tuple(own[edge]), lost, tuple(own_state.get(edge, ()))))
     return _with_something_of_their_own(found)
 
 
