@@ -65,7 +65,7 @@ def choose_layers(model: Model, gone: int, windows: np.ndarray) -> structured.Pl
         logits = fn(params, windows[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
-    return structured.select_blocks(graph, model.params, gone, loss)
+    return structured.select_blocks(graph, model.params, gone, loss, progress=True)
 
 
 def choose_channels(
@@ -224,7 +224,7 @@ def shallower(stages: Stages, dense: Model, windows: np.ndarray) -> structured.P
     name, path = "fewer layers", stages.options.out / "layers.json"
     if not stages.options.drop_layers:
         return None
-    with measured() as used, stages.console.status("choosing layers"):
+    with measured() as used:
         if stages.done(name):
             return structured.Plan.from_json(path.read_text())
         number, length = LAYERS_BY

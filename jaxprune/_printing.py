@@ -4,14 +4,17 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # Lists of more rows, and cells of more lines, are folded.
 FEW_ROWS, FEW_LINES = 50, 12
 
 # A number as tables write it: 1,024 or 0.05 or 1e-05 or 12.3 k.
 _NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?(?: [kMGT](?![A-Za-z]))?")
+_DIGITS = re.compile(r"([0-9]+)")
 _PREFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -34,19 +37,43 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") or "nothing"
 
 
+def in_order(items: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
+    """Return items with numbered layers by their numbers; what is not numbered stays where it comes first.
+
+    Args:
+        items: what is to be listed.
+        name: of an item.
+
+    >>> in_order(["in", "layer_0/w", "layer_0/b", "layer_10/w", "layer_10/b", "layer_2/w", "layer_2/b", "bias"])
+    ['in', 'layer_0/w', 'layer_0/b', 'layer_2/w', 'layer_2/b', 'layer_10/w', 'layer_10/b', 'bias']
+    """
+    first: dict[Any, int] = {}
+
+    def place(item: T) -> list[int]:
+        pieces = _DIGITS.split(name(item))
+        found: list[int] = []
+        for number, piece in enumerate(pieces):
+            above = tuple(found)
+            found.append(int(piece) if number % 2 else first.setdefault((above[::2], piece), len(first)))
+        return found
+
+    return sorted(items, key=place)
+
+
 def folded(rows: Iterable[tuple[str, Sequence[str]]], few: int = FEW_ROWS) -> list[tuple[str, list[str]]]:
     """Return rows of a table to read: as they are where they are few, else numbered layers in one row.
 
-    Rows that are the same but for numbers become one, at the place of the first: with a range for each number that differs,
-    and behind the first cell how many they were. Of what is then left beyond `few` the last row says how many there are more;
-    rows of a style in bold are not left out before others. The whole is in what the table was made from.
+    Rows that are the same but for numbers become one, at the place of the first. A number in a name that differs becomes ``*``,
+    another one the least, the median and the greatest of them; behind the first cell stands how many rows they were. Of what is
+    then left beyond `few` the last row says how many there are more; rows of a style in bold are not left out before others. The
+    whole is in what the table was made from.
 
     Args:
         rows: for each its style and its cells.
         few: so many rows stay as they are.
 
     >>> [cells for _, cells in folded([("", [f"layers/{i}/w", f"{i / 10:.1%} of 64"]) for i in range(12)], few=10)]
-    [['layers/0…11/w (12)', '0.0…110.0% of 64']]
+    [['layers/*/w x 12', '0.0, 50.0, 110.0% of 64']]
     """
     given = [(style, list(cells)) for style, cells in rows]
     if len(given) <= few:
@@ -75,13 +102,28 @@ def _merged(rows: Sequence[Sequence[str]], between: Sequence[Sequence[str]]) -> 
     cells = []
     for number, texts in enumerate(between):
         values = zip(*(_NUMBER.findall(row[number]) for row in rows), strict=True)
-        cells.append("".join(text + value for text, value in zip(texts, [*map(_range, values), ""], strict=True)))
-    return [f"{cells[0]} ({len(rows):,})", *cells[1:]]
+        shown = [_one(of_rows, _in_name(texts[i], texts[i + 1], first=number == 0)) for i, of_rows in enumerate(values)]
+        cells.append("".join(text + value for text, value in zip(texts, [*shown, ""], strict=True)))
+    name, *below = cells[0].split("\n")
+    return ["\n".join([f"{name} x {len(rows):,}", *below]), *cells[1:]]
 
 
-def _range(texts: Sequence[str]) -> str:
-    low, high = min(texts, key=_value), max(texts, key=_value)
-    return low if low == high else f"{low}…{high}"
+def _in_name(before: str, after: str, *, first: bool) -> bool:
+    """Whether a number between these texts is a part of a name; in the first cell any letter beside it says so."""
+    word = re.split(r"\s", before)[-1] + re.split(r"\s", after)[0]
+    return bool(re.search(r"[/_]" if not first else r"[/_]|[^\W\d]", word)) or bool(
+        re.search(r"[^\W\d]\.|\.[^\W\d]", word)
+    )
+
+
+def _one(texts: Sequence[str], in_name: bool) -> str:
+    """Write what some numbers are: one, many of a name, or how they lie."""
+    low, *_, high = ordered = sorted(texts, key=_value)
+    if _value(low) == _value(high):
+        return low
+    if in_name:
+        return "*"
+    return ", ".join([low, ordered[(len(ordered) - 1) // 2], high] if len(ordered) > 2 else ordered)
 
 
 def _value(text: str) -> float:
@@ -90,16 +132,22 @@ def _value(text: str) -> float:
 
 
 class Printable:
-    """A result with a method ``__rich__``: prints as that in a terminal, as text and in notebooks."""
+    """A result with a method ``table``: prints as that in a terminal, as text and in notebooks.
+
+    Numbered layers share a row where there are many; ``table(full=True)`` prints each.
+    """
+
+    def table(self, *, full: bool = False) -> Any:
+        """Return what is printed, with a row for each layer if that is to be `full`."""
+        raise NotImplementedError
+
+    def __rich__(self) -> Any:
+        """Return the table for rich to print."""
+        return self.table()
 
     def __str__(self) -> str:
         """Return what rich prints as plain text."""
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return str(self.table())
 
     def _repr_html_(self) -> str:
         from rich.console import Console

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._dtypes import widen
-from jaxprune._printing import Printable, as_json
+from jaxprune._printing import Printable, as_json, in_order
 from jaxprune._rows import Row
 from jaxprune._selection import _counts, _moments
 from jaxprune._tree._axes import Axes, Stacked
@@ -72,7 +72,8 @@ class Summary(Printable):
     @property
     def remarks(self) -> list[str]:
         """Say in words whether the masks are applied, and which layers are nearly empty, held by the guard, or have dead units."""
-        return [*_not_applied(self.rows), *(remark for row in self.rows for remark in _remarks(row))]
+        rows = in_order(self.rows, lambda row: row.path)
+        return [*_not_applied(rows), *(remark for row in rows for remark in _remarks(row))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""
@@ -83,23 +84,28 @@ class Summary(Printable):
         """Return `to_dict` as JSON text; JSON has no infinity and no NaN, they become null."""
         return as_json(self.to_dict())
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
-        table = Table(title="Sparsity by layer", caption="\n".join(self.remarks) or None, caption_justify="left")
+        table = Table(
+            full=full,
+            title="Sparsity by layer",
+            caption="\n".join(self.remarks) or None,
+            caption_justify="left",
+            padding=(0, 0, 0, 1),
+        )
         table.add_column("layer", overflow="fold")
         told = any(row.macs is not None for row in self.rows)
-        for column in ("shape", "threshold", "std", "kept", "size", "sparsity", "bytes", *(["MACs"] if told else [])):
+        for column in ("shape", "threshold", "std", "kept", "sparsity", "bytes", *(["MACs"] if told else [])):
             table.add_column(column, justify="right")
-        for row in self.rows:
+        for row in in_order(self.rows, lambda row: row.path):
             table.add_row(
                 row.path,
                 " x ".join(map(str, row.shape)),
                 _figure(row.threshold),
                 _figure(row.std),
                 f"{row.kept:,}",
-                f"{row.size:,}",
                 f"{row.sparsity:.2%}" if row.prunable else "dense",
                 amount(row.stored_bytes),
                 *([amount(row.macs_kept)] if told else []),
@@ -111,12 +117,11 @@ class Summary(Printable):
         ):
             table.add_section()
             table.add_row(
-                name,
-                "",
-                "",
-                f"{total.compression:.3g} x fewer",
-                f"{total.kept:,}",
+                f"{name}: {total.compression:.3g} x fewer",
                 f"{total.size:,}",
+                "",
+                "",
+                f"{total.kept:,}",
                 f"{total.sparsity:.2%}",
                 amount(sum(row.stored_bytes for row in rows)),
                 *([amount(sum(row.macs_kept or 0 for row in rows))] if told else []),

@@ -1,29 +1,55 @@
 """Tables for rich to print; imported by what prints when it prints."""
 
+import io
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from jaxprune._printing import folded, folded_lines, printable
 
+# What is said below a table of which rows were folded.
+_LEGEND = "x n: n rows in one, numbers as min, median, max; each by table(full=True) or --full"
 
-class Table(RichTable):
+_NARROW = 12  # columns of a terminal, the least that names are given
+
+
+class Printed:
+    """Something of rich that is a text, too."""
+
+    def __str__(self) -> str:
+        """Return what rich prints as plain text."""
+        console = Console(file=io.StringIO(), width=120, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+class Table(Printed, RichTable):
     """A table of rich of which titles and cells are text: names are printed, never read as markup or control codes.
 
-    Long sections are folded: numbered layers become one row (`folded`).
+    Long sections are folded, unless it is to be full: numbered layers become one row (`folded`).
     """
 
-    def __init__(self, *, title: str | None = None, caption: str | None = None, **options: Any) -> None:
-        """Make an empty table."""
+    def __init__(
+        self,
+        *,
+        title: str | None = None,
+        caption: str | None = None,
+        full: bool = False,
+        legend: bool = True,
+        **options: Any,
+    ) -> None:
+        """Make an empty table; the legend says what folded rows are."""
         self._waiting: list[tuple[str, list[str]]] = []
-        super().__init__(
-            title=None if title is None else _text(title, "table.title"),
-            caption=None if caption is None else _text(folded_lines(caption), "table.caption"),
-            **options,
-        )
+        self._full, self._caption, self._legend, self._merged = full, caption, legend, False
+        super().__init__(title=None if title is None else _text(title, "table.title"), **options)
+        self._show_caption()
 
     def add_column(self, header: str = "", **options: Any) -> None:  # type: ignore[override]
         """Add a column."""
@@ -31,7 +57,7 @@ class Table(RichTable):
 
     def add_row(self, *cells: str, style: str | None = None) -> None:  # type: ignore[override]
         """Add a row."""
-        self._waiting.append((style or "", list(map(folded_lines, cells))))
+        self._waiting.append((style or "", list(cells if self._full else map(folded_lines, cells))))
 
     def add_section(self) -> None:
         """End a section; rows are folded within one."""
@@ -39,19 +65,60 @@ class Table(RichTable):
         super().add_section()
 
     def _settle(self) -> None:
-        for style, cells in folded(self._waiting):
+        shown = self._waiting if self._full else folded(self._waiting)
+        self._merged |= len(shown) < len(self._waiting)
+        for style, cells in shown:
             super().add_row(*map(_text, cells), style=style or None)
         self._waiting = []
+        self._show_caption()
+
+    def _show_caption(self) -> None:
+        lines = [] if self._caption is None else [self._caption if self._full else folded_lines(self._caption)]
+        lines += [_LEGEND] if self._merged and self._legend else []
+        self.caption = _text("\n".join(lines), "table.caption") if lines else None
+
+    def _share_out(self, width: int) -> None:
+        """Share out a width: each column has what breaks between words, or numbers, and not within; first comes that of names."""
+        _, right, _, left = self.padding
+        spare = width - len(self.columns) * (right + left + 1) - 1
+        least, most = [], []
+        for column in self.columns:
+            numbers = column.justify == "right"
+            least.append(
+                max(_longest([column.header], r"\s"), _longest(column.cells, r"(?<=,) |\n" if numbers else r"\s"))
+            )
+            most.append(_longest([column.header, *column.cells], r"\n"))
+        least[0] = min(most[0], _NARROW)
+        spare -= sum(least)
+        for column, low, high in zip(self.columns, least, most, strict=True):
+            more = min(high - low, max(spare, 0))
+            spare -= more
+            # Where not even that is there, rich cuts short what is widest.
+            column.width = low + more if spare >= 0 else None
+        if spare < 0:
+            self.columns[0].width = least[0]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render the table."""
         self._settle()
+        self._share_out(options.max_width)
         yield from super().__rich_console__(console, options)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         """Measure the table."""
         self._settle()
+        self._share_out(options.max_width)
         return super().__rich_measure__(console, options)
+
+
+class Tables(Printed, Group):
+    """Tables one below the other."""
+
+
+def _longest(cells: Iterable[RenderableType], between: str) -> int:
+    """Return how wide the widest piece of some texts is."""
+    pieces = (piece for cell in cells if isinstance(cell, Text) for piece in re.split(between, cell.plain))
+    return max(map(cell_len, pieces), default=0)
 
 
 def _text(words: str, style: str = "") -> Text:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jaxprune import rules
-from jaxprune._printing import as_json
+from jaxprune._printing import as_json, in_order
 from jaxprune._tables import Table
 from jaxprune._tree._names import slashed
 from jaxprune._tree._prunable import Predicate, is_kernel
@@ -38,7 +38,7 @@ def summarize(options: argparse.Namespace) -> bool:
         _print_json(found.to_dict())
     else:
         console = _console()
-        console.print(found)
+        console.print(found.table(full=options.full))
         console.print(
             f"{found.dense_bytes / max(found.bytes, 1):.2f} times smaller than its dense arrays", highlight=False
         )
@@ -72,11 +72,11 @@ def diff(options: argparse.Namespace) -> bool:
     if options.json:
         _print_json([dataclasses.asdict(difference) for difference in found])
     elif found:
-        table = Table(title=f"{options.a} and {options.b}", title_justify="left")
+        table = Table(full=options.full, title=f"{options.a} and {options.b}", title_justify="left")
         table.add_column("tensor", overflow="fold")
         table.add_column("difference")
         table.add_column("largest", justify="right")
-        for difference in found:
+        for difference in in_order(found, lambda difference: difference.name):
             table.add_row(difference.name, difference.what, f"{difference.largest:.4g}")
         _console().print(table)
     else:
@@ -132,7 +132,7 @@ def _write(
     if options.json:
         _print_json(figures)
     else:
-        _print_figures(figures)
+        _print_figures(figures, options.full)
     return True
 
 
@@ -155,12 +155,12 @@ def _figures(options: argparse.Namespace, planned: Writing, size: int | None, pr
     }
 
 
-def _print_figures(figures: dict[str, Any]) -> None:
-    table = Table(title=figures["path"], title_justify="left")
+def _print_figures(figures: dict[str, Any], full: bool) -> None:
+    table = Table(full=full, title=figures["path"], title_justify="left")
     table.add_column("tensor", overflow="fold")
     for column in ("shape", "kept", "sparsity", "bytes", "error"):
         table.add_column(column, justify="right")
-    for row in figures["tensors"]:
+    for row in in_order(figures["tensors"], lambda row: row["path"]):
         share = f"{1 - row['kept'] / row['size']:.2%}" if row["kept"] < row["size"] else ""
         error = f"{row['relative_error']:.2%}" if row["relative_error"] else ""
         shape = " x ".join(map(str, row["shape"]))

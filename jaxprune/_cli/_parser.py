@@ -129,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (summarize, prune, convert, diff):
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        command.add_argument(
+            "--full", action="store_true", help="a row for each layer, not one for many that are alike"
+        )
     return parser
 
 

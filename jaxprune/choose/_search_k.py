@@ -58,11 +58,11 @@ class Strength(Printable, float):
         """Return what pickle and copy make it from."""
         return float(self), self.tried, self.asked, self.remarks
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
-        table = Table(title=f"k = {float(self):.6g}: {self.asked}", caption="\n".join(self.remarks) or None)
+        table = Table(full=full, title=f"k = {float(self):.6g}: {self.asked}", caption="\n".join(self.remarks) or None)
         for column in ("k", "sparsity", "found", ""):
             table.add_column(column, justify="right")
         for trial in sorted(self.tried):

@@ -14,6 +14,7 @@ from jaxprune import rules
 from jaxprune._masks import make_masks
 from jaxprune._masks import sparsity as mask_sparsity
 from jaxprune._printing import Printable, as_json
+from jaxprune._progress import tracked
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._cautions import caution
 from jaxprune._tree._params import Params, read_params
@@ -97,12 +98,12 @@ class Sensitivity(Printable):
                 )
         return found
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print: the metric, and below it the sparsity."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed: the metric, and below it the sparsity; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
         title = f"Metric with one layer pruned by k (dense {self.dense:.4g}), and the sparsity of that layer"
-        table = Table(title=title, padding=(0, 0, 0, 1))
+        table = Table(full=full, title=title, padding=(0, 0, 0, 1))
         table.add_column("layer", overflow="fold", min_width=12)
         table.add_column("weights", justify="right")
         for k in self.ks:
@@ -219,7 +220,7 @@ def sensitivity(
 
     dense = as_metric(evaluate(params), "the unpruned parameters")
     measured, gone = [], []
-    for k in _shown(ks, progress):
+    for k in tracked(ks, "sensitivity", progress):
         masks, removed = make(params, scores, jnp.float32(k))
         measured.append(metrics(masks, k))
         gone.append(np.asarray(removed, np.float64))
@@ -294,11 +295,3 @@ def _members(groups: Any, flat: Params) -> dict[str, list[int]]:
                 raise ValueError(f"{flat.names[i]} is in the groups {owners[i]!r} and {name!r}; a leaf has one.")
             owners[i] = name
     return found
-
-
-def _shown(ks: tuple[float, ...], progress: bool) -> Any:
-    if not progress:
-        return ks
-    from rich.progress import track
-
-    return track(ks, description="sensitivity", transient=True)

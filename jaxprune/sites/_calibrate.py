@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxprune._progress import tracked
 from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._sharding import through_compiler
 from jaxprune.sites._accumulate import grams, sums_of_squares
@@ -194,7 +195,7 @@ def _calibrate(
 ) -> _Statistics:
     """Add up a measurement of `rank` axes for each matrix, over all batches."""
     reading: Reading | None = None
-    for number, batch in enumerate(_shown(batches, progress)):
+    for number, batch in enumerate(tracked(batches, "calibrating", progress)):
         inputs = inputs_of(batch)
         if reading is None:
             first = inputs
@@ -301,16 +302,6 @@ def _accumulator(
     shapes = jax.eval_shape(of_batch, reading.flat.leaves, jax.tree.leaves(inputs))
     # Placed as they will be, which on a mesh with explicit axes zeros_like could do only with the mesh set.
     return update, jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype, device=shape.sharding), shapes)
-
-
-def _shown(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    from rich.console import Console
-    from rich.progress import track
-
-    total = len(batches) if isinstance(batches, Sized) else None
-    return track(batches, "calibrating", total=total, console=Console(stderr=True))
 
 
 def require_finite(found: _Sums) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxprune._printing import Printable
+from jaxprune._printing import Printable, in_order
 from jaxprune._tree._axes import Axes as Roles
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._sharding import without_explicit_axes
@@ -271,20 +271,20 @@ class Sites(Printable):
         """Return only the sites for which `where` is True; the rest of the report stays."""
         return dataclasses.replace(self, sites=tuple(site for site in self.sites if where(site)))
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
-        table = Table(title="Parameters that multiply data")
+        table = Table(full=full, title="Parameters that multiply data")
         table.add_column("path", overflow="fold")
         for column in ("operation", "shape", "stack axes", "in axes", "out axes"):
-            table.add_column(column)
+            table.add_column(column, justify="right" if column == "shape" else "left")
         table.add_column("shares its input with", overflow="fold")
         sharing: dict[int, list[Site]] = {}
         for site in self.sites:
             for group in site.groups:
                 sharing.setdefault(group, []).append(site)
-        for site in self.sites:
+        for site in in_order(self.sites, lambda site: site.path):
             others = [other.path for group in site.groups for other in sharing[group] if other is not site]
             table.add_row(
                 site.path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxprune._printing import Printable
+from jaxprune._printing import Printable, in_order
 from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune.storage._checkpoint import Checkpoint
 from jaxprune.storage._files import Done, counts, nonzero
@@ -44,15 +44,15 @@ class FileOverview(Printable):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**fields, "tensors": [row.to_dict() for row in self.tensors]}
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
-        table = Table(title=self.path, title_justify="left")
+        table = Table(full=full, title=self.path, title_justify="left", padding=(0, 0, 0, 1))
         table.add_column("tensor", overflow="fold")
         for column in ("shape", "dtype", "threshold", "std", "kept", "sparsity", "bytes"):
             table.add_column(column, justify="right")
-        for row in self.tensors:
+        for row in in_order(self.tensors, lambda row: row.path):
             dtype = row.dtype if row.bits == 8 * np.dtype(row.dtype).itemsize else f"{row.dtype}, int{row.bits}"
             figures = ("" if value is None else f"{value:.4g}" for value in (row.threshold, row.std))
             share = f"{row.sparsity:.2%}" if row.kept < row.size else ""

@@ -8,6 +8,7 @@ from jaxprune.structured._graph import Graph as Graph
 from jaxprune.structured._groups import ChannelGroup as ChannelGroup
 from jaxprune.structured._groups import FrozenAxis as FrozenAxis
 from jaxprune.structured._groups import Member as Member
+from jaxprune.structured._inputs import with_inputs as with_inputs
 from jaxprune.structured._lasso import group_lasso as group_lasso
 from jaxprune.structured._plan import Plan as Plan
 from jaxprune.structured._plan import combine as combine
@@ -21,6 +22,9 @@ from jaxprune.structured._select_channels import select_channels as select_chann
 from jaxprune.structured._select_channels import select_channels_globally as select_channels_globally
 from jaxprune.structured._select_channels import sparsity_within as sparsity_within
 from jaxprune.structured._select_in_sequence import select_in_sequence as select_in_sequence
+from jaxprune.structured._select_rows import new_ids as new_ids
+from jaxprune.structured._select_rows import old_ids as old_ids
+from jaxprune.structured._select_rows import select_rows as select_rows
 from jaxprune.structured._shrink import UnrepairedWarning as UnrepairedWarning
 from jaxprune.structured._shrink import channel_masks as channel_masks
 from jaxprune.structured._shrink import shrink as shrink

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from jaxprune.structured._axes._dims import Var
-from jaxprune.structured._axes._program import Node, Program
+from jaxprune.structured._axes._program import Node, Program, Value
 from jaxprune.structured._axes._residuals import find_branches
 from jaxprune.structured._groups import Member, unique
 
@@ -23,6 +23,7 @@ class Block:
         place: the axis of the layers; the sum that the branch is added in.
         members: the axes of parameters that the layers lie along; a branch has none.
         outputs: the numbers of the function's results that go with a branch: state that is made in it.
+        inputs: paths of the inputs that go with a branch: state that it alone reads.
     """
 
     name: str
@@ -31,10 +32,15 @@ class Block:
     place: Var | Node = dataclasses.field(repr=False)
     members: tuple[Member, ...] = dataclasses.field(default=(), repr=False)
     outputs: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    inputs: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
 
 def find_blocks(
-    paths: Sequence[str], program: Program, found_members: Mapping[Var, Sequence[Member]], state: Collection[int]
+    paths: Sequence[str],
+    program: Program,
+    found_members: Mapping[Var, Sequence[Member]],
+    state: Collection[int],
+    given: Mapping[str, Value],
 ) -> tuple[Block, ...]:
     """Return what can be dropped: scanned layers, then residual branches, in the order of the parameters and of the sums.
 
@@ -43,15 +49,18 @@ def find_blocks(
         program: the function.
         found_members: what can be cut, by `find_members`.
         state: the numbers of results that may go: state that is passed on.
+        given: by path, the inputs that may go: state that is passed in.
     """
     found = []
     for var, members in found_members.items():
         if var.depth:
             stacked = tuple(dict.fromkeys(member.path for member in members))
             found.append(Block(_common(stacked), var.size, stacked, var, tuple(members)))
-    for branch in find_branches(program, program.ins[: len(paths)], state):
+    inputs = list(given)
+    for branch in find_branches(program, program.ins[: len(paths)], state, list(given.values())):
         own = tuple(paths[number] for number in branch.params)
-        found.append(Block(_common(own), 1, own, branch.node, outputs=branch.outs))
+        ins = tuple(inputs[number] for number in branch.ins)
+        found.append(Block(_common(own), 1, own, branch.node, outputs=branch.outs, inputs=ins))
     names = unique([block.name for block in found])
     return tuple(dataclasses.replace(block, name=name) for block, name in zip(found, names, strict=True))
 

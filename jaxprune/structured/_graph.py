@@ -1,7 +1,7 @@
 """The channels of a function: which axes of which parameters must be cut together, and which must stay."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxprune.structured._groups import ChannelGroup, FrozenAxis
 from jaxprune.structured._show import dot, tables
 
 if TYPE_CHECKING:
-    from rich.console import Group as RichGroup
+    from jaxprune._tables import Tables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +29,7 @@ class Graph(Printable):
         shapes: of the parameters.
         program: the function.
         inputs: the tree of the shapes of its other arguments.
+        prunable_inputs: those of them, by path, of which axes may be cut.
         outputs: the tree of the shapes of its results.
         retrace: what traces the function once more, with other inputs.
     """
@@ -40,6 +41,7 @@ class Graph(Printable):
     shapes: tuple[tuple[int, ...], ...]
     program: Program = dataclasses.field(repr=False)
     inputs: Any
+    prunable_inputs: Mapping[str, Value] = dataclasses.field(repr=False)
     outputs: Any
     retrace: Callable[..., "Graph"] = dataclasses.field(repr=False)
 
@@ -95,9 +97,9 @@ class Graph(Printable):
                 return group
         raise KeyError(f"{name!r} is no group; there are {some(group.name for group in self.groups)}.")
 
-    def __rich__(self) -> "RichGroup":
-        """Return the tables for rich to print."""
-        return tables(self.groups, self.blocks, self.frozen)
+    def table(self, *, full: bool = False) -> "Tables":
+        """Return the tables that are printed; a row for each layer if they are to be `full`."""
+        return tables(self.groups, self.prunable_inputs, self.blocks, self.frozen, full=full)
 
     def to_dot(self) -> str:
         """Return the groups and the parameters they tie together in the language of Graphviz."""

@@ -13,7 +13,7 @@ from jaxprune.structured._groups import ChannelGroup, Member
 
 T = TypeVar("T")
 
-_AXIS = re.compile(r"(.*)\[(\d+)\]")
+AXIS = re.compile(r"(.*)\[(\d+)\]")
 
 
 def groups_named(graph: Graph, pattern: str, what: str) -> list[ChannelGroup]:
@@ -32,7 +32,7 @@ def groups_named(graph: Graph, pattern: str, what: str) -> list[ChannelGroup]:
         ValueError: it means none.
     """
     exact = [group for group in graph.groups if group.name == pattern]
-    along = _AXIS.fullmatch(pattern)
+    along = AXIS.fullmatch(pattern)
     if not exact and along:
         path, axis = along[1], int(along[2])
         exact = [

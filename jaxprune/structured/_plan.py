@@ -1,25 +1,35 @@
 """What stays: by path and axis of each parameter, in plain numbers, so that it outlives the function."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from jaxprune._printing import Printable
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.structured._axes._dims import Var, leaves, resolve, split_kept
 from jaxprune.structured._axes._layered import kept_of, layers_axis
 from jaxprune.structured._axes._program import Node, Value
+from jaxprune.structured._axes._reasons import only_renumbers
 from jaxprune.structured._axes._residuals import without
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
+from jaxprune.structured._show import plan_table
+
+if TYPE_CHECKING:
+    from jaxprune._tables import Table
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Printable):
     """The elements that stay along each axis that is cut, and the parameters that go; what it does not name stays whole.
+
+    Prints as a table.
 
     Attributes:
         kept: by parameter path and axis, the indices that stay, rising; where each layer of a scan keeps its own, so many of
@@ -30,6 +40,10 @@ class Plan:
             `repair` returns.
         layers: by path of the parameters of which layers keep their own indices, the axis of the layers; all of them are
             counted, also those that the plan cuts.
+        renumbered: by path of tables and heads of which rows go, by `select_rows`, their axis: what chooses rows by number has to
+            use the new numbers (`new_ids`), and results along it have them.
+        inputs: the same of the inputs that the function's graph calls prunable, as a cache of keys and values; None where
+            there are none. Of its shapes the sizes of axes that are not cut are None: they may be any.
 
     >>> plan = Plan({"up": {1: (0, 2)}}, {"up": (3, 4)})
     >>> plan.shrunk_shape("up"), Plan.from_json(plan.to_json()) == plan
@@ -37,10 +51,12 @@ class Plan:
     """
 
     kept: Mapping[str, Mapping[int, Sequence[int]]]
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[Any, ...]]
     dropped: tuple[str, ...] = ()
     to_repair: tuple[str, ...] = ()
     layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    renumbered: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    inputs: "Plan | None" = None
 
     def __post_init__(self) -> None:
         """Check that the indices fit the shapes."""
@@ -77,13 +93,44 @@ class Plan:
                 "equally many."
             )
 
-    def shrunk_shape(self, path: str) -> tuple[int, ...]:
-        """Return the shape of a parameter that the plan names, after it was cut."""
+    def shrunk_shape(self, path: str, shape: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the shape of a parameter that the plan names, after it was cut; or of an input of this shape."""
         axes = self.kept[path]
-        return tuple(np.shape(axes[axis])[-1] if axis in axes else n for axis, n in enumerate(self.shapes[path]))
+        whole = self.shapes[path] if shape is None else shape
+        return tuple(np.shape(axes[axis])[-1] if axis in axes else n for axis, n in enumerate(whole))
+
+    def fits(self, path: str, shape: Sequence[int]) -> bool:
+        """Whether an array of this shape is one that the plan is for, by its path."""
+        wanted = self.shapes[path]
+        return len(wanted) == len(shape) and all(n in (None, found) for n, found in zip(wanted, shape, strict=True))
+
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed: how many stay of each axis that is cut; in full a row for each layer."""
+        before = sum(math.prod(shape) for shape in self.shapes.values())
+        gone = sum(math.prod(self.shapes[path]) for path in self.dropped)
+        gone += sum(math.prod(self.shapes[path]) - math.prod(self.shrunk_shape(path)) for path in self.kept)
+        rows = [*self._rows(), *(() if self.inputs is None else self.inputs._rows("inputs/"))]
+        return plan_table(f"What stays: {before - gone:,} of {before:,} parameters", rows, full=full)
+
+    def _rows(self, above: str = "") -> Iterator[tuple[str, str, str, str]]:
+        for path in self.shapes:
+            if path in self.dropped:
+                yield above + path, "", "", "dropped"
+            for axis, kept in self.kept.get(path, {}).items():
+                said = [
+                    f"in each of {len(kept)} layers its own" if is_nested(kept) else "",
+                    "renumbered" if self.renumbered.get(path) == axis else "",
+                    "to be repaired" if path in self.to_repair and axis == min(self.kept[path]) else "",
+                ]
+                size = str(self.shapes[path][axis])
+                yield f"{above}{path}[{axis}]", str(np.shape(kept)[-1]), size, ", ".join(filter(None, said))
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
+        parts = {"parameters": self._entries()}
+        return json.dumps(parts if self.inputs is None else {**parts, "inputs": self.inputs._entries()})
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
         entries: dict[str, dict[str, Any]] = {
             path: {"kept": {str(axis): np.asarray(kept).tolist() for axis, kept in axes.items()}}
             for path, axes in self.kept.items()
@@ -92,15 +139,20 @@ class Plan:
             entries[path]["to_repair"] = True
         for path, axis in self.layers.items():
             entries[path]["layers"] = axis
+        for path, axis in self.renumbered.items():
+            entries.setdefault(path, {})["renumbered"] = axis
         entries.update((path, {"dropped": True}) for path in self.dropped)
-        return json.dumps(
-            {path: {"shape": list(shape), **entries.get(path, {})} for path, shape in self.shapes.items()}
-        )
+        return {path: {"shape": list(shape), **entries.get(path, {})} for path, shape in self.shapes.items()}
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Read what `to_json` wrote."""
-        entries = json.loads(text)
+        parts = json.loads(text)
+        found = cls._read(parts["parameters"])
+        return dataclasses.replace(found, inputs=cls._read(parts["inputs"])) if "inputs" in parts else found
+
+    @classmethod
+    def _read(cls, entries: Mapping[str, Any]) -> "Plan":
         kept = {
             path: {int(axis): as_tuples(np.asarray(kept)) for axis, kept in entry["kept"].items()}
             for path, entry in entries.items()
@@ -109,8 +161,11 @@ class Plan:
         dropped, to_repair = (
             tuple(path for path, entry in entries.items() if entry.get(what)) for what in ("dropped", "to_repair")
         )
-        layers = {path: entry["layers"] for path, entry in entries.items() if "layers" in entry}
-        return cls(kept, {path: tuple(entry["shape"]) for path, entry in entries.items()}, dropped, to_repair, layers)
+        layers, renumbered = (
+            {path: entry[what] for path, entry in entries.items() if what in entry} for what in ("layers", "renumbered")
+        )
+        shapes = {path: tuple(entry["shape"]) for path, entry in entries.items()}
+        return cls(kept, shapes, dropped, to_repair, layers, renumbered)
 
 
 def is_nested(kept: Sequence[Any]) -> bool:
@@ -153,11 +208,10 @@ def combine(plan: Plan, other: Plan) -> Plan:
     """
     dropped = tuple(dict.fromkeys((*plan.dropped, *other.dropped)))
     kept: dict[str, dict[int, Sequence[int]]] = {}
+    shapes: dict[str, tuple[Any, ...]] = {}
     for path in dict.fromkeys((*plan.shapes, *other.shapes)):
         first, second = (dict(each.kept.get(path, {})) for each in (plan, other))
-        shapes = {tuple(each.shapes[path]) for each in (plan, other) if path in each.shapes}
-        if len(shapes) > 1:
-            raise ValueError(f"The plans are for {path} of shapes {plan.shapes[path]} and {other.shapes[path]}.")
+        shapes[path] = _shape_in_both(path, *(each.shapes[path] for each in (plan, other) if path in each.shapes))
         for axis in first.keys() & second.keys():
             if path not in dropped and not np.array_equal(first[axis], second[axis]):
                 raise ValueError(
@@ -168,7 +222,17 @@ def combine(plan: Plan, other: Plan) -> Plan:
             kept[path] = first | second
     to_repair = tuple(path for path in dict.fromkeys((*plan.to_repair, *other.to_repair)) if path in kept)
     layers = {path: axis for path, axis in {**other.layers, **plan.layers}.items() if path in kept}
-    return Plan(kept, {**other.shapes, **plan.shapes}, dropped, to_repair, layers)
+    given = [each.inputs for each in (plan, other) if each.inputs is not None]
+    inputs = functools.reduce(combine, given) if given else None
+    return Plan(kept, shapes, dropped, to_repair, layers, {**plan.renumbered, **other.renumbered}, inputs)
+
+
+def _shape_in_both(path: str, shape: tuple[Any, ...], other: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+    """Return a shape that two plans know, of inputs each only in part."""
+    pairs = [(n, n) for n in shape] if other is None else list(zip(shape, other, strict=False))
+    if len(pairs) < len(shape) or any(None not in pair and pair[0] != pair[1] for pair in pairs):
+        raise ValueError(f"The plans are for {path} of shapes {shape} and {other}.")
+    return tuple(b if a is None else a for a, b in pairs)
 
 
 def plan_of(
@@ -176,18 +240,42 @@ def plan_of(
 ) -> Plan:
     """Return the plan that keeps these elements of some of a graph's axes, drops these branches, and needs these repairs."""
     dropped = {path for block in branches for path in block.paths}
+    found, layers = _taken(graph, dict(zip(graph.paths, graph.params, strict=True)), kept, dropped)
+    gone = tuple(path for path in graph.paths if path in dropped)
+    needed = tuple(path for path in found if path in to_repair)
+    return Plan(found, graph.by_path, gone, needed, layers, inputs=inputs_of(graph, kept, branches))
+
+
+def inputs_of(graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block]) -> Plan | None:
+    """Return what stays of the inputs that may be cut."""
+    values = graph.prunable_inputs
+    if not values:
+        return None
+    dropped = {path for block in branches for path in block.inputs}
+    found, layers = _taken(graph, values, kept, dropped)
+    told = {path: {*axes, layers.get(path)} for path, axes in found.items()}
+    shapes = {
+        path: tuple(n if axis in told.get(path, ()) else None for axis, n in enumerate(value.shape))
+        for path, value in values.items()
+    }
+    return Plan(found, shapes, tuple(path for path in values if path in dropped), (), layers)
+
+
+def _taken(
+    graph: Graph, values: Mapping[str, Value], kept: Mapping[Var, np.ndarray], dropped: Collection[str]
+) -> tuple[dict[str, dict[int, tuple[Any, ...]]], dict[str, int]]:
+    """Return the indices that stay by path and axis, and the axes of layers that keep their own."""
     own = layered_groups(graph, kept)
     found: dict[str, dict[int, tuple[Any, ...]]] = {}
     layers: dict[str, int] = {}
-    for path, value in zip(graph.paths, graph.params, strict=True):
+    for path, value in values.items():
         for axis, dim in enumerate(value.dims):
             indices = kept_of(dim, kept)
             if path not in dropped and indices.shape[-1] < value.shape[axis]:
                 found.setdefault(path, {})[axis] = as_tuples(indices)
                 if indices.ndim == 2:
                     layers[path] = layers_axis(value.dims, dim, own)
-    gone = tuple(path for path in graph.paths if path in dropped)
-    return Plan(found, graph.by_path, gone, tuple(path for path in found if path in to_repair), layers)
+    return found, layers
 
 
 def layered_groups(graph: Graph, kept: Mapping[Var, np.ndarray] | None = None) -> dict[Var, Var]:
@@ -230,7 +318,8 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
     for path, axes in plan.kept.items():
         for axis in axes:
             for var in leaves(values[path].dims[axis]):
-                if var in kept_vars and var.reason is not None:
+                met = axis == plan.renumbered.get(path) and only_renumbers(var.reason)
+                if var in kept_vars and var.reason is not None and not met:
                     raise ValueError(f"The plan cuts axis {axis} of {path}, which must stay: {var.reason}.")
     for path, value in values.items():
         if path in plan.dropped:

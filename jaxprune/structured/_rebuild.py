@@ -16,6 +16,7 @@ from jaxprune.structured._axes._program import Node, Value, walk
 from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import Member
+from jaxprune.structured._inputs import Uncut
 from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
 
 # What a mean over channels divides by: how many there were, or how many stay.
@@ -35,7 +36,8 @@ def rebuild(graph: Graph, plan: Plan, *, counts: Counts = "kept") -> Callable[..
     Args:
         graph: the function, by `trace`.
         plan: what stays. Where it drops a residual branch, ``x + f(x)`` becomes ``x``, and nothing of f is computed; of
-            results that are state, those that are made in f become None.
+            results that are state, those that are made in f become None, and inputs that are state and read in f alone
+            are to be None. Inputs that may be cut (``prunable_inputs=`` of `trace`) are to be cut as `shrink` does.
         counts: what normalisation layers divide by where they average over channels. ``"kept"``, the number before
             anything was cut: the function then equals the original one in which the channels are masked.
             ``"rescaled"``, the number that stays: it then equals a module built at the smaller width, for which fine-
@@ -56,15 +58,15 @@ def rebuild(graph: Graph, plan: Plan, *, counts: Counts = "kept") -> Callable[..
     """
     if counts not in ("kept", "rescaled"):
         raise ValueError(f"counts is 'kept' or 'rescaled', not {counts!r}.")
-    solve(graph, plan), shallower(graph, plan)  # a plan that does not fit is told now
+    uncut = Uncut(graph, plan)  # a plan that does not fit is told now
 
     def small_fn(params: Any, *inputs: Any) -> Any:
-        here = at_shapes(graph, inputs)
+        here = at_shapes(graph, uncut(inputs))
         kept = solve(here, plan)
         sizes = {var: indices.shape[-1] for var, indices in kept.items()}
         shapes = [
-            None if path in plan.dropped else tuple(kept_size(dim, sizes) for dim in value.dims)
-            for path, value in zip(here.paths, here.params, strict=True)
+            None if gone else tuple(kept_size(dim, sizes) for dim in value.dims)
+            for gone, value in zip(uncut.gone, here.program.ins, strict=True)
         ]
         replay = Replay(kept, sizes, rescaled=counts == "rescaled")
         return evaluate(shallower(here, plan), replay, params, shapes, inputs, {})
@@ -102,7 +104,7 @@ def masked(graph: Graph) -> Callable[..., Any]:
 
     def masked_fn(params: Any, masks: Any, *inputs: Any) -> Any:
         here = at_shapes(graph, inputs)
-        return evaluate(here, Replay(), params, here.shapes, inputs, _read_masks(here, flatten(masks, "masks")))
+        return evaluate(here, Replay(), params, whole_shapes(here), inputs, _read_masks(here, flatten(masks, "masks")))
 
     return jax.jit(masked_fn)
 
@@ -154,8 +156,9 @@ def evaluate(
     inputs: tuple[Any, ...],
     masks: Masks,
 ) -> Any:
-    """Evaluate the function once, on parameters of the given shapes; those that were dropped have none."""
+    """Evaluate the function once, on parameters and inputs of the given shapes; those that were dropped have none."""
     flat = flatten(params, "params")
+    shapes, of_inputs = shapes[: len(graph.paths)], shapes[len(graph.paths) :]
     present = [path for path, shape in zip(graph.paths, shapes, strict=True) if shape is not None]
     found = Tree("the traced function", present, present, present, flat.treedef).aligned(flat)
     by_path = dict(zip(present, found, strict=True))
@@ -163,7 +166,7 @@ def evaluate(
     actual = {path: tuple(np.shape(leaf)) for path, leaf in by_path.items()}
     remedy = "A rebuilt function takes what shrink cut by its plan, a masked one what was traced."
     require_shapes("The function", wanted, "params", actual, remedy)
-    given = _bind_inputs(graph, replay, inputs)
+    given = _bind_inputs(graph, replay, inputs, of_inputs)
     replay.layers = layered_groups(graph)
 
     # Read without shardings, the program says nothing of how products of sharded arrays are to be sharded.
@@ -174,33 +177,44 @@ def evaluate(
     return jax.tree.unflatten(jax.tree.structure(graph.outputs), results)
 
 
-def _bind_inputs(graph: Graph, replay: Replay, inputs: tuple[Any, ...]) -> list[Any]:
-    """Return the leaves of the inputs; their leading axes may have symbolic sizes."""
-    traced_as: Any = jax.tree.structure(graph.inputs)
+def whole_shapes(graph: Graph) -> list[tuple[int, ...] | None]:
+    """Return the shapes of the parameters and inputs as the function was traced."""
+    return [value.shape for value in graph.program.ins]
+
+
+def _bind_inputs(
+    graph: Graph, replay: Replay, inputs: tuple[Any, ...], shapes: Sequence[tuple[Any, ...] | None]
+) -> list[Any]:
+    """Return the leaves of the inputs, None where there is none; their leading axes may have symbolic sizes."""
+    stays = [None if shape is None else 0 for shape in shapes]
+    traced_as: Any = jax.tree.structure(jax.tree.unflatten(jax.tree.structure(graph.inputs), stays))
     structure: Any = jax.tree.structure(inputs)
     if structure != traced_as:
         raise ValueError(f"The function was traced with inputs of structure {traced_as}, not {structure}.")
-    given, expected = jax.tree.leaves(inputs), jax.tree.leaves(graph.inputs)
+    leaves_given = iter(jax.tree.leaves(inputs))
+    given = [None if shape is None else next(leaves_given) for shape in shapes]
     fixed = {leaf for value in _constants(graph) for dim in value.dims for leaf in leaves(dim)}
     values = graph.program.ins[len(graph.paths) :]
     lengths: dict[Var, tuple[int, Any]] = {}
-    for number, (leaf, traced, value) in enumerate(zip(given, expected, values, strict=True)):
+    for number, (leaf, traced, value) in enumerate(zip(given, shapes, values, strict=True)):
+        if leaf is None or traced is None:
+            continue
         shape = tuple(np.shape(leaf)) if isinstance(leaf, int | float) else tuple(leaf.shape)
-        if len(shape) != len(traced.shape) or shape[1:] != traced.shape[1:]:
+        if len(shape) != len(traced) or shape[1:] != traced[1:]:
             raise ValueError(
-                f"Input {number} has shape {shape}; the function was traced with {traced.shape}, of which the leading "
+                f"Input {number} has shape {shape}; the function was traced with {traced}, of which the leading "
                 "axis alone may be symbolic. Trace it with the sizes that the others are to have."
             )
         if not shape:
             continue
         dim = resolve(value.dims[0])
         outer = next(leaves(dim), None)
-        if shape != traced.shape:
+        if shape != traced:
             if outer is None:
                 raise ValueError(f"Input {number} was traced with a batch of 1, which fits no other; trace with 2.")
             if outer in fixed or isinstance(dim, Cat):
                 raise ValueError(
-                    f"Input {number} has a leading axis of {shape[0]}, traced with {traced.shape[0]}; it is tied to a "
+                    f"Input {number} has a leading axis of {shape[0]}, traced with {traced[0]}; it is tied to a "
                     "parameter or a constant of the function and cannot change."
                 )
         if outer is not None:

@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._progress import tracked
 from jaxprune.structured._axes._dims import Var
 from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, plan_of
-from jaxprune.structured._rebuild import at_shapes, evaluate
+from jaxprune.structured._rebuild import at_shapes, evaluate, whole_shapes
 
 Loss = Callable[[Callable[..., Any], Any], Any]
 
 
-def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
+def select_blocks(graph: Graph, params: Any, number: int, loss: Loss, *, progress: bool = False) -> Plan:
     """Choose layers and residual branches to drop, one after the other: each time the one that is missed least.
 
     Each that is left is left out in turn, and the one goes for which the loss is least, among equals the first one. Of
@@ -30,6 +31,7 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
         number: how many go, at least 1: layers of a scan count each, a branch counts as one.
         loss: ``loss(fn, params) -> scalar``, traceable by JAX, of a function like the one that was traced: of the
             batches that it is to be measured on it may close over any number, of any shapes.
+        progress: whether to show a progress bar on stderr for each block that goes.
 
     Returns:
         The plan: for scanned layers, those that stay along the axis they are stacked in; for branches, the parameters
@@ -60,7 +62,7 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
         def fn(params: Any, *inputs: Any) -> Any:
             here = at_shapes(graph, inputs)
             masks: Masks = {block.place: gate for block, gate in zip(here.blocks, gates, strict=True)}
-            return evaluate(here, Replay(), params, here.shapes, inputs, masks)
+            return evaluate(here, Replay(), params, whole_shapes(here), inputs, masks)
 
         value = jnp.asarray(loss(fn, params))
         if value.shape:
@@ -72,7 +74,8 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss) -> Plan:
         choices = list(_choices(graph.blocks, gates))
         if not choices:
             raise ValueError(f"number is {number}, but behind {gone} nothing is left that can be dropped.")
-        losses = np.array([float(measure(params, choice)) for choice in choices])
+        title = f"block {gone + 1} of {number}"
+        losses = np.array([float(measure(params, choice)) for choice in tracked(choices, title, progress)])
         if not np.isfinite(losses).any():
             raise ValueError(
                 f"With {gone} of {number} blocks dropped, loss is finite for no choice of the next one: {losses}."

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune._dtypes import wide
 from jaxprune._printing import some
+from jaxprune._progress import tracked
 from jaxprune._tree._leaves import own
 from jaxprune._tree._paths import flatten
 from jaxprune.sites._calibrate import all_inputs
@@ -113,7 +114,9 @@ def select_in_sequence(
 
     lockstep = Lockstep(weights, {at: use.operands for at, (_, use) in readers.planned.items()}, dense=False)
     number = sum(site.layers for site, _ in readers.planned.values())
-    for stop in _shown(lockstep.stops(reading.body, _by_input(held)), number, progress):
+    # Nothing is evaluated behind the last one.
+    stops = itertools.islice(lockstep.stops(reading.body, _by_input(held)), number)
+    for stop in tracked(stops, "choosing channels", progress, number):
         site, _ = readers.planned[stop.place, stop.number]
         key = shallow.key(site.path, stop.layers)
         outputs = None if dense is None else _outputs(stop, *next(twin for other, twin in dense if other == key))
@@ -246,14 +249,3 @@ def _outputs(stop: Stop, twin: Stop, end: Lane | None) -> Iterator[jax.Array]:
             )
             wanted += (ahead + missing).reshape(wanted.shape)
         yield wanted
-
-
-def _shown(stops: Iterator[Stop], number: int, progress: bool) -> Iterable[Stop]:
-    """Yield the first stops, and evaluate nothing behind the last one."""
-    stops = itertools.islice(stops, number)
-    if not progress:
-        return stops
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(stops, "choosing channels", total=number, console=Console(stderr=True))

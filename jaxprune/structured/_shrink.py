@@ -16,6 +16,8 @@ from jaxprune._tree._paths import Tree, flatten, owner
 from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.structured._axes._layered import spread
+from jaxprune.structured._graph import Graph
+from jaxprune.structured._inputs import with_inputs
 from jaxprune.structured._plan import Plan, cut_shapes, is_nested
 
 
@@ -91,9 +93,14 @@ def shrink(plan: Plan, tree: Any) -> Any:
     the plan names. What belongs to a parameter
     that the plan drops becomes None, so that the tree has no leaf there. Works under jit.
 
+    Inputs that the plan cuts (``plan.inputs``) are cut in the tuple of all of the function's inputs, or where a whole one of them
+    stands, alone or in a tree: ``shrink(plan, caches)``, ``shrink(plan, (params, caches))`` (an input that is one array has no
+    path to be told by: it is cut alone, or among all inputs). Their other axes may have any size: a cache may be longer than
+    that which was traced.
+
     Args:
         plan: what stays.
-        tree: parameters, batch statistics, optimizer state, an average of parameters; arrays or ShapeDtypeStructs.
+        tree: parameters, batch statistics, optimizer state, an average of parameters, a cache; arrays or ShapeDtypeStructs.
 
     Returns:
         The same containers with smaller arrays, dtypes as before; all arrays are new, so that either tree may be donated.
@@ -121,7 +128,7 @@ def _warn_of_unrepaired(plan: Plan, leaves: Mapping[str, Any]) -> None:
     lost = [
         path
         for path, leaf in found.items()
-        if np.shape(leaf) == tuple(plan.shapes[path]) and not isinstance(leaf, jax.ShapeDtypeStruct) and is_known(leaf)
+        if plan.fits(path, np.shape(leaf)) and not isinstance(leaf, jax.ShapeDtypeStruct) and is_known(leaf)
         if bool(jnp.any((leaf != 0) & ~_mask(plan, path, leaf)))
     ]
     if lost:
@@ -137,8 +144,16 @@ def cut_out(plan: Plan, tree: Any) -> Any:
     flat = flatten(tree, "tree")
     leaves: list[Any] = []
     cut = False
-    for path, name, leaf, known in zip(flat.paths, flat.names, flat.leaves, _owners(plan, tree), strict=True):
-        shape = tuple(np.shape(leaf))
+    # With what optax hides of a collection, which belongs to it all the same.
+    every = flatten(tree, "tree", is_leaf=is_nothing).by_path
+    owners = _owners(plan, every)
+    of_inputs = _inputs_among({path: leaf for path, leaf in every.items() if owners[path] is None}, plan.inputs)
+    for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
+        shape, known = tuple(np.shape(leaf)), owners[path]
+        if plan.inputs is not None and path in of_inputs:
+            leaves.append(_cut_input(plan.inputs, of_inputs[path], leaf))
+            cut = True
+            continue
         if known is None or (known not in plan.kept and known not in plan.dropped):
             leaves.append(own(leaf))
             continue
@@ -149,7 +164,7 @@ def cut_out(plan: Plan, tree: Any) -> Any:
         if known != path and int(np.prod(shape)) <= 1:
             leaves.append(own(leaf))
             continue
-        if shape != tuple(plan.shapes[known]):
+        if not plan.fits(known, shape):
             raise ValueError(
                 f"{name} belongs to {known} of shape {plan.shapes[known]} but has shape {shape}. "
                 "If it is state that an optimizer keeps in another form, make it anew from the smaller parameters; "
@@ -163,12 +178,19 @@ def cut_out(plan: Plan, tree: Any) -> Any:
     return flat.build(leaves)
 
 
-def _owners(plan: Plan, tree: Any) -> list[str | None]:
-    """Return for each leaf the planned path that its own ends with, the longest one; else that of a collection left out."""
-    # With what optax hides of a collection, which belongs to it all the same.
-    every = flatten(tree, "tree", is_leaf=is_nothing)
-    found = {path: owner(path, plan.shapes) for path in every.paths}
-    rest = {path: leaf for path, leaf in every.by_path.items() if found[path] is None}
+def cut_inputs(graph: Graph, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cut from a function's inputs what a plan cuts, which need not say so itself."""
+    flat, planned = flatten(inputs, "inputs"), with_inputs(plan, graph).inputs
+    if planned is None:
+        return inputs
+    known = zip(flat.paths, flat.leaves, strict=True)
+    return flat.build([_cut_input(planned, path, leaf) if path in planned.shapes else leaf for path, leaf in known])
+
+
+def _owners(plan: Plan, leaves: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return by path the planned one that it ends with, the longest one; else that of a collection left out."""
+    found = {path: owner(path, plan.shapes) for path in leaves}
+    rest = {path: leaf for path, leaf in leaves.items() if found[path] is None}
     # Beside what the plan names stand parameters that it does not know, as those of other layers: no copies of a collection.
     beside = {path.removesuffix(known) for path, known in found.items() if known is not None}
     copies = [copy for known in collections_of(plan.shapes).values() for copy in _copies(known, rest, beside)]
@@ -184,7 +206,36 @@ def _owners(plan: Plan, tree: Any) -> list[str | None]:
             )
         if able:
             found[path] = able[0][path]
-    return [found[path] for path, leaf in zip(every.paths, every.leaves, strict=True) if not is_nothing(leaf)]
+    return found
+
+
+def _inputs_among(leaves: Mapping[str, Any], plan: Plan | None) -> dict[str, str]:
+    """Return by path the planned inputs among leaves: whole arguments, or the tree of one, of shapes that fit."""
+    if plan is None:
+        return {}
+    arguments = collections_of(plan.shapes)
+    found: dict[str, str] = {}
+    for copy in [
+        {path: path for path in plan.shapes if path in leaves},
+        *(copy for known in arguments.values() for copy in _copies(known, leaves, set())),
+        *({"": path} for path in plan.shapes if "/" not in path and list(leaves) == [""]),
+    ]:
+        if not all(_fits(plan, known, leaves[path]) for path, known in copy.items()):
+            continue
+        for path, known in copy.items():
+            other = found.setdefault(path, known)
+            if plan.kept.get(other) != plan.kept.get(known) or (other in plan.dropped) != (known in plan.dropped):
+                raise ValueError(
+                    f"The tree at {path!r} may be input {other} or {known}, of which the plan keeps other entries. Say which "
+                    "is meant: shrink(plan, inputs) with the tuple of all of the function's inputs."
+                )
+    return found
+
+
+def _cut_input(plan: Plan, path: str, leaf: Any) -> Any:
+    if path in plan.dropped:
+        return None
+    return _cut(plan, path, leaf) if path in plan.kept else own(leaf)
 
 
 def _copies(known: Mapping[str, str], leaves: Mapping[str, Any], beside: Set[str]) -> Iterator[dict[str, str]]:
@@ -210,12 +261,13 @@ def _copies(known: Mapping[str, str], leaves: Mapping[str, Any], beside: Set[str
 
 
 def _fits(plan: Plan, known: str, leaf: Any) -> bool:
-    return is_nothing(leaf) or tuple(np.shape(leaf)) == tuple(plan.shapes[known])
+    return is_nothing(leaf) or plan.fits(known, np.shape(leaf))
 
 
 def _cut(plan: Plan, path: str, leaf: Any) -> Any:
+    shape = plan.shrunk_shape(path, np.shape(leaf))
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(plan.shrunk_shape(path), leaf.dtype)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
     leaf = jnp.asarray(leaf)
 
     def take(leaf: jax.Array) -> jax.Array:
@@ -228,4 +280,4 @@ def _cut(plan: Plan, path: str, leaf: Any) -> Any:
                 leaf = jnp.take(leaf, np.asarray(kept), axis)
         return leaf
 
-    return without_explicit_axes(take, leaf, plan.shrunk_shape(path))(leaf)
+    return without_explicit_axes(take, leaf, shape)(leaf)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxprune._jaxpr import _equations
+from jaxprune._printing import some
 from jaxprune._tree._paths import flatten
 from jaxprune.structured._axes._dims import freeze
 from jaxprune.structured._axes._label import label
@@ -19,7 +20,11 @@ from jaxprune.structured._groups import Member, find_frozen, find_groups, find_m
 
 
 def trace(
-    fn: Callable[..., Any], params: Any, *inputs: Any, prunable_outputs: Callable[[str], bool] | None = None
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    prunable_inputs: Callable[[str], bool] | None = None,
+    prunable_outputs: Callable[[str], bool] | None = None,
 ) -> Graph:
     """Read a function and find its channels: axes of parameters that can only be cut together; and its layers.
 
@@ -30,14 +35,17 @@ def trace(
         fn: ``fn(params, *inputs)``, pure and traceable by JAX, of any framework or none.
         params: a pytree of arrays: all that is to be cut, batch statistics as well.
         *inputs: examples of the other arguments, pytrees of arrays.
+        prunable_inputs: for the path of an input whether its axes may be cut: for state that is passed in, as a cache of keys
+            and values. Paths begin with the input's number: ``2/0`` is the first entry of ``inputs[2]``.
         prunable_outputs: for the path of a result whether its axes may be cut: for state that is passed on, as new
-            batch statistics.
+            batch statistics, or the cache.
 
     Returns:
         The graph.
 
     Raises:
         TypeError: a leaf is no array, or the function cannot be traced.
+        ValueError: `prunable_inputs` names no input.
 
     >>> import jax.numpy as jnp
     >>> def mlp(params, x):
@@ -49,7 +57,7 @@ def trace(
     >>> for axis in graph.frozen:
     ...     print(f"{axis.path}[{axis.axis}]: {axis.reasons[0]}")
     down[1]: an output: axis 1 of outputs lies along it and keeps its size; for passed-on state see prunable_outputs=
-    up[0]: an input: axis 1 of inputs[0] lies along it and keeps its size; a parameter that maps the two frees it
+    up[0]: an input: axis 1 of inputs[0] lies along it and keeps its size; a parameter that maps the two frees it, and for state that is passed in see prunable_inputs=
     """
     flat, given = flatten(params, "params"), flatten(inputs, "inputs")
     for what in (flat, given):
@@ -66,12 +74,16 @@ def trace(
     # What nothing depends on would freeze axes along which it does things.
     body = _equations.without_dead_code(body)
     arguments = [Value(given.shape, given.dtype, tuple(free(given.shape))) for given in body.arguments]
-    for number, value in enumerate(arguments):
-        if number < len(flat.paths):
-            value.sources = (number,)
+    for number, value in enumerate(arguments[: len(flat.paths)]):
+        value.sources = (number,)
+    passed_in: dict[str, Value] = {}
+    for path, name, value in zip(given.paths, given.names, arguments[len(flat.paths) :], strict=True):
+        if prunable_inputs is not None and prunable_inputs(path):
+            passed_in[path] = value
         else:
-            name = given.names[number - len(flat.paths)]
             _freeze_each(value, [of_input(name, axis) for axis in range(len(value.shape))])
+    if prunable_inputs is not None and not passed_in:
+        raise ValueError(f"prunable_inputs is true for none of the inputs, which are {some(given.paths)}.")
     program = label(body, arguments)
     results = flatten(outputs, "outputs")
     state = [n for n, path in enumerate(results.paths) if prunable_outputs is not None and prunable_outputs(path)]
@@ -87,10 +99,12 @@ def trace(
         freeze(var, UNREAD)
         del members[var]
     return Graph(
-        find_groups(flat.paths, program, members), find_blocks(flat.paths, program, members, state),
+        find_groups(flat.paths, program, members), find_blocks(flat.paths, program, members, state, passed_in),
         find_frozen(flat.paths, program), tuple(flat.paths), tuple(shape.shape for shape in shapes),
-        program, jax.eval_shape(lambda tree: tree, inputs), outputs,
-        functools.partial(trace, fn, flat.build(shapes), prunable_outputs=prunable_outputs),
+        program, jax.eval_shape(lambda tree: tree, inputs), passed_in, outputs,
+        functools.partial(
+            trace, fn, flat.build(shapes), prunable_inputs=prunable_inputs, prunable_outputs=prunable_outputs
+        ),
     )  # fmt: skip
 
 

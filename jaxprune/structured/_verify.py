@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._masks import apply_masks
-from jaxprune._printing import Printable
+from jaxprune._printing import Printable, some
 from jaxprune._tree._paths import flatten
 from jaxprune.structured._axes._layered import take_kept
 from jaxprune.structured._axes._replay import Replay
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
-from jaxprune.structured._rebuild import at_shapes, evaluate, masked, rebuild
+from jaxprune.structured._rebuild import at_shapes, evaluate, masked, rebuild, whole_shapes
 from jaxprune.structured._rounding import tolerances
-from jaxprune.structured._shrink import channel_masks, cut_out
+from jaxprune.structured._shrink import channel_masks, cut_inputs, cut_out
 
 if TYPE_CHECKING:
     from jaxprune._tables import Table
@@ -68,12 +68,12 @@ class Verification(Printable):
         """Whether it passed."""
         return self.passed
 
-    def __rich__(self) -> "Table":
-        """Return the table for rich to print."""
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
         verdict = "equals" if self.passed else "does NOT equal"
-        table = Table(title=f"{self.found} {verdict} {self.expected}")
+        table = Table(full=full, title=f"{self.found} {verdict} {self.expected}")
         both = any(output.zeroed is not None for output in self.outputs)
         table.add_column("output")
         for column in ("tolerance", *(("from masked channels", "from masked parameters") if both else ("difference",))):
@@ -97,11 +97,15 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
         graph: the function, by `trace`.
         plan: the channels that stay.
         params: the parameters before they are cut.
-        *inputs: the function's other arguments, of any shapes that it takes.
+        *inputs: the function's other arguments, of any shapes that it takes; caches before they are cut.
         tolerance: the largest relative difference that passes, for every output; measured when None.
 
     Returns:
         The differences by output.
+
+    Raises:
+        ValueError: the plan does not fit; or it renumbers rows (`select_rows`), so that the two take other numbers: compare
+            ``rebuild(graph, plan)(shrink(plan, params), new_ids(plan, ids))`` with the function's results along the rows kept.
 
     >>> import jax.numpy as jnp
     >>> from jaxprune.structured import trace
@@ -112,15 +116,20 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     >>> result.passed, result.outputs[0].difference < 1e-6
     (True, True)
     """
+    if plan.renumbered:
+        raise ValueError(
+            f"The plan renumbers the rows of {some(plan.renumbered)}: the smaller function takes other numbers than the masked one. "
+            "Verify a plan without select_rows, and compare logits by new_ids."
+        )
     graph = at_shapes(graph, inputs)
     kept = solve(graph, plan)
     layers = layered_groups(graph, kept)
     masks = channel_masks(plan, params)
-    small = rebuild(graph, plan)(cut_out(plan, params), *inputs)
+    small = rebuild(graph, plan)(cut_out(plan, params), *cut_inputs(graph, plan, inputs))
     masked_fn = masked(graph)
     references = (
         masked_fn(params, masks, *inputs),
-        jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, graph.shapes, inputs, {}))(
+        jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, whole_shapes(graph), inputs, {}))(
             apply_masks(params, masks), *inputs
         ),
     )

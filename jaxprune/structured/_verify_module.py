@@ -6,9 +6,9 @@ from typing import Any
 from jaxprune._tree._paths import flatten
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan
-from jaxprune.structured._rebuild import rebuild
+from jaxprune.structured._rebuild import at_shapes, rebuild
 from jaxprune.structured._rounding import tolerances
-from jaxprune.structured._shrink import cut_out
+from jaxprune.structured._shrink import cut_inputs, cut_out
 from jaxprune.structured._verify import OutputError, Verification, difference, numbers, of_outputs
 
 
@@ -33,7 +33,7 @@ def verify_module(
         plan: the channels that stay.
         fn: the module's function, ``fn(small_params, *inputs)``.
         params: the parameters before they are cut.
-        *inputs: the function's other arguments.
+        *inputs: the function's other arguments; caches before they are cut.
         tolerance: the largest difference that passes, relative to the largest magnitude of an output; measured when None,
             as in `verify`.
 
@@ -53,7 +53,7 @@ def verify_module(
     >>> verify_module(graph, plan, fn, params, jnp.ones((2, 1))).outputs
     (OutputError(path='', difference=0.0, tolerance=1e-05, zeroed=None),)
     """
-    small = cut_out(plan, params)
+    small, inputs = cut_out(plan, params), cut_inputs(at_shapes(graph, inputs), plan, inputs)
     rebuilt = rebuild(graph, plan, counts="rescaled")
     expected = flatten(rebuilt(small, *inputs), "the rebuilt function's outputs")
     found = flatten(fn(small, *inputs), "the module's outputs")

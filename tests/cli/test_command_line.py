@@ -67,6 +67,24 @@ def test_prune_prints_a_table_and_a_line(model, tmp_path, capsys):
     assert storage.read_metadata(tmp_path / "out")["jaxprune.k"] == "2 of 4"
 
 
+def test_many_layers_share_a_row_unless_the_table_is_full(tmp_path, capsys):
+    flat = {f"layers.{i}.weight": np.full((4, 4), i, np.float32) for i in range(60)}
+    safetensors.numpy.save_file(flat, tmp_path / "a", {"format": "pt"})
+    safetensors.numpy.save_file({name: leaf + 1 for name, leaf in flat.items()}, tmp_path / "b", {"format": "pt"})
+    prune = ("prune", tmp_path / "a", tmp_path / "out", "--rule", "layer_sparsity", "--k", "0.5", "--dry-run")
+    for code, command in (
+        (0, ("summarize", tmp_path / "a")),
+        (1, ("diff", tmp_path / "a", tmp_path / "b")),
+        (0, prune),
+    ):
+        assert run(*command) == code
+        assert "layers.*.weight x " in capsys.readouterr().out
+        assert run(*command, "--full") == code
+        lines = [line for line in capsys.readouterr().out.splitlines() if "layers." in line and "│" in line]
+        rows = [line.strip("│").split("│")[0].strip() for line in lines]
+        assert rows == [f"layers.{i}.weight" for i in range(60)]
+
+
 def test_a_dry_run_writes_nothing_and_says_the_same(model, tmp_path, capsys):
     arguments = ("prune", model, tmp_path / "out", "--rule", "global_sparsity", "--k", "0.5")
     planned = run_json(capsys, *arguments, "--dry-run")

@@ -306,7 +306,8 @@ def by_definition(graph: Graph, state: list[int]) -> list[tuple[Any, ...]]:
     program, params = graph.program, graph.params
     results = [value for n, value in enumerate(program.outs) if n not in state]
     used, before = needed(program, (), program.outs), needed(program, (), results)
-    found = []
+    found: list[tuple[Any, ...]] = []
+    within: dict[Any, set[int]] = {}
     for node in (node for node in walk(program) if node.notes.stream is not None):
         after = needed(program, (node,), results)
         made = before - after
@@ -322,7 +323,17 @@ def by_definition(graph: Graph, state: list[int]) -> list[tuple[Any, ...]]:
         own = tuple(n for n, value in enumerate(params) if id(value) in used and id(value) not in after)
         if any(id(params[n]) in before for n in own):
             found.append((node, own, lost))
-    return found
+            within[node] = before - needed(program, (node,), results)
+
+    def side_by_side(node: Any, other: Any) -> bool:
+        return node is not other and id(other.outs[0]) not in within[node] and id(node.outs[0]) not in within[other]
+
+    # A result that holds a part of each of several branches cannot go with one of them.
+    return [
+        (node, own, lost)
+        for node, own, lost in found
+        if not any(side_by_side(node, other) and set(lost) & set(theirs) for other, _, theirs in found)
+    ]
 
 
 @pytest.mark.parametrize("with_state", [False, True])

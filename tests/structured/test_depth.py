@@ -341,11 +341,12 @@ def test_the_choice_is_greedy_and_compiles_once():
         assert len(calls) == number  # one trace for each call of select_blocks, whatever the number
 
 
-def test_all_branches_may_go_and_the_inner_ones_go_with_the_outer_one():
+def test_all_branches_may_go_and_the_inner_ones_go_with_the_outer_one(capsys: pytest.CaptureFixture[str]):
     fn, params, x = mlp()
     graph = trace(fn, params, x)
     loss = distance_from(x @ params["in"], x)  # the target is the stream alone
-    plan = select_blocks(graph, params, 2, loss)
+    plan = select_blocks(graph, params, 2, loss, progress=True)
+    assert "block 2 of 2" in capsys.readouterr().err
     assert set(plan.dropped) == {path for block in graph.blocks for path in block.paths}
     close(rebuild(graph, plan)(shrink(plan, params), x), x @ params["in"], 1e-6)
     with pytest.raises(ValueError, match=r"number is 3, but behind 2 nothing is left that can be dropped"):
@@ -376,7 +377,7 @@ def test_plans_are_text():
     _, graph = traced("transformer")
     plan = combine(dropping(graph, ["_Transformer_1"]), select_channels(graph, traced("transformer")[0].params, 0.5))
     assert Plan.from_json(plan.to_json()) == plan
-    assert Plan.from_json('{"up": {"shape": [3, 4], "kept": {"1": [0, 2]}}}') == Plan(
+    assert Plan.from_json('{"parameters": {"up": {"shape": [3, 4], "kept": {"1": [0, 2]}}}}') == Plan(
         {"up": {1: (0, 2)}}, {"up": (3, 4)}
     )
 

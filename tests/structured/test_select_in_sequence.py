@@ -235,9 +235,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="k names 'below', which computes no channels"):
         select_in_sequence(graph, PARAMS, {"below": 0.5}, BATCHES)
     channels = select_channels(graph, PARAMS, NAMES)
-    with pytest.raises(
-        ValueError, match=r"blocks is to drop layers or branches, but it cuts channels: up\[2\]"
-    ):
+    with pytest.raises(ValueError, match=r"blocks is to drop layers or branches, but it cuts channels: up\[2\]"):
         select_in_sequence(graph, PARAMS, NAMES, BATCHES, blocks=channels)
     with pytest.raises(ValueError, match=r"What meets params\['down'\] is NaN or infinite"):
         select_in_sequence(graph, PARAMS, NAMES, [BATCHES[0].at[0, 0].set(jnp.nan)])

@@ -21,7 +21,7 @@ from jaxprune.structured import (
     verify,
 )
 from jaxprune.structured._axes._replay import Replay
-from jaxprune.structured._rebuild import evaluate
+from jaxprune.structured._rebuild import evaluate, whole_shapes
 from tests.support.slow import slow_but
 from tests.support.structured_cases import CASES
 from tests.support.structured_zoo import Case
@@ -72,7 +72,7 @@ def test_the_smaller_function_equals_the_masked_one(name: str):
 @pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_replay_of_everything_equals_the_function(name: str):
     case, graph = traced(name)
-    replay = jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, graph.shapes, inputs, {}))
+    replay = jax.jit(lambda params, *inputs: evaluate(graph, Replay(), params, whole_shapes(graph), inputs, {}))
     close(replay(case.params, *case.inputs), jax.jit(case.fn)(case.params, *case.inputs), 1e-6)
 
 
@@ -142,7 +142,7 @@ def test_derivatives_of_ones_own_are_kept():
     def loss(fn: Any) -> Any:
         return jax.grad(lambda params: jnp.sin(fn(params, *case.inputs)).sum())(case.params)
 
-    replay = lambda params, *inputs: evaluate(graph, Replay(), params, graph.shapes, inputs, {})  # noqa: E731
+    replay = lambda params, *inputs: evaluate(graph, Replay(), params, whole_shapes(graph), inputs, {})  # noqa: E731
     found, expected = loss(jax.jit(replay)), loss(case.fn)
     close(found, expected, 1e-6)
     assert float(jnp.abs(expected["a"]).max()) > 0.01

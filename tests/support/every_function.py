@@ -43,6 +43,12 @@ def _dense(layer: Any, x: jax.Array) -> jax.Array:
     return jnp.einsum("ti,io->to", x, kernel, out_sharding=out) + bias[None]
 
 
+def remember(params: Any, x: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same layers, of which the first one adds to a state."""
+    state = jnp.tanh(_dense(params["a"], x)) + state
+    return _dense(params["b"], state), state
+
+
 def deep(params: Any, x: jax.Array) -> jax.Array:
     """Two residual blocks."""
     for i in range(2):
@@ -111,6 +117,13 @@ class Problem:
         return structured.price_widths(self.graph, self.params, grams=self.grams, squares=squares, options=4)
 
     @functools.cached_property
+    def remembering(self) -> Any:
+        """The graph of a function with state that is passed in and comes back."""
+        state = jax.eval_shape(lambda p, x: _dense(p["a"], x), self.params, self.x)
+        alone = lambda path: path == "1"  # noqa: E731
+        return structured.trace(remember, self.params, self.x, state, prunable_inputs=alone, prunable_outputs=alone)
+
+    @functools.cached_property
     def file(self) -> Path:
         path = self.folder / "model.safetensors"
         jaxprune.save_sparse(path, self.params, self.masks, metadata={"k": "0.5"})
@@ -130,6 +143,13 @@ class Problem:
         square = jnp.asarray(PARAMS["b"]["kernel"], jnp.float32)
         params, x = {f"block_{i}": {"kernel": (i + 1) * square} for i in range(2)}, jnp.ones((2, 8), jnp.float32)
         return params, structured.trace(deep, params, x), x
+
+
+def _words() -> structured.Plan:
+    """Two of six words stay."""
+    params, ids = {"table": jnp.ones((6, 2), jnp.float32)}, jnp.array([4, 1], jnp.int32)
+    graph = structured.trace(lambda p, ids: p["table"][ids] @ p["table"].T, params, ids)
+    return structured.select_rows(graph, "table", keep=ids)
 
 
 def trained(problem: Problem, tx: optax.GradientTransformation) -> Any:
@@ -293,6 +313,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.structured.group_lasso": lambda p: structured.group_lasso(p.graph, p.params),
     "jaxprune.structured.masked": lambda p: structured.masked(p.graph)(p.params, structured.channel_masks(p.plan, p.params), p.x),
     "jaxprune.structured.price_widths": lambda p: p.prices,
+    "jaxprune.structured.new_ids": lambda p: structured.new_ids(_words(), jnp.array([4, 1], jnp.int32)),
+    "jaxprune.structured.old_ids": lambda p: structured.old_ids(_words(), jnp.array([1, 0], jnp.int32)),
     "jaxprune.structured.rebuild": lambda p: structured.rebuild(p.graph, p.plan)(structured.shrink(p.plan, p.params), p.x),
     "jaxprune.structured.recover": lambda p: structured.recover(
         lambda width: {"w": jnp.zeros((width, 2), jnp.float32)}, {"width": 4}, {"w": jnp.zeros((3, 2), jnp.float32)}
@@ -313,11 +335,13 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
         for target in ("dense", "current")
         for plan, params in [structured.select_in_sequence(p.graph, p.params, {"a": 0.5}, [p.x], target=target)]
     ],
+    "jaxprune.structured.select_rows": lambda p: _words().to_json(),
     "jaxprune.structured.shrink": lambda p: structured.shrink(p.plan, p.params),
     "jaxprune.structured.sparsity_within": lambda p: structured.sparsity_within(p.graph, 2_000),
     "jaxprune.structured.trace": lambda p: str(p.graph),
     "jaxprune.structured.verify": lambda p: structured.verify(p.graph, p.plan, p.params, p.x).passed,
     "jaxprune.structured.verify_module": lambda p: structured.verify_module(p.graph, p.plan, apply, p.params, p.x).passed,
+    "jaxprune.structured.with_inputs": lambda p: structured.with_inputs(p.plan, p.remembering).to_json(),
     "jaxprune.transforms.ac_dc_schedule": lambda p: [
         transforms.ac_dc_schedule(0.5, every=2, until=8)(jnp.int32(i)) for i in range(8)
     ],

@@ -14,7 +14,7 @@ from typing import Any, Union
 
 import numpy as np
 
-from jaxprune.structured._axes._reasons import SINGLE, unaligned
+from jaxprune.structured._axes._reasons import SINGLE, only_renumbers, unaligned
 
 Dim = Union["Var", "Prod", "Cat"]
 
@@ -142,9 +142,10 @@ def leaves(dim: Dim) -> Iterator[Var]:
 
 
 def freeze(dim: Dim, reason: str) -> None:
-    """Forbid to cut an axis; the first reason stays."""
+    """Forbid to cut an axis; the first reason stays, but for one that whoever renumbers can meet."""
     for leaf in leaves(dim):
-        leaf.reason = leaf.reason or reason
+        if leaf.reason is None or (only_renumbers(leaf.reason) and not only_renumbers(reason)):
+            leaf.reason = reason
 
 
 def step_along(dim: Dim) -> None:

@@ -24,7 +24,7 @@ def _gather(node: Node) -> list[list[Dim]]:
         whole = width == operand.shape[axis] and axis not in batch
         if axis in (*gather.collapsed, *batch):
             if axis in gather.collapsed:
-                freeze(dim, chosen)
+                freeze(dim, node.because(CHOSEN, renumbers=True))
             taken.append(None)
             continue
         if not whole:

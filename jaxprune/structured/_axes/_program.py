@@ -105,9 +105,9 @@ class Node:
         """The shapes of its results."""
         return self.equation.out_shapes
 
-    def because(self, text: str) -> Reason:
+    def because(self, text: str, *, renumbers: bool = False) -> Reason:
         """Return a reason that knows this equation's place in the function."""
-        return Reason(text, lambda: self.equation.place)
+        return Reason(text, lambda: self.equation.place, renumbers=renumbers)
 
 
 def walk(program: Program) -> Iterator[Node]:

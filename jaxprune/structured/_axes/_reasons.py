@@ -4,14 +4,20 @@ from collections.abc import Callable
 
 
 class Reason(str):
-    """A reason that knows the place in the function; `place` is looked up when it is read, and empty where unknown."""
+    """A reason that knows the place in the function; `place` is looked up when it is read, and empty where unknown.
+
+    Attributes:
+        renumbers: whether a cut does no more than to give the elements new numbers, by which they are chosen or told: it can
+            be made by whoever passes these numbers.
+    """
 
     _find: Callable[[], str]
+    renumbers: bool
 
-    def __new__(cls, text: str, find: Callable[[], str]) -> "Reason":
+    def __new__(cls, text: str, find: Callable[[], str] = str, *, renumbers: bool = False) -> "Reason":
         """Make a reason of a text and of what finds the place."""
         reason = super().__new__(cls, text)
-        reason._find = find
+        reason._find, reason.renumbers = find, renumbers
         return reason
 
     @property
@@ -26,14 +32,23 @@ class Reason(str):
 
 def of_input(name: str, axis: int) -> str:
     """Say that an input lies along an axis."""
-    return f"an input: axis {axis} of {name} lies along it and keeps its size; a parameter that maps the two frees it"
+    return (
+        f"an input: axis {axis} of {name} lies along it and keeps its size; a parameter that maps the two frees it, and for "
+        "state that is passed in see prunable_inputs="
+    )
 
 
 def of_output(name: str, axis: int) -> str:
     """Say that an output lies along an axis."""
-    return (
+    why = (
         f"an output: axis {axis} of {name} lies along it and keeps its size; for passed-on state see prunable_outputs="
     )
+    return Reason(why, renumbers=True)
+
+
+def only_renumbers(reason: str | None) -> bool:
+    """Whether a cut would only give elements new numbers."""
+    return isinstance(reason, Reason) and reason.renumbers
 
 
 def no_rule(primitive: str) -> str:

@@ -68,7 +68,7 @@ def _reduce(node: Node) -> list[list[Dim]]:
 
 def _arg_reduce(node: Node) -> list[list[Dim]]:
     for axis in axes(node.equation):
-        freeze(node.ins[0].dims[axis], node.because(_reasons.numbers(node.name)))
+        freeze(node.ins[0].dims[axis], node.because(_reasons.numbers(node.name), renumbers=True))
     return _reduce(node)
 
 
@@ -85,7 +85,7 @@ def _along(node: Node) -> list[list[Dim]]:
 
 def _top_k(node: Node) -> list[list[Dim]]:
     (value,), (axis,) = node.ins, axes(node.equation)
-    freeze(value.dims[axis], node.because(_reasons.numbers("top_k")))
+    freeze(value.dims[axis], node.because(_reasons.numbers("top_k"), renumbers=True))
     dims = list(value.dims)
     dims[axis] = fresh(node.shapes[0][axis], node.because(_reasons.numbers("top_k")))
     return [list(dims) for _ in node.shapes]

@@ -20,41 +20,60 @@ class Branch:
         node: the sum; it notes as `stream` which operand is x.
         params: the numbers of the parameters that f alone reads.
         outs: the numbers of the results that are made inside of f and go with it, as the new statistics of its norms.
+        ins: the numbers of the state passed in that f alone reads.
     """
 
     node: Node
     params: tuple[int, ...]
     outs: tuple[int, ...]
+    ins: tuple[int, ...] = ()
 
 
-def find_branches(program: Program, params: Sequence[Value], state: Collection[int] = ()) -> list[Branch]:
+def find_branches(
+    program: Program, params: Sequence[Value], state: Collection[int] = (), given: Sequence[Value] = ()
+) -> list[Branch]:
     """Return the residual branches that have parameters of their own, in the order of their evaluation.
 
     An operand of a sum is a branch if it depends on the other operand, and so on data, and if parameters are read for
     it alone. (In ``x + g(x) + h(x)`` it may depend on an operand of the other one.) Of branches inside each other, one
-    that reads nothing beyond what others inside it read is left out.
+    that reads nothing beyond what others inside it read is left out; so is one of which a result holds a part beside parts of
+    others, as the stacked caches of all layers.
 
     Args:
         program: the function.
         params: its parameters, the first of its arguments.
         state: the numbers of results that may go: state that is passed on.
+        given: state that is passed in, and may go.
     """
     sums = list(_sums(program, _Flow(program, len(params))))
     inside = Dominance(program, [value for number, value in enumerate(program.outs) if number not in state], sums)
     reached = _reached(program, inside) if state else {}
     alone = _alone(program, state, reached)
+    own, own_state = (_owned(values, inside, alone) for values in (params, given))
+    edges: list[Edge] = [(node, 1 - node.notes.stream) for node in sums if node.notes.stream is not None]
+    edges = [edge for edge in edges if any(inside.knows(params[number]) for number in own.get(edge, []))]
+    found = []
+    for edge in edges:
+        lost = tuple(number for number in state if edge in reached[id(program.outs[number])])
+        made_in = {other for number in lost for other in reached[id(program.outs[number])]}
+        if not any(_apart(edge, other, inside) for other in made_in.intersection(edges)):
+            found.append(Branch(edge[0], tuple(own[edge]), lost, tuple(own_state.get(edge, ()))))
+    return _with_something_of_their_own(found)
+
+
+def _apart(edge: Edge, other: Edge, inside: Dominance) -> bool:
+    """Whether two operands of sums lie side by side, neither inside of the other."""
+    (node, _), (another, _) = edge, other
+    return edge != other and edge not in inside.edges(another.outs[0]) and other not in inside.edges(node.outs[0])
+
+
+def _owned(values: Sequence[Value], inside: Dominance, alone: Mapping[int, frozenset[Edge]]) -> dict[Edge, list[int]]:
+    """Return for operands of sums the numbers of the values that are read for them alone."""
     own: dict[Edge, list[int]] = {}
-    for number, value in enumerate(params):
+    for number, value in enumerate(values):
         for edge in inside.edges(value) if inside.knows(value) else alone.get(id(value), frozenset()):
             own.setdefault(edge, []).append(number)
-    found = []
-    for node in sums:
-        assert node.notes.stream is not None
-        edge = (node, 1 - node.notes.stream)
-        if any(inside.knows(params[number]) for number in own.get(edge, [])):
-            lost = tuple(number for number in state if edge in reached[id(program.outs[number])])
-            found.append(Branch(node, tuple(own[edge]), lost))
-    return _with_something_of_their_own(found)
+    return own
 
 
 def _with_something_of_their_own(branches: list[Branch]) -> list[Branch]:
