@@ -7,16 +7,18 @@
 Layers go that the loss misses least; then, in one layer that is left after the other, channels of the perceptron and heads
 with their keys and values, by what is lost with them once least squares has made up for it. That repair is made before the
 next layer is looked at, so that each makes up for the layers that went, too. The smaller model, the same Llama with
-smaller hyperparameters, learns from the dense one. After every stage the model is saved and opened again, measured as
-it came out of the file, and continues a sentence. Writes the models, the plans `layers.json` and `channels.json` (of
-layers and channels), and `results.json`; `--resume` goes on behind the last stage that was finished.
+smaller hyperparameters, learns from the dense one. With `--widths own` each layer gets a width of its own, as many
+parameters in all; `--channels norms` and `--channels random` choose in other ways, `--from-scratch` trains a model of that
+size from nothing, for comparison. After every stage the model is saved and opened again, measured as it came out of the
+file, and continues a sentence. Writes the models, the plans `layers.json` and `channels.json`, and `results.json`;
+`--resume` goes on where a run was stopped.
 """
 
 import argparse
 import dataclasses
-import functools
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,30 +26,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _support import llama
+from _support import llama, narrowing
+from _support.distilling import distilled
 from _support.experiment import exit_code
 from _support.options import count, number
 from _support.results import Results
 from _support.usage import Usage, fastest, measured
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from smollm2 import BATCH_SIZE, CONTINUED, PROMPT, STORED, Model, load, reopen, save, train_small
 
 import jaxprune
-from jaxprune import distill, structured
+from jaxprune import structured
 
 SIZES = ("layers", "heads", "kv_heads", "inner")  # what gets smaller of a configuration
 AT_ONCE = 2  # windows in a step of distillation
 # Layers are chosen by the loss on so many windows of so many tokens: it is computed anew for each that may go.
 LAYERS_BY = (2, 128)
 CHECKED = 64  # tokens
+NOT_OF_RESULTS = ("out", "resume", "from_scratch")  # what a run that goes on may be given anew
 REPAIRED = "repaired-float32.safetensors"  # what a run that goes on distils
 
 
 def smaller(model: Model, params: Any) -> Model:
     """Return the same Llama with the hyperparameters that smaller parameters ask for."""
     config = model.network.config
+    if not model.network.scan:  # each layer has its own, which no one number says
+        params, config = llama.number_layers(params, config)
+        return model._replace(network=llama.Llama(config), params=params)
 
     def init(**sizes: int) -> Any:
         network = llama.Llama(config._replace(**sizes), scan=True)
@@ -57,78 +63,53 @@ def smaller(model: Model, params: Any) -> Model:
     return model._replace(network=llama.Llama(config._replace(**found), scan=True), params=params)
 
 
+def loss(fn: Any, params: Any, windows: Any) -> jax.Array:
+    """Return how badly each token but the first of a window is foretold, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(fn(params, windows[:, :-1]), windows[:, 1:]).mean()
+
+
 def choose_layers(model: Model, gone: int, windows: np.ndarray) -> structured.Plan:
     """Choose the layers that stay: one after the other goes that the loss misses least."""
     graph = structured.trace(model.logits, model.params, windows[:, :-1])
 
-    def loss(fn: Any, params: Any) -> jax.Array:
-        logits = fn(params, windows[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
-
-    return structured.select_blocks(graph, model.params, gone, loss, progress=True)
+    return structured.select_blocks(
+        graph, model.params, gone, lambda fn, params: loss(fn, params, windows), progress=True
+    )
 
 
 def choose_channels(
-    model: Model, layers: structured.Plan | None, shares: dict[str, float], batches: np.ndarray
-) -> tuple[structured.Plan, Any]:
-    """Choose the channels that stay, each layer its own, all layers equally many; and repair what reads them."""
-    return structured.select_in_sequence(_graph(model), model.params, shares, batches, blocks=layers, progress=True)
+    options: argparse.Namespace, model: Model, layers: structured.Plan | None, batches: np.ndarray
+) -> narrowing.Cut:
+    """Choose the channels that stay, each layer its own, and repair what reads them."""
+    shares = {"*/gate_proj": options.ffn, "*/k_proj": options.kv}
+    graph = _graph(model)
+    if options.channels != "losses":
+        small = narrowing.shallow(graph, layers, model.params, batches[0, :1])
+        return narrowing.by_scores(small, shares, batches, options.seed if options.channels == "random" else None)
+    if options.widths == "own":
+        small = narrowing.shallow(graph, layers, model.params, batches[0, :1])
+        shares = narrowing.own_widths(small, shares, batches, loss)
+    plan, repaired = structured.select_in_sequence(graph, model.params, shares, batches, blocks=layers, progress=True)
+    return narrowing.Cut(graph, plan, model.params, repaired)
 
 
-def check(model: Model, plan: structured.Plan, params: Any, small: Model, tokens: np.ndarray, console: Console) -> None:
+def check(cut: narrowing.Cut, small: Model, tokens: np.ndarray, console: Console) -> None:
     """Compare the function that was made smaller with the whole one under masks, and the smaller Llama with it.
 
     Raises:
       RuntimeError: one of them computes something else.
     """
-    graph = _graph(model)
+
+    def module(params: Any, tokens: Any) -> jax.Array:
+        return small.logits(smaller(small, params).params, tokens)
+
     for found in (
-        structured.verify(graph, plan, params, tokens),
-        structured.verify_module(graph, plan, small.logits, params, tokens),
+        structured.verify(cut.graph, cut.plan, cut.repaired, tokens),
+        structured.verify_module(cut.graph, cut.plan, module, cut.repaired, tokens),
     ):
         console.print(found)
         if not found:
             raise RuntimeError(f"{found.found} does not equal {found.expected}")
-
-
-def distilled(model: Model, teacher: Model, windows: np.ndarray, rate: float, console: Console) -> Model:
-    """Let a model learn from another one what it foretells, by Adam, one step for each batch of windows.
-
-    Args:
-      model: the one that learns.
-      teacher: the other one.
-      windows: int32 [steps, windows at once, length].
-      rate: the highest learning rate; it rises over a tenth of the steps, and falls by a cosine to a tenth.
-      console: to show the progress on.
-    """
-    steps = len(windows)
-    schedule = optax.warmup_cosine_decay_schedule(rate / 10, rate, max(1, steps // 10), steps, rate / 10)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-
-    def head(params: Any) -> Callable[[jax.Array], jax.Array]:
-        table = params["embed"]["embedding"]
-        return lambda hidden: jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, known: Any, tokens: jax.Array) -> tuple[Any, Any, jax.Array]:
-        target = teacher.hidden(known, tokens)
-
-        def loss(params: Any) -> jax.Array:
-            return distill.logit_loss(model.hidden(params, tokens), target, head(params), head(known))
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    params = jax.tree.map(jnp.copy, model.params)  # the first step takes these for its own
-    state, losses = tx.init(params), []
-    for tokens in track(windows, "distilling", console=console, transient=True):
-        params, state, value = step(params, state, teacher.params, tokens)
-        losses.append(float(value))
-    console.print(
-        f"  from the teacher: {losses[0]:.3f} nats at first, {np.mean(losses[-10:]):.3f} in the last ten steps"
-    )
-    return model._replace(params=params)
 
 
 def _graph(model: Model, length: int = CHECKED) -> structured.Graph:
@@ -140,7 +121,7 @@ class Row:
     """What the model came to behind one stage; `macs` are of one token, `prefill` and `decode` tokens per second."""
 
     name: str
-    sizes: dict[str, int]
+    sizes: dict[str, llama.Sizes]
     bits_per_byte: float
     parameters: int
     macs: int
@@ -214,9 +195,13 @@ class Stages(NamedTuple):
         save(path, model.params, None, self.options.bits)
         row = measure(name, model, path, self.held_out, self.console, **vars(used))
         self.results.add(row)
-        sizes = ", ".join(f"{size} = {value}" for size, value in row.sizes.items())
+        sizes = ", ".join(f"{size} = {_shown(value)}" for size, value in row.sizes.items())
         self.console.print(f"{name}: {row.bits_per_byte:.3f} bits per byte, {row.parameters:,} parameters, {sizes}")
         self.console.print(f"  {row.says!r}")
+
+
+def _shown(size: llama.Sizes) -> str:
+    return str(size) if isinstance(size, int) else f"{min(size)} to {max(size)}"
 
 
 def shallower(stages: Stages, dense: Model, windows: np.ndarray) -> structured.Plan | None:
@@ -239,28 +224,52 @@ def narrower(stages: Stages, dense: Model, layers: structured.Plan | None, windo
     """Cut channels and heads, without and with repair."""
     options, batches = stages.options, windows.reshape(-1, BATCH_SIZE, windows.shape[1])
     with measured() as used:
-        plan, params = choose_channels(dense, layers, {"*/gate_proj": options.ffn, "*/k_proj": options.kv}, batches)
-        (options.out / "channels.json").write_text(plan.to_json() + "\n")
-        repaired = smaller(dense, jax.block_until_ready(structured.shrink(plan, params)))
+        cut = choose_channels(options, dense, layers, batches)
+        (options.out / "channels.json").write_text(cut.plan.to_json() + "\n")
+        repaired = smaller(dense, jax.block_until_ready(structured.shrink(cut.plan, cut.repaired)))
     with measured() as used_without:  # the same channels for comparison, from weights as they were
-        cut = smaller(dense, structured.shrink(plan, dense.params))
-    stages.finish("cut", cut, used_without)
-    del cut
-    check(dense, plan, params, repaired, windows[:1, :CHECKED], stages.console)
+        unrepaired = smaller(dense, structured.shrink(cut.plan, cut.before))
+    stages.finish("cut", unrepaired, used_without)
+    del unrepaired
+    check(cut, repaired, windows[:1, :CHECKED], stages.console)
     jaxprune.save_sparse(options.out / REPAIRED, repaired.params)
     stages.finish("repaired", repaired, used)
     return repaired
+
+
+def learn(stages: Stages, name: str, student: Model, dense: Model) -> None:
+    """Let a model learn from the dense one, from the text in another order than for calibration."""
+    if stages.done(name):
+        return
+    options = stages.options
+    lessons = dense.windows("train", options.steps * AT_ONCE, options.length, options.seed + 1)
+    lessons = lessons.reshape(options.steps, AT_ONCE, options.length)
+    folder = options.out / f"{name.replace(' ', '-')}-so-far"
+    if not options.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    with measured() as used:
+        params = distilled(
+            (student.hidden, student.params),
+            (dense.hidden, dense.params),
+            lessons,
+            options.learning_rate,
+            folder,
+            stages.console,
+        )
+    stages.finish(name, student._replace(params=params), used)
+    shutil.rmtree(folder)
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, load or train, and make the model smaller, stage by stage."""
     options = _parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(options).items() if name not in ("out", "resume")}
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_OF_RESULTS}
     results = Results(options.out, Row, settings, resume=options.resume)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     with measured() as used:
-        dense = train_small(scan=True) if options.small else load(scan=True)
+        scan = options.widths == "equal"  # layers of a scan have one width
+        dense = train_small(scan=scan) if options.small else load(scan=scan)
     stages = Stages(options, results, dense.windows("test", options.windows, options.length, seed=0), console)
     stages.finish("dense", dense, used)
     if stages.done("repaired"):
@@ -269,13 +278,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
     else:
         windows = dense.windows("train", options.calibration, options.length, options.seed)
         repaired = narrower(stages, dense, shallower(stages, dense, windows), windows)
-    if not stages.done("distilled"):
-        # The text in another order than for calibration.
-        lessons = dense.windows("train", options.steps * AT_ONCE, options.length, options.seed + 1)
-        lessons = lessons.reshape(options.steps, AT_ONCE, options.length)
-        with measured() as used:
-            student = distilled(repaired, dense, lessons, options.learning_rate, console)
-        stages.finish("distilled", student, used)
+    learn(stages, "distilled", repaired, dense)
+    if options.from_scratch:
+        fresh = repaired.network.init(jax.random.key(options.seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        learn(stages, "from scratch", repaired._replace(params=fresh), dense)
     console.print(table(results.rows))
     console.print(f"Written to {options.out}: results.json, the plans and the models")
 
@@ -288,6 +294,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--drop-layers", type=count(0), help="how many layers go (default: 6 of 30, with --small 1 of 2)")
     add("--ffn", type=number(0.99), default=0.25, help=f"share of the perceptrons' channels that goes {default}")
     add("--kv", type=number(0.99), default=1 / 3, help="share of the heads of keys and values that goes (default: 1/3)")
+    add("--widths", choices=("equal", "own"), default="equal", help=f"of the layers that stay {default}")
+    add("--channels", choices=("losses", "norms", "random"), default="losses", help=f"what chooses them {default}")
+    add("--from-scratch", action="store_true", help="train a model of that size from nothing, too")
     add("--calibration", type=count(BATCH_SIZE), default=64, help=f"windows of text, in batches of 4 {default}")
     add("--steps", type=count(2), default=200, help=f"of distillation, two windows in each {default}")
     add("--learning-rate", type=number(1), default=5e-4, help=f"of the distillation, at most {default}")
@@ -298,6 +307,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--small", action="store_true", help="a tiny model, trained for a moment, to see that everything runs")
     options = parser.parse_args(arguments)
     options.calibration -= options.calibration % BATCH_SIZE
+    if options.widths == "own" and options.channels != "losses":
+        parser.error("--widths own asks what is lost with each width; leave out --channels")
     if options.drop_layers is None:
         options.drop_layers = 1 if options.small else 6
     return options
