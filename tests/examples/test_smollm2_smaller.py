@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import smollm2
 import smollm2_smaller
-from _support import llama
+from _support import distilling, llama
 from _support.options import UsageError
 
 import jaxprune
@@ -103,3 +103,73 @@ def test_a_small_run_gets_smaller_stage_by_stage_and_goes_on(tmp_path, capsys, m
     assert "bits per byte" in capsys.readouterr().out
     with pytest.raises(UsageError, match="another --learning-rate"):
         smollm2_smaller.run([*options, "--resume", "--learning-rate", "1e-3"])
+
+
+@pytest.mark.slow
+def test_layers_of_their_own_widths_have_as_many_parameters_in_all(tmp_path, monkeypatch):
+    train_small = functools.cache(smollm2.train_small)
+    monkeypatch.setattr(smollm2_smaller, "train_small", train_small)
+    options = [*OPTIONS, "--drop-layers", "0", "--kv", "0"]
+    for widths in ("equal", "own"):
+        smollm2_smaller.run([*options, "--widths", widths, "--out", str(tmp_path / widths)])
+    equal, own = ({row["name"]: row for row in rows(tmp_path / widths)} for widths in ("equal", "own"))
+    assert list(own) == ["dense", "cut", "repaired", "distilled"]
+    assert own["dense"]["bits_per_byte"] == pytest.approx(equal["dense"]["bits_per_byte"], abs=0.01)
+    sizes = own["repaired"]["sizes"]
+    assert sizes["layers"] == 2
+    assert sizes["heads"] == [4, 4]
+    assert sizes["inner"][0] != sizes["inner"][1]
+    # Widths are priced in steps of a thirty-second: of 3 x 32 parameters for each of 64 channels.
+    assert 0 <= equal["repaired"]["parameters"] - own["repaired"]["parameters"] <= 2 * 3 * 32
+    assert own["repaired"]["bits_per_byte"] < equal["repaired"]["bits_per_byte"]
+    small = smollm2_smaller.smaller(
+        train_small(scan=False),
+        smollm2.reopen(train_small(scan=False), tmp_path / "own" / "repaired.safetensors").params,
+    )
+    assert small.network.config.inner == tuple(sizes["inner"])
+
+
+@pytest.mark.slow
+def test_other_choices_and_a_model_from_nothing_are_there_to_compare(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2_smaller, "train_small", functools.cache(smollm2.train_small))
+    smollm2_smaller.run([*OPTIONS, "--channels", "random", "--from-scratch", "--out", str(tmp_path)])
+    found = {row["name"]: row for row in rows(tmp_path)}
+    assert list(found) == [*STAGES, "from scratch"]
+    assert found["repaired"]["bits_per_byte"] < found["cut"]["bits_per_byte"]
+    assert found["distilled"]["bits_per_byte"] < found["from scratch"]["bits_per_byte"]
+    assert found["from scratch"]["sizes"] == found["repaired"]["sizes"]
+    assert not list(tmp_path.glob("*-so-far"))
+    with pytest.raises(SystemExit):
+        smollm2_smaller.run(["--small", "--widths", "own", "--channels", "norms"])
+
+
+class Stopped(list):
+    """Lessons that end a run when one of them is asked for."""
+
+    def __init__(self, lessons, at):
+        super().__init__(lessons)
+        self.at = at
+
+    def __getitem__(self, number):
+        if number == self.at:
+            raise KeyboardInterrupt
+        return super().__getitem__(number)
+
+
+@pytest.mark.slow
+def test_a_distillation_that_was_stopped_ends_with_the_same_bits(tmp_path):
+    teacher = smollm2.train_small(scan=True, steps=40)
+    fresh = teacher.network.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    steps = distilling.SAVE_EVERY + 5
+    lessons = teacher.windows("train", 2 * steps, 32, seed=0).reshape(steps, 2, 32)
+
+    def learn(lessons, name):
+        pair = (teacher.hidden, fresh), (teacher.hidden, teacher.params)
+        return distilling.distilled(*pair, lessons, 1e-3, tmp_path / name, smollm2.Console(quiet=True))
+
+    expected = learn(lessons, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        learn(Stopped(lessons, distilling.SAVE_EVERY + 2), "parts")
+    # What was learnt before does not happen again.
+    found = learn(Stopped(lessons, 0), "parts")
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
