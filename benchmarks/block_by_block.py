@@ -124,6 +124,8 @@ WAYS: dict[str, Callable[[Task], None]] = {
     "block by block": in_blocks,
     "block by block, from disk": from_disk,
 }
+# What masks are compared with.
+REFERENCES = ("in sequence", "block by block")
 
 
 def _keep(task: Task, params: Any, masks: Any, name: str = "pruned.safetensors") -> None:
@@ -242,9 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
             usage = json.loads((folder / way.replace(" ", "_") / "usage.json").read_text())
             rows.append({"way": way, **usage, "peak_of_model": usage["peak_bytes"] / size})
-        against = next((way for way in options.ways if way == "in sequence"), None)
-        for row in rows if against else ():
-            row["same_masks"] = agreement(*(folder / way.replace(" ", "_") for way in (row["way"], against)))
+        for row in rows:
+            row["same_masks"] = {
+                other: agreement(*(folder / way.replace(" ", "_") for way in (row["way"], other)))
+                for other in REFERENCES
+                if other in options.ways
+            }
     paper = on_paper(SMALL if options.small else SEVEN, SEVEN_WINDOWS, SEVEN_LENGTH, jnp.bfloat16)
     _show(console, rows, size, paper)
     timing.write_json(options.json, {"model_bytes": size, "rows": rows, "paper": paper})
@@ -252,14 +257,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _show(console: Console, rows: Sequence[dict[str, Any]], size: int, paper: dict[str, float]) -> None:
     table = Table("way", title=f"peak memory, of a model of {size / 1e6:,.0f} MB", title_justify="left")
-    for column in ("peak, MB", "of the model", "without Python and JAX", "CPU, s", "masks as in sequence"):
+    for column in (
+        "peak, MB",
+        "of the model",
+        "without Python and JAX",
+        "CPU, s",
+        *(f"masks as {other}" for other in REFERENCES),
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         own = (row["peak_bytes"] - row["idle_bytes"]) / 1e6
-        same = f"{row['same_masks']:.4%}" if "same_masks" in row else ""
+        same = [f"{row['same_masks'][other]:.2%}" if other in row["same_masks"] else "" for other in REFERENCES]
         table.add_row(
             row["way"], f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['peak_of_model']:.2f}", f"{own:,.0f}",
-            f"{row['cpu_seconds']:.0f}", same,
+            f"{row['cpu_seconds']:.0f}", *same,
         )  # fmt: skip
     console.print(table)
     title = f"on paper, {SEVEN_WINDOWS} x {SEVEN_LENGTH:,} tokens, bfloat16"

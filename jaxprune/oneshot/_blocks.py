@@ -167,14 +167,12 @@ class _Stage:
 
     Attributes:
         paths: of the parameters.
-        groups: of their inputs.
         contraction: how their one input is contracted; None where they have several, or stand in a loop.
-        measure: (leaves, inputs, leaves of the dense model or None, its inputs) -> sums for one batch.
+        measure: (leaves, inputs, leaves of the dense model or None, its inputs) -> sums for one batch; to ask for their shapes.
         add: the same added to the sums so far, which are the first argument.
     """
 
     paths: list[str]
-    groups: frozenset[int]
     contraction: Contraction | None
     measure: Callable[..., Any]
     add: Callable[..., Any]
@@ -243,7 +241,7 @@ def _stage(reading: Reading, groups: frozenset[int], paths: list[str]) -> _Stage
     def add(totals: Any, *arguments: Any) -> Any:
         return jax.tree.map(jnp.add, totals, measure(*arguments))
 
-    return _Stage(paths, groups, contraction, jax.jit(measure), add)
+    return _Stage(paths, contraction, measure, add)
 
 
 def _plain(reading: Reading, groups: frozenset[int]) -> Contraction | None:
@@ -276,8 +274,10 @@ def _prune(
         for batch in range(len(data.constants)):
             others = (flat.leaves, dense.inputs(batch)) if both else (None, None)
             arguments = leaves, data.inputs(batch), *others
-            totals = stage.measure(*arguments) if totals is None else stage.add(totals, *arguments)
-            jax.block_until_ready(totals)  # or the batches would be read ahead of the work
+            if totals is None:  # zeros, so that one program serves all batches
+                totals = jax.tree.map(_zeros, jax.eval_shape(stage.measure, *arguments))
+            # Without waiting, batches would be read ahead of the work.
+            totals = jax.block_until_ready(stage.add(totals, *arguments))
         assert totals is not None
         sums, cross = totals
         found = Grams(
@@ -294,6 +294,10 @@ def _prune(
                 leaf = aim(site, leaf, only.of(site), cross)
             leaves[place], masks[place] = prune_leaf(method, flat, path, leaf, only)
     return [own(new) if new is old else new for new, old in zip(leaves, flat.leaves, strict=True)], masks
+
+
+def _zeros(shape: Any) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
 
 
 def _of(sites: Sites, paths: list[str]) -> Sites:
