@@ -201,6 +201,31 @@ def test_the_first_of_two_readers_of_one_input_chooses_for_both():
 
 
 @pytest.mark.slow
+def test_experts_have_channels_in_common():
+    params = {"in": normal(4, 4), "up": normal(3, 4, 8), "down": normal(3, 8, 5)}
+
+    def fn(params: Any, x: Any) -> Any:
+        return jnp.einsum("teh,eho->teo", jnp.tanh(jnp.einsum("ti,eih->teh", jnp.tanh(x @ params["in"]), params["up"])), params["down"])  # fmt: skip
+
+    x = normal(60, 4)
+    graph = trace(fn, params, x)
+    plan, repaired = select_in_sequence(graph, params, {"up": 0.5}, [x])
+    assert (
+        plan.kept == select_channels(graph, params, {"up": 0.5}, grams=jaxprune.calibrate_grams(fn, params, [x])).kept
+    )
+    kept = list(plan.kept["down"][1])
+    for expert in range(3):
+        inner = np.tanh(np.asarray(x, np.float64) @ np.asarray(params["in"], np.float64))
+        h, w = (
+            np.tanh(inner @ np.asarray(params["up"][expert], np.float64)),
+            np.asarray(params["down"][expert], np.float64),
+        )
+        expected = ridge(h[:, kept], h @ w, w[kept], 0.01, np.square(h).sum(0).mean())
+        np.testing.assert_allclose(repaired["down"][expert, jnp.array(kept)], expected, rtol=1e-3, atol=1e-4)
+    assert verify(graph, plan, repaired, x)
+
+
+@pytest.mark.slow
 def test_convolutions_beside_a_shortcut():
     params = {"stem": normal(3, 3, 2, 6) / 3, "first": normal(3, 3, 6, 8) / 4, "bias": normal(8), "second": normal(3, 3, 8, 6) / 4, "head": normal(6, 3)}  # fmt: skip
 
@@ -235,9 +260,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="k names 'below', which computes no channels"):
         select_in_sequence(graph, PARAMS, {"below": 0.5}, BATCHES)
     channels = select_channels(graph, PARAMS, NAMES)
-    with pytest.raises(
-        ValueError, match=r"blocks is to drop layers or branches, but it cuts channels: up\[2\]"
-    ):
+    with pytest.raises(ValueError, match=r"blocks is to drop layers or branches, but it cuts channels: up\[2\]"):
         select_in_sequence(graph, PARAMS, NAMES, BATCHES, blocks=channels)
     with pytest.raises(ValueError, match=r"What meets params\['down'\] is NaN or infinite"):
         select_in_sequence(graph, PARAMS, NAMES, [BATCHES[0].at[0, 0].set(jnp.nan)])
