@@ -245,6 +245,14 @@ def test_solvers_and_scores_of_data_refuse_it():
     np.testing.assert_array_equal(spectral(repaired), W)
     assert (np.asarray(repaired["dense"]["kernel"]) != V).any()
     assert np.asarray(masks["dense"]["kernel"]).sum() == 8
+    plan, repaired = structured.select_in_sequence(structured.trace(fn, PARAMS, X), PARAMS, 0.5, [X])
+    np.testing.assert_array_equal(spectral(repaired), W)
+    assert (np.asarray(repaired["dense"]["kernel"]) != V).any()
+    assert len(plan.kept["spectral/kernel"][1]) == 2
+    swapped, turned = {"up": V.T, "down": W.T}, lambda p, x: jnp.tanh(x @ p["up"]).astype(jnp.complex64) @ p["down"]
+    real = np.ones((5, V.shape[1]), np.float32)
+    with pytest.raises(TypeError, match=r"select_in_sequence is of real weights, but params\['down'\] is complex64"):
+        structured.select_in_sequence(structured.trace(turned, swapped, real), swapped, 0.5, [real])
 
 
 def test_channels_are_cut_by_the_modulus():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._tree._leaves import require_real
 from jaxprune.sites._accumulate import grams
 from jaxprune.sites._contractions import Use
 from jaxprune.sites._find import Reading
@@ -28,13 +29,13 @@ class Problem(NamedTuple):
     Attributes:
         gram: ``X^T X``, [N, I, I].
         cross: ``X^T T``, [N, I, O].
-        energy: the sum of the squares of T; shared out alike where there are several matrices.
+        energy: the sums of the squares of T, [N]; None where they are known of all matrices together only.
         samples: how many rows X has, [N].
     """
 
     gram: np.ndarray
     cross: np.ndarray
-    energy: float
+    energy: np.ndarray | None
     samples: np.ndarray
 
 
@@ -52,12 +53,12 @@ def posed(stop: Stop, use: Use, weights: np.ndarray, outputs: Iterable[jax.Array
     gram, samples = (np.asarray(sum(parts), np.float64) for parts in zip(*sums, strict=True))
     if outputs is None:
         cross = gram @ weights
-        return Problem(gram, cross, float(np.vdot(weights, cross)), samples)
+        return Problem(gram, cross, (weights * cross).sum((1, 2)), samples)
     cross, energy = np.zeros(weights.shape), 0.0
     for data, wanted in zip(batches, outputs, strict=True):
         cross += np.asarray(output_products(stop.equation, use, data, wanted), np.float64)
         energy += float(jnp.sum(jnp.square(wanted)))
-    return Problem(gram, cross, energy / len(weights), samples)
+    return Problem(gram, cross, np.array([energy]) if len(weights) == 1 else None, samples)
 
 
 class Readers:
@@ -125,9 +126,12 @@ class Readers:
 
         Raises:
             ValueError: the data is not finite.
+            TypeError: the leaf or the data is complex.
         """
         site, use = self.planned[stop.place, stop.number]
         layer, entry = stop.layers[0] if stop.layers else 0, site.entry(stop.layers)
+        require_real(leaf(site.path), site.name, "select_in_sequence")
+        require_real(stop.data[0].current[0], f"what {site.name} multiplies", "select_in_sequence")
         weights = np.asarray(as_matrices(entry, leaf(site.path)), np.float64)
         with stop.equation.surroundings():
             problem = posed(stop, use, weights, outputs)
@@ -142,8 +146,12 @@ class Readers:
                 self.kept[group.name][layer] = self._chosen(group, stop.layers, leaf, problem.gram, site.path, aimed)
             along = along_inputs(entry, member.axis, member.channels)
             stays &= (along < 0) | np.isin(along, self.kept[group.name][layer])
-        each = zip(problem.gram, problem.cross, weights, stays, problem.samples, strict=True)
-        found = [fit(gram, cross, w, rows, problem.energy, n) for gram, cross, w, rows, n in each]
+        found = []
+        for n, (gram, cross) in enumerate(zip(problem.gram, problem.cross, strict=True)):
+            if problem.energy is None:
+                found.append(aim(gram, cross, weights[n], DAMPING, stays[n]))
+            else:
+                found.append(fit(gram, cross, weights[n], stays[n], problem.energy[n], problem.samples[n]))
         return entry.put(leaf(site.path), jnp.asarray(np.stack(found), jnp.float32))
 
     def _chosen(

@@ -8,7 +8,9 @@ _SHARES = 10.0 ** np.arange(1.0, -6.5, -0.5)
 _MOST_PARAMETERS = 0.8
 
 
-def aim(gram: np.ndarray, cross: np.ndarray, weights: np.ndarray, damping: float) -> np.ndarray:
+def aim(
+    gram: np.ndarray, cross: np.ndarray, weights: np.ndarray, damping: float, stays: np.ndarray | None = None
+) -> np.ndarray:
     """Return the weights ``(H + d I)^-1 (X^T T + d W)``: closest to outputs T on inputs X, near to where they were.
 
     Args:
@@ -16,9 +18,14 @@ def aim(gram: np.ndarray, cross: np.ndarray, weights: np.ndarray, damping: float
         cross: ``X^T T``, [I, O], float64.
         weights: W, [I, O], float64.
         damping: d, as a share of the mean diagonal of H.
+        stays: bool [I], which rows stay, the others being zero; None for all.
     """
+    rows = np.arange(len(gram)) if stays is None else np.flatnonzero(stays)
+    square = gram[np.ix_(rows, rows)]
     d = damping * (np.diagonal(gram).mean() or 1.0)
-    return weights + np.linalg.solve(gram + d * np.eye(len(gram)), cross - gram @ weights)
+    found = np.zeros_like(weights)
+    found[rows] = weights[rows] + np.linalg.solve(square + d * np.eye(len(rows)), cross[rows] - square @ weights[rows])
+    return found
 
 
 def fit(

@@ -96,7 +96,12 @@ def depth(graph: Any, stays: list[int]) -> Plan:
 
 @pytest.mark.parametrize(
     ("stays", "target"),
-    [([0, 1, 2, 3, 4], "dense"), ([0, 1, 2, 3, 4], "current"), ([0, 3], "dense"), ([1, 2, 4], "current")],
+    [
+        ([0, 3], "dense"),
+        pytest.param([0, 1, 2, 3, 4], "dense", marks=pytest.mark.slow),
+        pytest.param([0, 1, 2, 3, 4], "current", marks=pytest.mark.slow),
+        pytest.param([1, 2, 4], "current", marks=pytest.mark.slow),
+    ],
 )
 def test_layers_of_a_scan_against_numpy(stays: list[int], target: Any):
     graph = trace(scanned, PARAMS, BATCHES[0])
@@ -128,6 +133,7 @@ def test_a_loop_of_layers_and_branches_that_go_against_numpy():
     assert verify(graph, plan, repaired, BATCHES[0])
 
 
+@pytest.mark.slow
 def test_layers_that_stay_make_up_for_those_that_go_without_being_cut():
     graph, x = trace(scanned, PARAMS, BATCHES[0]), normal(200, WIDTH, salt=9)
     blocks, expected = depth(graph, [0, 2, 3]), scanned(PARAMS, x)
@@ -180,6 +186,7 @@ def test_less_is_lost_in_sequence_and_towards_the_dense_function():
     assert verify(graph, plan, repaired, fresh)
 
 
+@pytest.mark.slow
 def test_the_first_of_two_readers_of_one_input_chooses_for_both():
     params = {"up": normal(4, 8), "left": normal(8, 3), "right": normal(8, 2)}
 
@@ -198,6 +205,31 @@ def test_the_first_of_two_readers_of_one_input_chooses_for_both():
         w = np.asarray(params[name], np.float64)
         best = cross_validated(h[:, kept], h @ w, w[kept], np.square(h).sum(0).mean())
         np.testing.assert_allclose(repaired[name][jnp.array(kept)], best, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_experts_have_channels_in_common():
+    params = {"in": normal(4, 4), "up": normal(3, 4, 8), "down": normal(3, 8, 5)}
+
+    def fn(params: Any, x: Any) -> Any:
+        return jnp.einsum("teh,eho->teo", jnp.tanh(jnp.einsum("ti,eih->teh", jnp.tanh(x @ params["in"]), params["up"])), params["down"])  # fmt: skip
+
+    x = normal(60, 4)
+    graph = trace(fn, params, x)
+    plan, repaired = select_in_sequence(graph, params, {"up": 0.5}, [x])
+    assert (
+        plan.kept == select_channels(graph, params, {"up": 0.5}, grams=jaxprune.calibrate_grams(fn, params, [x])).kept
+    )
+    kept = list(plan.kept["down"][1])
+    for expert in range(3):
+        inner = np.tanh(np.asarray(x, np.float64) @ np.asarray(params["in"], np.float64))
+        h, w = (
+            np.tanh(inner @ np.asarray(params["up"][expert], np.float64)),
+            np.asarray(params["down"][expert], np.float64),
+        )
+        expected = ridge(h[:, kept], h @ w, w[kept], 0.01, np.square(h).sum(0).mean())
+        np.testing.assert_allclose(repaired["down"][expert, jnp.array(kept)], expected, rtol=1e-3, atol=1e-4)
+    assert verify(graph, plan, repaired, x)
 
 
 @pytest.mark.slow
