@@ -1,6 +1,7 @@
 """What SparseGPT costs beside a plain implementation in torch, on the same cores, and the two steps around it.
 
     python -m benchmarks.sparsegpt
+    python -m benchmarks.sparsegpt --smollm2      # two matrices of a real language model; needs its packages
 
 Square layers of correlated inputs, masks chosen for 128 inputs at a time as published, the damped Gram matrix
 factorised each time. torch follows the paper's algorithm 1: an upper Cholesky factor of the inverse, columns one by one,
@@ -10,7 +11,8 @@ errors handed on lazily after 128 of them. Both lose the same number of weights;
 import argparse
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+import jaxprune
 from benchmarks import timing
 from jaxprune import rules
 from jaxprune.oneshot import _admm, _reconstruct, _sparsegpt
@@ -36,6 +39,24 @@ def problem(size: int) -> tuple[np.ndarray, np.ndarray]:
     mixing = np.eye(size) + 0.5 * rng.standard_normal((size, size)) / np.sqrt(size)
     data = (rng.standard_normal((2 * size, size)) @ mixing).astype(np.float32)
     return rng.standard_normal((size, size)).astype(np.float32), data.T @ data
+
+
+def of_smollm2() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield weights of SmolLM2-135M with the Gram matrices of their inputs on 32 windows of text."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    from smollm2 import load
+
+    model = load(scan=True)
+    windows = model.windows("train", 32, 256, seed=0)
+    grams = jaxprune.calibrate_grams(model.hidden, model.params, windows.reshape(-1, 4, 256))
+    for name in ("q_proj", "down_proj"):
+        (site,) = grams.sites.at(f"layers/{name}/kernel")
+        weights = np.asarray(model.params["layers"][name]["kernel"][15])
+        yield (
+            f"layer 15 of SmolLM2, {name}, {weights.shape[0]} x {weights.shape[1]}",
+            weights,
+            np.asarray(grams.of(site)[15]),
+        )
 
 
 def loss(found: np.ndarray, weights: np.ndarray, gram: np.ndarray) -> float:
@@ -76,9 +97,10 @@ def of_torch(weights: Any, gram: Any, pattern: str) -> Any:
     return weights
 
 
-def variants(size: int, pattern: str) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """Return the ways to prune a layer of a size, and the loss of each."""
-    weights, gram = problem(size)
+def variants(
+    weights: np.ndarray, gram: np.ndarray, pattern: str
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """Return the ways to prune a layer, and the loss of each."""
     rule, k = PATTERNS[pattern]
     chosen = read_pattern(rule, "sparsegpt")
     strength = chosen.strength(k, "kernel", jnp.asarray(weights)[None])
@@ -92,7 +114,7 @@ def variants(size: int, pattern: str) -> tuple[dict[str, Callable[[], Any]], dic
     runs = {
         "jaxprune sparsegpt": lambda: jax.block_until_ready(sparsegpt(*operands).weights),
         "jaxprune reconstruct, 30 steps": lambda: jax.block_until_ready(
-            reconstruct(*operands[:2], (masks, jnp.full(1, 2.0 * size)), DAMPING).weights
+            reconstruct(*operands[:2], (masks, jnp.full(1, 2.0 * len(gram))), DAMPING).weights
         ),
         "jaxprune admm, 30 + 30 steps": lambda: jax.block_until_ready(admm(*operands).weights),
     }
@@ -111,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048], help="inputs and outputs of the layer")
+    parser.add_argument("--smollm2", action="store_true", help="two matrices of SmolLM2-135M in place of --sizes")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS), metavar="PATTERN")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--torch-threads", type=int, help="all cores unless given; on busy cores its threads wait")
@@ -122,16 +145,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         torch.set_num_threads(options.torch_threads)
     console, results = Console(), []
-    for size in options.sizes:
+    problems = of_smollm2() if options.smollm2 else ((f"{n} x {n}", *problem(n)) for n in options.sizes)
+    for title, weights, gram in problems:
         for pattern in options.patterns:
-            runs, losses = variants(size, pattern)
+            runs, losses = variants(weights, gram, pattern)
             if options.only_sparsegpt:
                 runs = {name: run for name, run in runs.items() if name in ("jaxprune sparsegpt", "torch")}
             rows = timing.compare(runs, options.repeats)
-            console.print(timing.table(f"{size} x {size}, {pattern}", rows))
+            console.print(timing.table(f"{title}, {pattern}", rows))
             console.print("relative loss: " + ", ".join(f"{name} {losses[name]:.5f}" for name in runs))
             results.append(
-                {"size": size, "pattern": pattern, "losses": losses, "rows": [row._asdict() for row in rows]}
+                {"matrix": title, "pattern": pattern, "losses": losses, "rows": [row._asdict() for row in rows]}
             )
     timing.write_json(options.json, results)
 
