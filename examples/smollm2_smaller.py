@@ -70,11 +70,18 @@ def loss(fn: Any, params: Any, windows: Any) -> jax.Array:
 
 def choose_layers(model: Model, gone: int, windows: np.ndarray) -> structured.Plan:
     """Choose the layers that stay: one after the other goes that the loss misses least."""
-    graph = structured.trace(model.logits, model.params, windows[:, :-1])
-
-    return structured.select_blocks(
-        graph, model.params, gone, lambda fn, params: loss(fn, params, windows), progress=True
-    )
+    config = model.network.config
+    # Of a loop, attention and perceptrons could go without each other; a layer of a scan goes as a whole.
+    network = llama.Llama(config, scan=True)
+    params = model.params if model.network.scan else llama.stack(model.params)
+    graph = structured.trace(model._replace(network=network).logits, params, windows[:, :-1])
+    plan = structured.select_blocks(graph, params, gone, lambda fn, params: loss(fn, params, windows), progress=True)
+    if model.network.scan:
+        return plan
+    stay = set(next(iter(plan.kept.values()))[0])
+    graph = _graph(model)
+    lost = {f"layer_{i}" for i in range(config.layers) if i not in stay}
+    return structured.Plan({}, graph.by_path, tuple(path for path in graph.paths if path.split("/")[0] in lost))
 
 
 def choose_channels(

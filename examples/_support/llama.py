@@ -139,7 +139,7 @@ def stack(params: Any) -> Any:
 def number_layers(params: Any, config: Config) -> tuple[Any, Config]:
     """Return the parameters of a loop from which layers were cut with the layers counted anew, and the sizes of each."""
     names = sorted((name for name in params if name.startswith("layer_")), key=lambda name: int(name.split("_")[1]))
-    layers = [params[name] for name in names]
+    layers = [params[name] for name in names if jax.tree.leaves(params[name])]  # of one that went nothing is left
     heads, kv_heads = (
         tuple(layer[name]["kernel"].shape[1] // config.head_dim for layer in layers) for name in ("q_proj", "k_proj")
     )

@@ -109,10 +109,14 @@ def test_a_small_run_gets_smaller_stage_by_stage_and_goes_on(tmp_path, capsys, m
 def test_layers_of_their_own_widths_have_as_many_parameters_in_all(tmp_path, monkeypatch):
     train_small = functools.cache(smollm2.train_small)
     monkeypatch.setattr(smollm2_smaller, "train_small", train_small)
-    options = [*OPTIONS, "--drop-layers", "0", "--kv", "0"]
+    options = [*OPTIONS, "--kv", "0"]
     for widths in ("equal", "own"):
-        smollm2_smaller.run([*options, "--widths", widths, "--out", str(tmp_path / widths)])
+        smollm2_smaller.run([*options, "--drop-layers", "0", "--widths", widths, "--out", str(tmp_path / widths)])
     equal, own = ({row["name"]: row for row in rows(tmp_path / widths)} for widths in ("equal", "own"))
+    smollm2_smaller.run([*options, "--drop-layers", "1", "--widths", "own", "--out", str(tmp_path / "fewer")])
+    fewer = rows(tmp_path / "fewer")
+    assert [row["name"] for row in fewer] == STAGES
+    assert [row["sizes"]["heads"] for row in fewer] == [[4, 4], *[[4]] * 4]
     assert list(own) == ["dense", "cut", "repaired", "distilled"]
     assert own["dense"]["bits_per_byte"] == pytest.approx(equal["dense"]["bits_per_byte"], abs=0.01)
     sizes = own["repaired"]["sizes"]
