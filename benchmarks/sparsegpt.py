@@ -51,11 +51,11 @@ def of_smollm2() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     grams = jaxprune.calibrate_grams(model.hidden, model.params, windows.reshape(-1, 4, 256))
     for name in ("q_proj", "down_proj"):
         (site,) = grams.sites.at(f"layers/{name}/kernel")
-        weights = np.asarray(model.params["layers"][name]["kernel"][15])
+        weights = np.array(model.params["layers"][name]["kernel"][15])
         yield (
             f"layer 15 of SmolLM2, {name}, {weights.shape[0]} x {weights.shape[1]}",
             weights,
-            np.asarray(grams.of(site)[15]),
+            np.array(grams.of(site)[15]),
         )
 
 
