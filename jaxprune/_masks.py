@@ -15,7 +15,8 @@ from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._paths import flatten, read_arrays
 from jaxprune._tree._prunable import Prunable
 from jaxprune.rules._layers import Layer, is_scalar
-from jaxprune.rules._rule import AnyRule, as_rule
+from jaxprune.rules._rule import AnyRule, Rule, as_rule
+from jaxprune.scores._evidence import require_scores
 from jaxprune.sites._sites import Sites
 
 
@@ -59,7 +60,7 @@ def make_masks(
 
     Raises:
         ValueError: nothing is prunable, or k, scores or a pattern does not fit; the message names the leaf.
-        TypeError: a leaf is no array, or k is no number.
+        TypeError: a leaf is no array, k is no number, rule is no rule, or scores are no tree.
 
     Warns:
         PruningWarning: outside jit, when a layer would have been emptied.
@@ -74,7 +75,7 @@ def make_masks(
     Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
     tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
-    layers = _layers(tree, scores)
+    layers, rule = _layers(tree, scores), as_rule(rule)
     if not is_scalar(k):
         k = tree.build(
             [entry if fits else None for entry, fits in zip(tree.spread(k, "k"), tree.prunable, strict=True)]
@@ -97,6 +98,7 @@ def _layers(tree: Params, scores: Any) -> list[Layer | None]:
 
 
 def _given_scores(tree: Params, scores: Any) -> list[Any]:
+    require_scores(scores)
     given = tree.aligned(flatten(scores, "scores", is_leaf=lambda x: x is None))
     for name, leaf, score, fits in zip(tree.names, tree.leaves, given, tree.prunable, strict=True):
         if not fits:
@@ -117,11 +119,11 @@ def _has_nan(score: Any) -> bool:
         return bool(jnp.isnan(score).any())
 
 
-def _read_masks(masks: Any, layers: list[Layer | None], rule: AnyRule) -> list[jax.Array]:
+def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.Array]:
     """Check what a rule returned; one mask for each layer, in order."""
     leaves = jax.tree.leaves(masks)
     expected = [layer for layer in layers if layer is not None]
-    title = as_rule(rule).name
+    title = rule.name
     if len(leaves) != len(expected):
         raise ValueError(f"rule {title} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
     for mask, layer in zip(leaves, expected, strict=True):

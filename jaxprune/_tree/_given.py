@@ -13,18 +13,19 @@ _MODELS = {
     ("keras.src.layers.layer", "Layer"): "Keras model",
 }
 _APPLY = 'lambda params, x: model.apply({"params": params}, x)'
+_BY_NAME = "{v.path: v.value for v in model.trainable_variables}"
 _AS_FUNCTION = {
-    "Linen module": _APPLY,
-    "NNX module": "lambda model, x: model(x), with the module itself as params",
+    "Linen module": f"Pass {_APPLY}.",
+    "NNX module": "Pass lambda model, x: model(x), and the module itself as params.",
     "Keras model": (
-        "lambda params, x: model.stateless_call([params[v.path] for v in model.trainable_variables], "
-        "model.non_trainable_variables, x)[0]"
+        "Pass lambda params, x: model.stateless_call([params[v.path] for v in model.trainable_variables], "
+        f"model.non_trainable_variables, x)[0], and as params {_BY_NAME}."
     ),
 }
 _AS_PARAMS = {
     "Linen module": 'It holds no parameters: pass those that its init returns, variables["params"].',
     "NNX module": "Pass its arrays, nnx.state(model, nnx.Param).",
-    "Keras model": "Pass its arrays by name, {v.path: v.value for v in model.trainable_variables}.",
+    "Keras model": f"Pass its arrays by name, {_BY_NAME}.",
 }
 _BOUND = 'Pass the parameters that it is bound to: model, variables = bound.unbind(), then variables["params"].'
 _ARRAYS = "Pass arrays only, for example eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)."
@@ -45,7 +46,15 @@ def described(given: Any) -> str:
     if inspect.isroutine(given):
         return f"the function {given.__name__}"
     kind = _model(given) or type(given).__name__
+    if kind.endswith("s"):  # Norms, Grams, Sites
+        return kind
     return f"{'an' if kind[0] in 'AEIOUaeiou' or kind.startswith('NNX') else 'a'} {kind}"
+
+
+def takes(function: Any, *arguments: Any) -> bool:
+    """Whether a function can be called with these arguments, as far as its signature is known."""
+    signature = _signature(function)
+    return signature is None or _binds(signature, arguments)
 
 
 def require_instance(given: Any, kind: type, call: str, remedy: str) -> None:
@@ -60,7 +69,9 @@ def instead_of(leaf: Any) -> str:
     if kind is not None:
         return _BOUND if kind == "Linen module" and getattr(leaf, "scope", None) is not None else _AS_PARAMS[kind]
     if inspect.isroutine(leaf) or isinstance(leaf, functools.partial):
-        return "Where both are taken the function comes first, then the parameters: find_sites(fn, params, x). " + _ARRAYS
+        return (
+            "Where both are taken the function comes first, then the parameters: find_sites(fn, params, x). " + _ARRAYS
+        )
     return _ARRAYS
 
 
@@ -78,23 +89,29 @@ def called_on(fn: Any, params: Any, inputs: Any) -> Iterator[None]:
 
 def _advice(fn: Any, params: Any, inputs: Any, error: Exception) -> str | None:
     if not callable(fn):
-        return f"fn is {described(fn)}, not a function (params, *inputs). The function comes first, then the parameters."
+        return (
+            f"fn is {described(fn)}, not a function (params, *inputs). The function comes first, then the parameters."
+        )
     kind = _model(fn)
     if kind is not None:
-        return f"fn is {described(fn)}, not a function (params, *inputs). Pass {_AS_FUNCTION[kind]}."
+        return f"fn is {described(fn)}, not a function (params, *inputs). {_AS_FUNCTION[kind]}"
     failure = type(error).__name__ if type(error).__module__ == "flax.errors" else None
     if failure in _NO_VARIABLES and isinstance(params, Mapping) and "params" not in params:
         return f"model.apply takes variables, and was given the parameters alone. Pass {_APPLY} for fn."
     if failure == "CallCompactUnboundModuleError":
         return f"fn calls a Linen module, which has no parameters of its own. Pass {_APPLY} for fn."
     signature = _signature(fn) if isinstance(error, TypeError) else None
-    if signature is None or _binds(signature, params, inputs):
+    if signature is None or _binds(signature, (params, *inputs)):
         return None
     name, number = getattr(fn, "__name__", type(fn).__name__), len(inputs)
+    pairs = (
+        " A batch that is a tuple is several inputs: of pairs (x, y) give it x alone, as in [x for x, y in batches]."
+        if number > 1
+        else ""
+    )
     return (
-        f"fn is called as fn(params, *inputs), here with {number} input{'' if number == 1 else 's'}, but it is "
-        f"{name}{signature}. Give as many inputs as it takes; a batch that is a tuple is several: of pairs (x, y) give it "
-        "x alone, as in [x for x, y in batches]."
+        f"fn is {name}{signature}, and was called as fn(params, *inputs) with {number} "
+        f"input{'' if number == 1 else 's'}. Give as many as it takes, and bind all else with functools.partial.{pairs}"
     )
 
 
@@ -105,9 +122,9 @@ def _signature(fn: Any) -> inspect.Signature | None:
         return None
 
 
-def _binds(signature: inspect.Signature, params: Any, inputs: Any) -> bool:
+def _binds(signature: inspect.Signature, arguments: tuple[Any, ...]) -> bool:
     try:
-        signature.bind(params, *inputs)
+        signature.bind(*arguments)
     except TypeError:
         return False
     return True

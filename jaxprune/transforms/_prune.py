@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._dtypes import common
+from jaxprune._tree._given import described, takes
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
@@ -191,6 +192,12 @@ def _scheduled(
     steps: Steps,
     log: Log | None,
 ) -> optax.GradientTransformationExtraArgs:
+    if not callable(make) or (callable(schedule) and not takes(schedule, 0)):
+        raise TypeError(
+            f"{title}(make, schedule) was given {described(make)} and {described(schedule)}; make is a function "
+            "(params, k) -> masks and comes first, schedule a number or a function of the update's number. "
+            f"Write make = functools.partial(make_masks, rule=rules.global_sparsity), and {title}(make, 0.9)."
+        )
     steps.check(title)
 
     def init_fn(params: Any) -> PruneState:
