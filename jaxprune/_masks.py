@@ -9,6 +9,7 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._tree._axes import Stacked
+from jaxprune._tree._given import described
 from jaxprune._tree._leaves import is_complex, is_floating, is_known, own
 from jaxprune._tree._masks import align_masks, all_true, check_mask, kept
 from jaxprune._tree._params import Params, read_params
@@ -74,8 +75,9 @@ def make_masks(
 
     Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
+    rule = as_rule(rule)
     tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
-    layers, rule = _layers(tree, scores), as_rule(rule)
+    layers = _layers(tree, scores)
     if not is_scalar(k):
         k = tree.build(
             [entry if fits else None for entry, fits in zip(tree.spread(k, "k"), tree.prunable, strict=True)]
@@ -123,12 +125,26 @@ def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.
     """Check what a rule returned; one mask for each layer, in order."""
     leaves = jax.tree.leaves(masks)
     expected = [layer for layer in layers if layer is not None]
-    title = rule.name
     if len(leaves) != len(expected):
-        raise ValueError(f"rule {title} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
+        raise ValueError(f"rule {rule.name} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
     for mask, layer in zip(leaves, expected, strict=True):
-        check_mask(mask, f"rule {title} returned for {layer.name} a mask", layer.values)
+        check_mask(mask, f"rule {rule.name} returned for {layer.name} a mask", layer.values)
     return leaves
+
+
+def require_make(make: Any, call: str) -> None:
+    """Raise a TypeError where ``make: (params, k) -> masks`` is no function, or a rule, which takes scores."""
+    rule = getattr(make, "func", make)
+    if isinstance(rule, Rule):
+        raise TypeError(
+            f"{call} was given {rule.name} for make, a rule, which takes scores and not parameters. Write "
+            f"make = functools.partial(make_masks, rule={rule.name})."
+        )
+    if not callable(make):
+        raise TypeError(
+            f"{call} was given {described(make)} for make, which is a function (params, k) -> masks. Write "
+            "make = functools.partial(make_masks, rule=rules.global_sparsity)."
+        )
 
 
 def apply_masks(params: Any, masks: Any) -> Any:

@@ -140,7 +140,7 @@ FUNCTIONS = {
     "swapped": (
         PARAMS,
         apply,
-        ["params is the function apply", "the function comes first", "find_sites(fn, params, x)"],
+        ["params is the function apply", "The function comes first", "find_sites(fn, params, x)"],
     ),
 }
 
@@ -332,16 +332,23 @@ SWAPPED = {
         ["verify(graph, plan,", "a Plan where Graph belongs"],
     ),
     "select_channels": (lambda: structured.select_channels(PARAMS, GRAPH, 0.5), ["a dict where Graph", "trace(fn,"]),
-    "prune": (lambda: jaxprune.prune(0.5, make), ["prune(make, schedule)", "0.5", "comes first", "functools.partial"]),
+    "prune": (lambda: jaxprune.prune(0.5, make), ["prune(make, schedule)", "0.5 for make", "functools.partial"]),
     "prune by a schedule": (
         lambda: jaxprune.prune(optax.constant_schedule(0.5), make),
-        ["prune(make, schedule)", "comes first", "functools.partial"],
+        ["prune(make, schedule)", "partial for schedule", "takes params and k, comes first"],
     ),
     "rigl": (
         lambda: jaxprune.rigl(MASKS, optax.adam(0.1), until=9),
         ["rigl(inner, masks)", "a dict where the optimizer"],
     ),
 }
+
+
+def test_a_rule_where_a_function_of_parameters_belongs() -> None:
+    words = ["rules.layer_sparsity for make", "functools.partial(make_masks, rule=rules.layer_sparsity)"]
+    for rule in (rules.layer_sparsity, functools.partial(rules.layer_sparsity, max_sparsity=0.9)):
+        raises(TypeError, words, lambda rule=rule: jaxprune.prune(rule, 0.5))
+        raises(TypeError, words, lambda rule=rule: jaxprune.iterate(lambda p, m: p, rule, PARAMS, [0.5]))
 
 
 @pytest.mark.parametrize(("call", "words"), SWAPPED.values(), ids=SWAPPED)
@@ -373,6 +380,7 @@ FRACTIONS = {
     "sparsegpt": lambda k: oneshot.sparsegpt(PARAMS, GRAMS, k),
     "prune": lambda k: jaxprune.prune(make, k).init(PARAMS),
     "sensitivity": lambda k: sensitivity(size, PARAMS, [k], rule=rules.layer_sparsity),
+    "search_k": lambda k: search_k(size, PARAMS, max_drop=1.0, rule=rules.layer_sparsity, high=k),
 }
 
 

@@ -63,15 +63,13 @@ def require_instance(given: Any, kind: type, call: str, remedy: str) -> None:
         raise TypeError(f"{call} was given {described(given)} where {kind.__name__} belongs. {remedy}")
 
 
-def instead_of(leaf: Any) -> str:
-    """Say what to pass instead of a leaf of parameters that is no array."""
+def instead_of(leaf: Any, *, alone: bool) -> str:
+    """Say what to pass instead of a leaf of parameters that is no array, and may be all that was given."""
     kind = _model(leaf)
     if kind is not None:
         return _BOUND if kind == "Linen module" and getattr(leaf, "scope", None) is not None else _AS_PARAMS[kind]
-    if inspect.isroutine(leaf) or isinstance(leaf, functools.partial):
-        return (
-            "Where both are taken the function comes first, then the parameters: find_sites(fn, params, x). " + _ARRAYS
-        )
+    if alone and (inspect.isroutine(leaf) or isinstance(leaf, functools.partial)):
+        return "The function comes first, then the parameters, as in find_sites(fn, params, x)."
     return _ARRAYS
 
 

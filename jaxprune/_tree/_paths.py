@@ -81,7 +81,8 @@ class Tree:
         """Raise a TypeError that names the first leaf which is no array."""
         for name, leaf in self.named():
             if not is_array(leaf):
-                raise TypeError(f"{name} is {described(leaf)}, not an array. {instead_of(leaf)}")
+                remedy = instead_of(leaf, alone=jax.tree_util.treedef_is_leaf(self.treedef))
+                raise TypeError(f"{name} is {described(leaf)}, not an array. {remedy}")
 
 
 def owner(path: str, known: Mapping[str, Any]) -> str | None:

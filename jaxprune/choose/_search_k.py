@@ -16,6 +16,7 @@ from jaxprune._tree._axes import Stacked
 from jaxprune._tree._prunable import Prunable
 from jaxprune.algebra import count_kept
 from jaxprune.choose._sensitivity import Evaluate, as_metric, caution_rising, require_evaluate
+from jaxprune.rules._layers import check_strength
 from jaxprune.rules._rule import AnyRule, Rule, as_rule
 from jaxprune.scores._evidence import require_scores
 from jaxprune.sites._sites import Sites
@@ -141,6 +142,8 @@ def search_k(
     high = _highest(as_rule(rule), high)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"search_k looks from low to high, low < high; got {low:g} and {high:g}.")
+    for bound in (low, high):
+        check_strength(bound, as_rule(rule), "search_k")
     which: dict[str, Any] = {"prunable": prunable, "stacked": stacked, "sites": sites}
 
     @jax.jit
