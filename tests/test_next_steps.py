@@ -390,7 +390,11 @@ def test_a_percentage_for_a_fraction(call: Callable[[float], Any]) -> None:
 
 
 def test_a_percentage_of_channels() -> None:
-    raises(ValueError, ["fraction", "50 % is 0.5", "not 50"], lambda: structured.select_channels(GRAPH, PARAMS, 50))
+    raises(
+        ValueError,
+        ["fraction of channels", "not 50; 50 % is 0.5"],
+        lambda: structured.select_channels(GRAPH, PARAMS, 50),
+    )
 
 
 GROUPS = {

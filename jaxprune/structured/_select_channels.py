@@ -307,7 +307,7 @@ def require_budget(budget: float) -> None:
 def check_share(share: object, name: str) -> None:
     if not isinstance(share, int | float | np.floating) or not 0 <= share < 1:
         raise ValueError(
-            f"{name} is the fraction of channels removed, at least 0 and below 1 (50 % is 0.5), not {share!r}."
+            f"{name} is the fraction of channels removed, at least 0 and below 1, not {share!r}; 50 % is 0.5."
         )
 
 
