@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxprune._masks import apply_masks
+from jaxprune._masks import apply_masks, require_make
 from jaxprune._tree._paths import flatten
 
 
@@ -44,6 +44,7 @@ def iterate(
         An iterator of a `Round` for each k; its params are those after training.
 
     Raises:
+        TypeError: make is no function of parameters, or ks one number.
         ValueError: `rewind_to` has other paths or shapes than `params`; whatever `make` raises.
 
     >>> import functools, jax.numpy as jnp
@@ -58,9 +59,17 @@ def iterate(
     Reference: Frankle, Carbin, "The Lottery Ticket Hypothesis", 2019; Renda, Frankle, Carbin, "Comparing Rewinding and
     Fine-tuning in Neural Network Pruning", 2020.
     """
+    require_make(make, "iterate(train, make, params, ks)")
+    require_several(ks)
     if rewind_to is not None:
         _require_same(rewind_to, params)
     return _rounds(train, make, params, ks, rewind_to)
+
+
+def require_several(ks: Any) -> None:
+    """Raise a TypeError where there is one strength in place of several."""
+    if not isinstance(ks, Iterable) or (hasattr(ks, "ndim") and not ks.ndim):
+        raise TypeError(f"ks are several strengths, not {ks!r}. For one, write ks=[{ks!r}].")
 
 
 def _rounds(train: Any, make: Any, params: Any, ks: Iterable[Any], rewind_to: Any) -> Iterator[Round]:

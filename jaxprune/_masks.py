@@ -9,13 +9,15 @@ import numpy as np
 from jaxprune import rules
 from jaxprune._selection import _counts
 from jaxprune._tree._axes import Stacked
+from jaxprune._tree._given import described
 from jaxprune._tree._leaves import is_complex, is_floating, is_known, own
 from jaxprune._tree._masks import align_masks, all_true, check_mask, kept
 from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._paths import flatten, read_arrays
 from jaxprune._tree._prunable import Prunable
 from jaxprune.rules._layers import Layer, is_scalar
-from jaxprune.rules._rule import AnyRule, as_rule
+from jaxprune.rules._rule import AnyRule, Rule, as_rule
+from jaxprune.scores._evidence import require_scores
 from jaxprune.sites._sites import Sites
 
 
@@ -59,7 +61,7 @@ def make_masks(
 
     Raises:
         ValueError: nothing is prunable, or k, scores or a pattern does not fit; the message names the leaf.
-        TypeError: a leaf is no array, or k is no number.
+        TypeError: a leaf is no array, k is no number, rule is no rule, or scores are no tree.
 
     Warns:
         PruningWarning: outside jit, when a layer would have been emptied.
@@ -73,6 +75,7 @@ def make_masks(
 
     Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
+    rule = as_rule(rule)
     tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
     layers = _layers(tree, scores)
     if not is_scalar(k):
@@ -97,6 +100,7 @@ def _layers(tree: Params, scores: Any) -> list[Layer | None]:
 
 
 def _given_scores(tree: Params, scores: Any) -> list[Any]:
+    require_scores(scores)
     given = tree.aligned(flatten(scores, "scores", is_leaf=lambda x: x is None))
     for name, leaf, score, fits in zip(tree.names, tree.leaves, given, tree.prunable, strict=True):
         if not fits:
@@ -117,16 +121,30 @@ def _has_nan(score: Any) -> bool:
         return bool(jnp.isnan(score).any())
 
 
-def _read_masks(masks: Any, layers: list[Layer | None], rule: AnyRule) -> list[jax.Array]:
+def _read_masks(masks: Any, layers: list[Layer | None], rule: Rule) -> list[jax.Array]:
     """Check what a rule returned; one mask for each layer, in order."""
     leaves = jax.tree.leaves(masks)
     expected = [layer for layer in layers if layer is not None]
-    title = as_rule(rule).name
     if len(leaves) != len(expected):
-        raise ValueError(f"rule {title} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
+        raise ValueError(f"rule {rule.name} returned {len(leaves)} masks for {len(expected)} prunable leaves.")
     for mask, layer in zip(leaves, expected, strict=True):
-        check_mask(mask, f"rule {title} returned for {layer.name} a mask", layer.values)
+        check_mask(mask, f"rule {rule.name} returned for {layer.name} a mask", layer.values)
     return leaves
+
+
+def require_make(make: Any, call: str) -> None:
+    """Raise a TypeError where ``make: (params, k) -> masks`` is no function, or a rule, which takes scores."""
+    rule = getattr(make, "func", make)
+    if isinstance(rule, Rule):
+        raise TypeError(
+            f"{call} was given {rule.name} for make, a rule, which takes scores and not parameters. Write "
+            f"make = functools.partial(make_masks, rule={rule.name})."
+        )
+    if not callable(make):
+        raise TypeError(
+            f"{call} was given {described(make)} for make, which is a function (params, k) -> masks. Write "
+            "make = functools.partial(make_masks, rule=rules.global_sparsity)."
+        )
 
 
 def apply_masks(params: Any, masks: Any) -> Any:

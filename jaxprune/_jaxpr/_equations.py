@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 from jax.sharding import AxisType
 
-from jaxprune._jaxpr._primitives import CALLS, COPIES, RESHAPES, SUMS
+from jaxprune._jaxpr._primitives import CALLS, COPIES, DEVICES, RESHAPES, SUMS
 
 Held = TypeVar("Held")
 
@@ -114,6 +114,16 @@ class While(NamedTuple):
     body_consts: int
     cond: Body
     body: Body
+
+
+def per_device(name: str) -> str | None:
+    """Say what to pass instead where a primitive deals work out to devices; None where it does not."""
+    if name not in DEVICES:
+        return None
+    return (
+        f"{name}, by which jax.pmap and jax.shard_map deal work out to devices, and which is not looked into; pass the function "
+        "that they map, with one device's inputs"
+    )
 
 
 def trace(fn: Any, *arguments: Any) -> tuple[Body, Any]:

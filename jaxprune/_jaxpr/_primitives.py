@@ -7,6 +7,9 @@ REMAT = frozenset({"checkpoint", "remat", "remat2"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "eval_jaxpr"}) | REMAT | CUSTOM
 
+# These hold what each device does with its part, as jax.pmap and jax.shard_map deal it out; nothing here looks into them.
+DEVICES = frozenset({"shard_map", "xla_pmap"})
+
 # ---- what moves elements about and computes nothing
 
 # Each operand is the result of its place, but for its dtype, its place on devices, or its name.

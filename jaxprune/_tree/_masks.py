@@ -32,7 +32,11 @@ def check_mask(mask: Any, what: str, leaf: Any) -> None:
     """Raise a ValueError unless a mask is bool and of its leaf's shape; `what` begins the message."""
     dtype, shape = getattr(mask, "dtype", type(mask).__name__), np.shape(mask)
     if dtype != np.bool_ or shape != np.shape(leaf):
-        raise ValueError(f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.")
+        swapped = getattr(leaf, "dtype", None) == np.bool_ and dtype != np.bool_
+        hint = " The parameters come first, then their masks." if swapped else ""
+        raise ValueError(
+            f"{what} of {dtype}{list(shape)}; a mask is bool of its leaf's shape {list(np.shape(leaf))}.{hint}"
+        )
 
 
 def align_masks(masks: Any, tree: Tree) -> list[Any]:

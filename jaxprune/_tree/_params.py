@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxprune._tree._axes import Axes, Roles, Stacked, read_axes
 from jaxprune._tree._cautions import caution_nameless, caution_optimizer
@@ -72,14 +73,19 @@ def read_params(
     chosen = [bool(verdict) and eligible(leaf) for verdict, leaf in zip(chosen_by, tree.leaves, strict=True)]
     if not any(chosen):
         shown = ", ".join(tree.names[:4]) + (", ..." if len(tree.names) > 4 else "")
-        raise ValueError(
-            f"No leaf is prunable. Found {shown or 'an empty tree'}. "
-            "Pass prunable=, a function (path, leaf) -> bool, a glob pattern of paths or a tree of bools."
-        )
+        raise ValueError(f"No leaf is prunable. Found {shown or 'an empty tree'}. {_remedy(tree)}")
     if asked is None:
         caution_nameless(tree, chosen)
         caution_optimizer(tree, chosen)
     return Params(tree.what, tree.paths, tree.names, tree.leaves, tree.treedef, chosen, axes)
+
+
+def _remedy(tree: Tree) -> str:
+    if [np.ndim(leaf) for leaf in tree.leaves] == [0] and tree.paths == [""]:
+        return f"{tree.what} is one number: the parameters come first, as in make_masks(params, k)."
+    if tree.leaves and all(getattr(leaf, "dtype", None) == np.bool_ for leaf in tree.leaves):
+        return "All are bool, as masks are: the parameters come first, then their masks."
+    return "Pass prunable=, a function (path, leaf) -> bool, a glob pattern of paths or a tree of bools."
 
 
 def _without(shape: tuple[int, ...], stack: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey, keystr
 
+from jaxprune._tree._given import described, instead_of
 from jaxprune._tree._leaves import is_array, is_nothing
 from jaxprune._tree._names import slashed
 
@@ -80,10 +81,8 @@ class Tree:
         """Raise a TypeError that names the first leaf which is no array."""
         for name, leaf in self.named():
             if not is_array(leaf):
-                raise TypeError(
-                    f"{name} is a {type(leaf).__name__}, not an array. Pass arrays only, for example "
-                    "eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)."
-                )
+                remedy = instead_of(leaf, alone=jax.tree_util.treedef_is_leaf(self.treedef))
+                raise TypeError(f"{name} is {described(leaf)}, not an array. {remedy}")
 
 
 def owner(path: str, known: Mapping[str, Any]) -> str | None:

@@ -15,8 +15,10 @@ from jaxprune._printing import Printable
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._prunable import Prunable
 from jaxprune.algebra import count_kept
-from jaxprune.choose._sensitivity import Evaluate, as_metric, caution_rising
+from jaxprune.choose._sensitivity import Evaluate, as_metric, caution_rising, require_evaluate
+from jaxprune.rules._layers import check_strength
 from jaxprune.rules._rule import AnyRule, Rule, as_rule
+from jaxprune.scores._evidence import require_scores
 from jaxprune.sites._sites import Sites
 
 if TYPE_CHECKING:
@@ -120,6 +122,7 @@ def search_k(
     Raises:
         ValueError: not exactly one aim is given, nothing between low and high meets it (the message says what can be
             had), the metric is NaN or no scalar, or low >= high.
+        TypeError: evaluate is no function or returns no number, or scores are no tree.
 
     Warns:
         UserWarning: the metric is higher where most is removed than for the unpruned parameters, as a loss is.
@@ -135,9 +138,12 @@ def search_k(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ValueError(f"search_k takes steps >= 2, a whole number; got {steps!r}.")
     make = functools.partial(make_masks, rule=rule, prunable=prunable, stacked=stacked, sites=sites)
+    require_scores(scores)
     high = _highest(as_rule(rule), high)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"search_k looks from low to high, low < high; got {low:g} and {high:g}.")
+    for bound in (low, high):
+        check_strength(bound, as_rule(rule), "search_k")
     which: dict[str, Any] = {"prunable": prunable, "stacked": stacked, "sites": sites}
 
     @jax.jit
@@ -152,6 +158,7 @@ def search_k(
         return _within_budget(prune, cost, budget, float(low), high, steps, which)
     if evaluate is None:
         raise ValueError("search_k needs evaluate= for max_drop and min_metric.")
+    require_evaluate(evaluate, "search_k(evaluate, params)")
     dense = as_metric(evaluate(params), "the unpruned parameters")
     least, asked = _least(dense, max_drop, min_metric)
 

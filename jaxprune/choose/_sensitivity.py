@@ -11,16 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import rules
+from jaxprune._iterate import require_several
 from jaxprune._masks import make_masks
 from jaxprune._masks import sparsity as mask_sparsity
 from jaxprune._printing import Printable, as_json
 from jaxprune._progress import tracked
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._cautions import caution
+from jaxprune._tree._given import described
 from jaxprune._tree._params import Params, read_params
 from jaxprune._tree._patterns import matches
 from jaxprune._tree._prunable import Prunable
-from jaxprune.rules._rule import AnyRule
+from jaxprune.rules._layers import check_strength
+from jaxprune.rules._rule import AnyRule, Rule, as_rule
+from jaxprune.scores._evidence import require_scores
 from jaxprune.sites._sites import Sites
 
 if TYPE_CHECKING:
@@ -158,7 +162,8 @@ def sensitivity(
         A `Sensitivity`.
 
     Raises:
-        ValueError: ks is empty or does not rise, a group matches nothing or a leaf twice, the metric is NaN or no
+        TypeError: evaluate is no function or returns no number, ks are no list, scores no tree.
+        ValueError: ks is empty, does not rise, or holds what the rule does not take, a group matches nothing or a leaf twice, the metric is NaN or no
             scalar; and whatever `make_masks` raises.
 
     Warns:
@@ -174,7 +179,9 @@ def sensitivity(
     Reference: Han, Pool, Tran, Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015,
     section 4 (sensitivity of each layer alone).
     """
-    ks = _check_rising(ks)
+    require_evaluate(evaluate, "sensitivity(evaluate, params, ks)")
+    ks = _check_rising(ks, as_rule(rule))
+    require_scores(scores)
     flat = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
     members = _members(groups, flat)
     group_of = {i: g for g, leaves in enumerate(members.values()) for i in leaves}
@@ -247,6 +254,17 @@ def _prune_leaf(leaf: Any, mask: Any) -> Any:
 
 def as_metric(value: Any, what: str) -> float:
     """Read what `evaluate` returned; raise where it is not one number."""
+    if isinstance(value, Mapping) and value:
+        name = next(iter(value))
+        raise TypeError(
+            f"evaluate returned a dict of {', '.join(map(repr, value))} for {what}; it must return one number. Pass "
+            f"lambda params: evaluate(params)[{name!r}], larger = better."
+        )
+    if value is None or isinstance(value, str | Mapping):
+        hint = " Does it end without return?" if value is None else ""
+        raise TypeError(
+            f"evaluate returned {described(value)} for {what}; it must return one number, larger = better.{hint}"
+        )
     if np.shape(value) != ():
         raise ValueError(f"evaluate returned an array of shape {np.shape(value)} for {what}; it must return a scalar.")
     number = float(value)
@@ -267,10 +285,21 @@ def caution_rising(dense: float, pruned: float, share: float, k: float) -> None:
         )
 
 
-def _check_rising(ks: Sequence[float]) -> tuple[float, ...]:
+def require_evaluate(evaluate: Any, call: str) -> None:
+    """Raise a TypeError where what is to evaluate is no function."""
+    if not callable(evaluate):
+        raise TypeError(
+            f"{call} was given {described(evaluate)} where the function evaluate belongs, which comes first."
+        )
+
+
+def _check_rising(ks: Sequence[float], rule: Rule) -> tuple[float, ...]:
+    require_several(ks)
     found = tuple(map(float, ks))
     if not found or not all(map(math.isfinite, found)) or any(a >= b for a, b in itertools.pairwise(found)):
         raise ValueError(f"ks must be finite numbers that rise, at least one; got {list(ks)}.")
+    for k in found:
+        check_strength(k, rule, "ks")
     return found
 
 

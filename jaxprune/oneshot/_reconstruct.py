@@ -13,7 +13,7 @@ from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._damping import choose_damping
 from jaxprune.oneshot._least_squares import reconstruct_matrix
 from jaxprune.oneshot._solve import Solution, report, solve_each
-from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.sites._factorise import Factor, check_damping
 from jaxprune.sites._matrices import as_matrices, sites_of
 
@@ -68,6 +68,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"reconstruct takes a whole number of steps, >= 0; got {steps!r}.")
     read_arrays(params, "params")
+    require_grams(grams, "reconstruct(params, masks, grams)")
     flat = grams.sites.require_params(params)
     leaves = []
     for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):

@@ -17,7 +17,7 @@ from jaxprune._tree._paths import read_arrays
 from jaxprune._tree._prunable import Prunable
 from jaxprune.oneshot._pattern import Pattern
 from jaxprune.rules._layers import is_scalar
-from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.sites._factorise import Factor, factorise
 from jaxprune.sites._matrices import as_matrices, sites_of
 from jaxprune.sites._sites import Site, Sites
@@ -79,6 +79,7 @@ def prune_sites(
         The pruned parameters and their masks.
     """
     read_arrays(params, "params")
+    require_grams(grams, f"{title}(params, grams, k)")
     flat = grams.sites.require_params(params)
     chosen = read_params(params, prunable=prunable, sites=sites).prunable
     ks = [k] * len(flat.paths) if is_scalar(k) else flat.spread(k, "k")

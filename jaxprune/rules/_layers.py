@@ -200,9 +200,21 @@ def _strength(k: Any, layer: Layer, rule: Rule) -> Any:
         )
     if isinstance(k, jax.core.Tracer):
         return k
+    check_strength(k, rule, layer.name)
+    return float(k) if np.ndim(k) == 0 else jnp.asarray(k)
+
+
+def check_strength(k: Any, rule: Rule, name: str) -> None:
+    """Raise a ValueError where a known k, one or several, is none that the rule takes; `name` is what it is for."""
     values = np.asarray(k, np.float64)
     if not ((rule.low <= values) & (values <= rule.high) & np.isfinite(values)).all():
-        raise ValueError(f"{rule.name} takes {rule.allowed}, finite; got k = {k} for {layer.name}.")
+        raise ValueError(f"{rule.name} takes {rule.allowed}, finite; got k = {k} for {name}.{_meaning(rule)}")
     if rule.whole and (values != np.floor(values)).any():
-        raise ValueError(f"{rule.name} takes a whole number, not k = {k} ({layer.name}).")
-    return float(values) if values.ndim == 0 else jnp.asarray(k)
+        raise ValueError(f"{rule.name} takes a whole number, not k = {k} ({name}).{_meaning(rule)}")
+
+
+def _meaning(rule: Rule) -> str:
+    if not rule.strength:
+        return ""
+    unit = ", not a percentage: 90 % is 0.9" if rule.counts else ", a whole number" if rule.whole else ""
+    return f" Its k is {rule.strength}{unit}."

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxprune._tree._given import described
+
 # A rule of any kind, your own among them: (scores, k) -> masks.
 AnyRule = Callable[[Any, Any], Any]
 # How far a rule looks to decide on one weight: its group of m, its output unit, its layer, or all layers.
@@ -110,7 +112,7 @@ def as_rule(rule: AnyRule) -> Rule:
         The rule.
 
     Raises:
-        TypeError: it is no function.
+        TypeError: it is no function, or one that makes rules (`n_m`, `channels`, `blocks`).
 
     >>> import functools
     >>> from jaxprune import rules
@@ -125,8 +127,23 @@ def as_rule(rule: AnyRule) -> Rule:
         settings = {**dict(inner.settings), **rule.keywords}
         return dataclasses.replace(inner, settings=tuple(sorted(settings.items(), key=lambda item: item[0])))
     if not callable(rule):
-        raise TypeError(f"a rule is a function (scores, k) -> masks, such as rules.layer_sparsity, not {rule!r}.")
+        named = (
+            f"rules.{rule}" if isinstance(rule, str) and rule in _public() else "rules.layer_sparsity or rules.n_m(4)"
+        )
+        raise TypeError(
+            f"a rule is a function (scores, k) -> masks, not {described(rule)}. Name the function: rule={named}."
+        )
+    if getattr(rule, "__annotations__", {}).get("return") in (Rule, "Rule"):
+        name = getattr(rule, "__name__", repr(rule))
+        raise TypeError(
+            f"{name} makes a rule and is none itself. Call it: rule=rules.n_m(4), rules.channels(rules.layer_sparsity) or "
+            "rules.blocks(rules.layer_sparsity, (16, 16))."
+        )
     return Rule(rule, getattr(rule, "__name__", repr(rule)))
+
+
+def _public() -> set[str]:
+    return set(dir(importlib.import_module("jaxprune.rules")))
 
 
 def _restored(module: str, name: str, settings: tuple[tuple[str, Any], ...]) -> Rule:

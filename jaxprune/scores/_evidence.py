@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree._leaves import is_floating
+from jaxprune._tree._given import described
+from jaxprune._tree._leaves import is_floating, is_function
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune.scores._leaves import widen
+from jaxprune.sites._calibrate import Grams, Norms
 
 
 def align_evidence(evidence: Any, flat: Tree, what: str) -> list[Any]:
@@ -30,6 +32,21 @@ def align_evidence(evidence: Any, flat: Tree, what: str) -> list[Any]:
                 f"shape {list(np.shape(leaf))}. Make {what} from the same parameters."
             )
     return [found.get(path) for path in flat.paths]
+
+
+def require_scores(scores: Any) -> None:
+    """Raise a TypeError where, in place of a tree of scores, there is a name, a function or what scores are made from."""
+    if isinstance(scores, str):
+        remedy = f"Call the function: scores=scores.{scores if scores.isidentifier() else 'saliency'}(params, ...)"
+    elif isinstance(scores, Norms):
+        remedy = "Make them: scores=scores.wanda(params, norms)"
+    elif isinstance(scores, Grams):
+        remedy = "Make them: scores=scores.obs(params, grams), or scores.wanda(params, grams.norms())"
+    elif is_function(scores):
+        remedy = "Call it with params and its evidence, as in scores=scores.wanda(params, norms)"
+    else:
+        return
+    raise TypeError(f"scores is {described(scores)}, not a tree of scores like params. {remedy}.")
 
 
 def _without(flat: Tree, ignored: set[str]) -> Tree:
@@ -77,6 +94,8 @@ def mean_over_batches(fn: Callable[[Any, Any], Any], params: Any, batches: Itera
     >>> float(mean_over_batches(jax.grad(loss), {"w": jnp.array(2.0)}, batches)["w"])
     4.0
     """
+    if not is_function(fn):
+        raise TypeError(f"mean_over_batches(fn, params, batches) was given {described(fn)} where fn belongs.")
     evaluate = jax.jit(lambda params, batch: jax.tree.map(widen, fn(params, batch)))
     total, count = None, 0
     for batch in batches:

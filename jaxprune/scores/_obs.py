@@ -9,7 +9,7 @@ import numpy as np
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import read_arrays
 from jaxprune.scores._leaves import nan_lowest, require_real_leaves
-from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.sites._factorise import check_damping, factorise, inverse_root
 from jaxprune.sites._matrices import as_matrices, sites_of
 
@@ -43,6 +43,7 @@ def obs(params: Any, grams: Grams, *, damping: float = 0.01) -> Any:
     """
     check_damping(damping, "scores.obs")
     require_real_leaves(read_arrays(params, "params"), "scores.obs")
+    require_grams(grams, "scores.obs(params, grams)")
     flat = grams.sites.require_params(params)
     known = {site.path for site in grams.sites} - set(grams.sites.tables)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import read_arrays
 from jaxprune.scores._leaves import nan_lowest, require_real_leaves, widen
-from jaxprune.sites._calibrate import Norms
+from jaxprune.sites._calibrate import Norms, require_norms
 from jaxprune.sites._sites import Site
 
 
@@ -45,7 +45,7 @@ def wanda(params: Any, norms: Norms) -> Any:
     def squares(weights: jax.Array, norm: jax.Array) -> jax.Array:
         return jnp.square(weights * norm[..., None])
 
-    return _score(params, norms, squares, jnp.sqrt)
+    return _score("wanda", params, norms, squares, jnp.sqrt)
 
 
 def ria(params: Any, norms: Norms, *, power: float = 0.5) -> Any:
@@ -75,7 +75,7 @@ def ria(params: Any, norms: Norms, *, power: float = 0.5) -> Any:
         shares = [sizes / jnp.maximum(jnp.sum(finite, axis, keepdims=True), _TINY) for axis in (1, 2)]
         return (shares[0] + shares[1]) * norm[..., None] ** power
 
-    return _score(params, norms, importance, lambda total: total)
+    return _score("ria", params, norms, importance, lambda total: total)
 
 
 # Sums of zeros divide zeros.
@@ -83,6 +83,7 @@ _TINY = 1e-30
 
 
 def _score(
+    title: str,
     params: Any,
     norms: Norms,
     of_site: Callable[[jax.Array, jax.Array], jax.Array],
@@ -90,6 +91,7 @@ def _score(
 ) -> Any:
     """Score every leaf by the sum over its sites of ``of_site(weights [N, I, O], norms [N, I])``."""
     require_real_leaves(read_arrays(params, "params"), "a score from norms")
+    require_norms(norms, f"scores.{title}(params, norms)")
     flat = norms.sites.require_params(params)
 
     def score(leaf: Any, sites: list[Site]) -> jax.Array:

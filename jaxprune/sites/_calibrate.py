@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune._progress import tracked
+from jaxprune._tree._given import described, require_instance
 from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._sharding import through_compiler
 from jaxprune.sites._accumulate import grams, sums_of_squares
@@ -97,6 +98,22 @@ class Grams(_Sums):
         """
         diagonals = through_compiler(lambda sums: jax.tree.map(lambda x: jnp.diagonal(x, 0, 1, 2), sums), self.sums)
         return Norms(self.sites, diagonals, self.counts)
+
+
+def require_grams(grams: Any, call: str) -> None:
+    """Raise a TypeError unless these are Gram matrices; `call` shows the arguments in their order."""
+    why = "; norms are their diagonals alone" if isinstance(grams, Norms) else ""
+    require_instance(grams, Grams, call, f"Measure them by grams = calibrate_grams(fn, params, batches){why}.")
+
+
+def require_norms(norms: Any, call: str) -> None:
+    """Raise a TypeError unless these are norms; `call` shows the arguments in their order."""
+    remedy = (
+        "Pass grams.norms()."
+        if isinstance(norms, Grams)
+        else "Measure them by norms = calibrate_norms(fn, params, batches)."
+    )
+    require_instance(norms, Norms, call, remedy)
 
 
 def calibrate_norms(
@@ -194,6 +211,7 @@ def _calibrate(
     progress: bool,
 ) -> _Statistics:
     """Add up a measurement of `rank` axes for each matrix, over all batches."""
+    require_batches(batches)
     reading: Reading | None = None
     for number, batch in enumerate(tracked(batches, "calibrating", progress)):
         inputs = inputs_of(batch)
@@ -217,6 +235,15 @@ def _calibrate(
     return found
 
 
+def require_batches(batches: Any) -> None:
+    """Raise a TypeError where there is one batch, or something else, in place of several."""
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is {described(batches)}, not several batches. Pass fn, params and batches in this order; of one "
+            "batch, write [batch]."
+        )
+
+
 def inputs_of(batch: Any) -> tuple[Any, ...]:
     """Return the inputs a batch stands for: a plain tuple is several."""
     return batch if type(batch) is tuple else (batch,)
@@ -224,6 +251,7 @@ def inputs_of(batch: Any) -> tuple[Any, ...]:
 
 def all_inputs(batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Return the inputs of all batches; raise a ValueError where there is none, or one is unlike the first."""
+    require_batches(batches)
     held = [inputs_of(batch) for batch in batches]
     if not held:
         raise ValueError("There is no calibration batch; an iterator that was read before is empty.")
@@ -263,12 +291,22 @@ def _selected(sites: Sites, where: Callable[[Site], bool] | None, rank: int) -> 
     warn_of_unresolved(sites, stacklevel=4)
     chosen = sites.select(lambda site: (rank == 1 or site.operation != "gather") and (where is None or where(site)))
     if not chosen.sites:
-        raise ValueError(
-            f"There is nothing to calibrate: of {len(sites)} site(s), none is asked for."
-            if len(sites)
-            else "There is nothing to calibrate: the function multiplies no input by a floating-point parameter."
-        )
+        raise ValueError("There is nothing to calibrate: " + _why_nothing(sites))
     return chosen
+
+
+def _why_nothing(sites: Sites) -> str:
+    if len(sites):
+        return f"of {len(sites)} site(s), none is asked for."
+    if sites.unresolved:
+        first = sites.unresolved[0]
+        return f"no use of a parameter is understood, {first.name} the first: {first.reason}."
+    if sites.unused and not sites.elementwise:
+        return (
+            "the function uses no parameter of those it is given. Let it take them from its first argument, not from a "
+            "model that holds its own."
+        )
+    return "the function multiplies no input by a floating-point parameter."
 
 
 def _require_real(site: Site, array: Any) -> None:

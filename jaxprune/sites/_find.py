@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._jaxpr import _equations
+from jaxprune._tree._given import called_on
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import Tree, read_arrays
 from jaxprune.sites._contractions import Use
@@ -76,7 +77,8 @@ class Reading:
 def read(fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> Reading:
     """Read ``fn(params, *inputs)``; arrays may be given as ``jax.ShapeDtypeStruct``."""
     flat = read_arrays(params, "params")
-    body, results = _equations.trace(fn, params, *inputs)
+    with called_on(fn, params, inputs):
+        body, results = _equations.trace(fn, params, *inputs)
     log = Log()
 
     def run(leaves: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
@@ -176,7 +178,7 @@ def find_sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> Sites:
         leaves multiply data, along which axes their inputs and outputs lie, and which axes count layers.
 
     Raises:
-        TypeError: a leaf of params is no array.
+        TypeError: a leaf of params is no array, or fn is no function of params and these inputs.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros((1, 2))}

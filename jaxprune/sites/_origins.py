@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxprune._jaxpr import _records
-from jaxprune._jaxpr._equations import Equation
+from jaxprune._jaxpr._equations import Equation, per_device
 from jaxprune._jaxpr._primitives import CONTRACTIONS, COPIES, ELEMENTWISE, JOINS, LAYOUT
 from jaxprune._jaxpr._records import Dot, Gather, StaticSlice
 from jaxprune.sites._pieces import Frame, Piece
@@ -237,7 +237,7 @@ def _meet(equation: Equation, origins: Sequence[Origin], leaves: frozenset[int],
             )
             uses.unknown(origin.leaves, f"it enters {name}{before}, which hides its layout{hint}")
     elif leaves:
-        uses.unknown(leaves, f"it enters {name} together with data, which is not understood")
+        uses.unknown(leaves, f"it enters {per_device(name) or f'{name} together with data, which is not understood'}")
     return DATA
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxprune._rows import Row
 from jaxprune._tree._axes import Stacked, read_axes
+from jaxprune._tree._given import described
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import Tree, flatten
@@ -112,6 +113,8 @@ def save_sparse(
     >>> saved.tensors[0].kept, params["kernel"].tolist(), masks["kernel"].tolist()
     (2, [[0.0, 2.0], [0.0, 0.0]], [[True, True], [False, False]])
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"save_sparse(path, params, masks) was given {described(path)} where the path belongs.")
     coding = read_coding(quantize, quantize_tables, group_size, dtype, compress=compress)
     strings = check_metadata(metadata)
     flat = flatten(params, "params")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._printing import Printable, some
+from jaxprune._tree._given import require_instance
 from jaxprune.structured._axes._program import Program, Value
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._groups import ChannelGroup, FrozenAxis
@@ -109,3 +110,8 @@ class Graph(Printable):
 def _members(group: ChannelGroup) -> frozenset[tuple[str, int, int | None, bytes]]:
     """What is cut with a group's channels."""
     return frozenset((m.path, m.axis, m.layers, m.channels.tobytes()) for m in group.members)
+
+
+def require_graph(graph: object, call: str) -> None:
+    """Raise a TypeError unless this is what `trace` returns; `call` shows the arguments in their order."""
+    require_instance(graph, Graph, call, "Make one by graph = trace(fn, params, *inputs).")

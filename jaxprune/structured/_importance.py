@@ -11,7 +11,8 @@ from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._paths import flatten
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.scores._channels import channel_norm
-from jaxprune.sites._calibrate import Grams
+from jaxprune.scores._evidence import require_scores
+from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import ChannelGroup
 from jaxprune.structured._losses import removal_order
@@ -30,6 +31,7 @@ def order_by(graph: Graph, params: Any, grams: Grams | None, scores: Any, import
     if grams is not None:
         if scores is not None or importance is not None:
             raise ValueError("grams say what is lost with a channel; give grams, or scores and importance, not both.")
+        require_grams(grams, "select_channels(graph, params, k, grams=...)")
         grams.sites.require_params(params)
 
         def by_losses(group: ChannelGroup, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,6 +59,7 @@ def _rows(graph: Graph, params: Any, scores: Any) -> dict[str, np.ndarray]:
     given = flatten(params, "params")
     require_shapes("The function", graph.by_path, "params", given.shapes, "Trace it with these parameters.")
     if scores is not None:
+        require_scores(scores)
         given = flatten(scores, "scores")
         remedy = "Make scores from the parameters that were traced."
         require_shapes("scores", given.shapes, "the function", graph.by_path, remedy)

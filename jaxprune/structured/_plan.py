@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxprune._printing import Printable
+from jaxprune._tree._given import require_instance
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.structured._axes._dims import Var, leaves, resolve, split_kept
 from jaxprune.structured._axes._layered import kept_of, layers_axis
@@ -369,3 +370,8 @@ def _split(graph: Graph, plan: Plan, values: Mapping[str, Value]) -> dict[Var, n
 def cut_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the shapes, before, of the parameters that a plan cuts or drops."""
     return {path: tuple(plan.shapes[path]) for path in (*plan.kept, *plan.dropped)}
+
+
+def require_plan(plan: object, call: str) -> None:
+    """Raise a TypeError unless this is a plan; `call` shows the arguments in their order."""
+    require_instance(plan, Plan, call, "Make one by plan = select_channels(graph, params, k).")

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune._tree._paths import flatten
 from jaxprune._tree._shapes import require_shapes
-from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import ChannelGroup
 from jaxprune.structured._losses import removal_order
@@ -72,6 +72,7 @@ def price_widths(
     require_shapes("The function", graph.by_path, "params", flat.shapes, "Trace it with these parameters.")
     remedy = "Make squares from the parameters that were traced."
     require_shapes("The function", graph.by_path, "squares", squared.shapes, remedy)
+    require_grams(grams, "price_widths(graph, params, grams=...)")
     grams.sites.require_params(params)
     found = {}
     for group in groups_among(graph, among):

@@ -14,10 +14,10 @@ from jaxprune._tree._sharding import through_compiler, whole
 from jaxprune.structured._axes._dims import Cat, Var, kept_size, leaves, resolve, size
 from jaxprune.structured._axes._program import Node, Value, walk
 from jaxprune.structured._axes._replay import Masks, Replay
-from jaxprune.structured._graph import Graph
+from jaxprune.structured._graph import Graph, require_graph
 from jaxprune.structured._groups import Member
 from jaxprune.structured._inputs import Uncut
-from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
+from jaxprune.structured._plan import Plan, layered_groups, require_plan, shallower, solve
 
 # What a mean over channels divides by: how many there were, or how many stay.
 Counts = Literal["kept", "rescaled"]
@@ -58,6 +58,8 @@ def rebuild(graph: Graph, plan: Plan, *, counts: Counts = "kept") -> Callable[..
     """
     if counts not in ("kept", "rescaled"):
         raise ValueError(f"counts is 'kept' or 'rescaled', not {counts!r}.")
+    require_graph(graph, "rebuild(graph, plan)")
+    require_plan(plan, "rebuild(graph, plan)")
     uncut = Uncut(graph, plan)  # a plan that does not fit is told now
 
     def small_fn(params: Any, *inputs: Any) -> Any:

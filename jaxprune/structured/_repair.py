@@ -6,7 +6,7 @@ import jax
 
 from jaxprune._tree._paths import flatten
 from jaxprune.oneshot._reconstruct import reconstruct
-from jaxprune.sites._calibrate import Grams
+from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.structured._losses import is_repaired
 from jaxprune.structured._plan import Plan
 from jaxprune.structured._shrink import channel_masks
@@ -45,6 +45,7 @@ def repair(plan: Plan, params: Any, grams: Grams, *, steps: int = 30, damping: f
     Reference: He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", 2017, equation 1 with the
     channels given.
     """
+    require_grams(grams, "repair(plan, params, grams)")
     masks = flatten(channel_masks(plan, params), "masks")
     readers = {
         site.path

@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune.sites._calibrate import Grams
 from jaxprune.structured._axes._dims import Var
 from jaxprune.structured._count import count_macs
-from jaxprune.structured._graph import Graph
+from jaxprune.structured._graph import Graph, require_graph
 from jaxprune.structured._groups import ChannelGroup
 from jaxprune.structured._importance import Importance, order_by
 from jaxprune.structured._losses import repaired_readers
@@ -95,6 +95,7 @@ def select_channels(
     and Language Models with Combinatorial Optimization", 2024, section 3: the
     objective, and the update of what is left; one channel at a time, without the local search.
     """
+    require_graph(graph, "select_channels(graph, params, k)")
     steps = check_options(graph, round_to, min_kept)
     shares = by_group(graph, k, "k", 0.0, check_share)
     order = order_by(graph, params, grams, scores, importance)
@@ -151,6 +152,7 @@ def select_channels_globally(
         ValueError: the budget cannot be met, because of what must stay; groups that are to be alike are of different sizes; as in
             `select_channels`.
     """
+    require_graph(graph, "select_channels_globally(graph, params, budget)")
     steps = check_options(graph, round_to, min_kept)
     together = families(graph, groups_among(graph, among), alike, steps)
     order = order_by(graph, params, grams, scores, importance)
@@ -304,7 +306,9 @@ def require_budget(budget: float) -> None:
 
 def check_share(share: object, name: str) -> None:
     if not isinstance(share, int | float | np.floating) or not 0 <= share < 1:
-        raise ValueError(f"{name} is the fraction of channels removed, at least 0 and below 1, not {share!r}.")
+        raise ValueError(
+            f"{name} is the fraction of channels removed, at least 0 and below 1, not {share!r}; 50 % is 0.5."
+        )
 
 
 def _first(graph: Graph, last: int, plan: Callable[[int], Plan], cost: Cost | None, budget: float) -> int:

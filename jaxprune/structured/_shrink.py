@@ -18,7 +18,7 @@ from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.structured._axes._layered import spread
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._inputs import with_inputs
-from jaxprune.structured._plan import Plan, cut_shapes, is_nested
+from jaxprune.structured._plan import Plan, cut_shapes, is_nested, require_plan
 
 
 class UnrepairedWarning(UserWarning):
@@ -45,6 +45,7 @@ def channel_masks(plan: Plan, params: Any) -> Any:
     >>> masks["up"].tolist(), masks["bias"].tolist()
     ([[False, True, False, True]], [True, True])
     """
+    require_plan(plan, "channel_masks(plan, params)")
     flat = flatten(params, "params")
     planned, wanted = _beside(plan, flat)
     found = {path: np.shape(leaf) for path, leaf in zip(planned, flat.leaves, strict=True) if path is not None}
@@ -119,6 +120,7 @@ def shrink(plan: Plan, tree: Any) -> Any:
     >>> shrink(plan, state)["mu"]["up"].tolist()
     [[2.0, 4.0]]
     """
+    require_plan(plan, "shrink(plan, params)")
     _warn_of_unrepaired(plan, flatten(tree, "tree").by_path)
     return cut_out(plan, tree)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune._jaxpr import _equations
 from jaxprune._printing import some
+from jaxprune._tree._given import called_on
 from jaxprune._tree._paths import flatten
 from jaxprune.structured._axes._dims import freeze
 from jaxprune.structured._axes._label import label
@@ -65,7 +66,8 @@ def trace(
     # Weak types make loops look as if their carry changed.
     shapes = [jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in flat.leaves]
     try:
-        body, outputs = _equations.trace(fn, flat.build(shapes), *inputs)
+        with called_on(fn, params, inputs):
+            body, outputs = _equations.trace(fn, flat.build(shapes), *inputs)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise TypeError(
             "The function cannot be traced: what it does depends on the values of its arguments "

@@ -12,8 +12,8 @@ from jaxprune._printing import Printable, some
 from jaxprune._tree._paths import flatten
 from jaxprune.structured._axes._layered import take_kept
 from jaxprune.structured._axes._replay import Replay
-from jaxprune.structured._graph import Graph
-from jaxprune.structured._plan import Plan, layered_groups, shallower, solve
+from jaxprune.structured._graph import Graph, require_graph
+from jaxprune.structured._plan import Plan, layered_groups, require_plan, shallower, solve
 from jaxprune.structured._rebuild import at_shapes, evaluate, masked, rebuild, whole_shapes
 from jaxprune.structured._rounding import tolerances
 from jaxprune.structured._shrink import channel_masks, cut_inputs, cut_out
@@ -116,6 +116,8 @@ def verify(graph: Graph, plan: Plan, params: Any, *inputs: Any, tolerance: float
     >>> result.passed, result.outputs[0].difference < 1e-6
     (True, True)
     """
+    require_graph(graph, "verify(graph, plan, params, *inputs)")
+    require_plan(plan, "verify(graph, plan, params, *inputs)")
     if plan.renumbered:
         raise ValueError(
             f"The plan renumbers the rows of {some(plan.renumbered)}: the smaller function takes other numbers than the masked one. "

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.tree_util import keystr
 
 from jaxprune._tree._leaves import own
 from jaxprune._tree._paths import flatten
@@ -32,11 +33,25 @@ def masks_in(opt_state: Any) -> Any:
     """
     found = [node.masks for node in jax.tree.leaves(opt_state, is_leaf=_holds_masks) if _holds_masks(node)]
     if not found:
-        raise ValueError("This optimizer state holds no masks. Put keep_pruned(masks) last in the chain.")
+        raise ValueError("This optimizer state holds no masks. " + _remedy(opt_state))
     merged, *others = found
     for other in others:
         merged = _intersect(merged, other)
     return jax.tree.map(own, merged)
+
+
+def _remedy(opt_state: Any) -> str:
+    if isinstance(opt_state, optax.GradientTransformation):
+        return "It is the transform itself: pass the state that its init(params) returned."
+    for path, _ in jax.tree_util.tree_leaves_with_path(opt_state):
+        for depth, key in enumerate(path, 1):
+            if getattr(key, "key", None) == "masks":
+                return (
+                    f"What it has at opt_state{keystr(path[:depth])} stands in plain dicts, as a checkpoint does that was "
+                    "restored without a target. Restore it as the state that it was: "
+                    "checkpointer.restore(path, jax.eval_shape(tx.init, params))."
+                )
+    return "Put keep_pruned(masks) last in the chain."
 
 
 def _holds_masks(node: Any) -> bool:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._dtypes import common
+from jaxprune._masks import require_make
+from jaxprune._tree._given import described, takes
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
@@ -72,6 +74,7 @@ def prune(
         arguments but ``schedule`` are to be named in ``static_args``.
 
     Raises:
+        TypeError: make or schedule is none.
         ValueError: every < 1, begin < 0, until < begin; by ``init`` where `make` refuses a k of the schedule or makes masks of another
             tree; by ``update`` without params.
 
@@ -191,6 +194,12 @@ def _scheduled(
     steps: Steps,
     log: Log | None,
 ) -> optax.GradientTransformationExtraArgs:
+    require_make(make, f"{title}(make, schedule)")
+    if callable(schedule) and not takes(schedule, 0):
+        raise TypeError(
+            f"{title}(make, schedule) was given {described(schedule)} for schedule, which is a number or a function of the "
+            "update's number alone; make, which takes params and k, comes first."
+        )
     steps.check(title)
 
     def init_fn(params: Any) -> PruneState:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._tree._axes import Stacked
+from jaxprune._tree._given import described
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import flatten
@@ -127,6 +128,8 @@ def rigl(
 
     Reference: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", 2020, algorithm 1.
     """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"rigl(inner, masks) was given {described(inner)} where the optimizer inner belongs.")
 
     def by_gradient(gradient: jax.Array, leaf: int, count: jax.Array) -> jax.Array:
         del leaf, count

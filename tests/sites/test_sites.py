@@ -333,7 +333,7 @@ def sharded_product(x: Any, w: Any) -> Any:
 # name, function of (x [4, 3], w [3, 2], v [3, 2]), the reason for w
 UNRESOLVED = [
     ("multiply and sum", lambda x, w, v: (x[:, :, None] * w[None]).sum(1), "write that as a dot product"),
-    ("shard_map", lambda x, w, v: sharded_product(x, w), "it enters shard_map together with data"),
+    ("shard_map", lambda x, w, v: sharded_product(x, w), "it enters shard_map, by which jax.pmap"),
     ("pallas", lambda x, w, v: pallas_product(x, w), "it enters pallas_call together with data"),
     ("product of parameters", lambda x, w, v: x @ (w @ v.T), "it enters dot_general after dot_general"),
     ("broadcast", lambda x, w, v: jnp.einsum("td,tdo->to", x, jnp.broadcast_to(w, (4, 3, 2))), "after broadcast"),

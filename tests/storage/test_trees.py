@@ -217,7 +217,7 @@ def test_metadata_come_back(tmp_path):
         (({"w": W}, {"w": np.ones((2, 3), bool)}), ValueError, r"params\['w'\] an array of bool\[2, 3\]"),
         (({"w": W}, {"v": W > 0}), ValueError, "no entry for"),
         (({"n": np.arange(2)}, {"n": np.array([True, False])}), ValueError, r"prunes params\['n'\].*int64"),
-        (({"w": "text"},), TypeError, r"params\['w'\] is a str"),
+        (({"w": "text"},), TypeError, r"params\['w'\] is the string 'text'"),
         (({"key": jax.random.key(0)},), ValueError, r"params\['key'\] is a PRNG key"),
         (({"w": W.astype(ml_dtypes.int4)},), ValueError, r"params\['w'\] is int4"),
         (({"": W, "b": W},), ValueError, "empty path beside other leaves; rename it"),

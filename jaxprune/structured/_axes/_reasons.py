@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from jaxprune._jaxpr._equations import per_device
+
 
 class Reason(str):
     """A reason that knows the place in the function; `place` is looked up when it is read, and empty where unknown.
@@ -53,7 +55,9 @@ def only_renumbers(reason: str | None) -> bool:
 
 def no_rule(primitive: str) -> str:
     """Say that nothing is known of a primitive."""
-    return f"{primitive} has no rule, what it does along its axes is not known; write it in operations of jax.numpy"
+    return per_device(primitive) or (
+        f"{primitive} has no rule, what it does along its axes is not known; write it in operations of jax.numpy"
+    )
 
 
 def runs_along(primitive: str) -> str:
