@@ -111,7 +111,7 @@ def from_disk(task: Task) -> None:
         data = task.entering(_load(task.model / "ends.safetensors")["embed"]["embedding"])
         return oneshot.block_by_block(task.block, blocks, data, METHOD, folder=task.out)
 
-    storage.prune_blocks(task.model, task.out / "pruned", names, prune)
+    storage.prune_blocks(task.model, task.out / "pruned", names, prune, force=True)
 
 
 def _first(config: llama.Config) -> tuple[Any, ...]:
@@ -129,7 +129,7 @@ REFERENCES = ("in sequence", "block by block")
 
 
 def _keep(task: Task, params: Any, masks: Any, name: str = "pruned.safetensors") -> None:
-    jaxprune.save_sparse(task.out / name, params, masks)
+    jaxprune.save_sparse(task.out / name, params, masks, force=True)
 
 
 def prepare(folder: Path, *, small: bool, calibration: int, length: int) -> llama.Config:
@@ -147,8 +147,12 @@ def prepare(folder: Path, *, small: bool, calibration: int, length: int) -> llam
     np.save(folder / "windows.npy", tokens)
     for first in range(0, config.layers, LAYERS_PER_SHARD):
         layers = [f"layer_{i}" for i in range(first, min(first + LAYERS_PER_SHARD, config.layers))]
-        jaxprune.save_sparse(folder / "model" / f"{first:03}.safetensors", {name: params[name] for name in layers})
-    jaxprune.save_sparse(folder / "model" / "ends.safetensors", {name: params[name] for name in ("embed", "norm")})
+        jaxprune.save_sparse(
+            folder / "model" / f"{first:03}.safetensors", {name: params[name] for name in layers}, force=True
+        )
+    jaxprune.save_sparse(
+        folder / "model" / "ends.safetensors", {name: params[name] for name in ("embed", "norm")}, force=True
+    )
     return config
 
 

@@ -78,7 +78,7 @@ def speeds(folder: Path, params: Any, masks: Any, repeats: int) -> dict[str, lis
     params, masks = jax.tree.map(np.asarray, (params, masks))
     saving: dict[str, Callable[[], Any]] = {
         "safetensors, dense": lambda: safetensors.numpy.save_file(flat, folder / "plain"),
-        "save_sparse, dense": lambda: jaxprune.save_sparse(folder / "dense", params),
+        "save_sparse, dense": lambda: jaxprune.save_sparse(folder / "dense", params, force=True),
     }
     loading: dict[str, Callable[[], Any]] = {
         "safetensors, dense": lambda: safetensors.numpy.load_file(folder / "plain"),
@@ -101,7 +101,7 @@ def sizes(folder: Path, params: Any, masks: Any) -> list[dict[str, Any]]:
     """Return for every way the bytes of a file, and its bound."""
     found = []
     for way, options in WAYS.items():
-        saved = jaxprune.save_sparse(folder / "m", params, masks, **options)
+        saved = jaxprune.save_sparse(folder / "m", params, masks, **options, force=True)
         least = bound(folder / "m")
         found.append(
             {

@@ -74,7 +74,7 @@ def save_killed_at_line(path: Path, line: int) -> None:
         return trace
 
     sys.settrace(trace)
-    save_sparse(path, *a_model(2.0))
+    save_sparse(path, *a_model(2.0), force=True)
     sys.settrace(None)
     (path.parent / "lines").write_text(str(seen))
 
@@ -103,21 +103,21 @@ def kills(count: int, folder: Path, console: Console) -> dict[str, int]:
             found["temporary files left"] += 1
             left.unlink()
 
-    save_sparse(path, *old)
+    save_sparse(path, *old, force=True)
     os.waitpid(in_child(lambda: save_killed_at_line(path, 0)), 0)
     lines = int((folder / "lines").read_text())
     begin = time.perf_counter()
     for _ in range(10):
-        save_sparse(path, *old)
+        save_sparse(path, *old, force=True)
     seconds = (time.perf_counter() - begin) / 10
     for line in track(np.linspace(1, lines, count // 2).astype(int).tolist(), "kills by line", console=console):
-        save_sparse(path, *old)
+        save_sparse(path, *old, force=True)
         look(in_child(lambda line=line: save_killed_at_line(path, line)))
     rng, by_line = random.Random(0), found["killed"]
     for i in track(range(by_line + 1, count + 1), "kills by time", console=console):
         while found["killed"] < i:
-            save_sparse(path, *old)
-            child = in_child(lambda: save_sparse(path, *a_model(2.0)) and None)
+            save_sparse(path, *old, force=True)
+            child = in_child(lambda: save_sparse(path, *a_model(2.0), force=True) and None)
             # A new process takes some time to begin, and a busy one longer to save.
             time.sleep(rng.uniform(0, 3 * seconds))
             os.kill(child, signal.SIGKILL)
@@ -140,7 +140,7 @@ def good_files(folder: Path) -> list[bytes]:
     files = []
     for quantize in (None, 8, 4):
         for compress in (False, True):
-            save_sparse(folder / "good", params, masks, quantize=quantize, compress=compress)
+            save_sparse(folder / "good", params, masks, quantize=quantize, compress=compress, force=True)
             files.append((folder / "good").read_bytes())
     return files
 

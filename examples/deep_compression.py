@@ -98,7 +98,7 @@ def _store(experiment: Experiment, settings: Settings, way: Way, phase: str, sta
     """Store a network in one way, read it back, and validate what was read."""
     path = settings.out / f"{way.file}-{phase.removesuffix('%')}.safetensors"
     masks = jaxprune.masks_in(state.opt_state) if way.masked else None
-    saved = save_sparse(path, state.params, masks, quantize=way.quantize, compress=way.compress)
+    saved = save_sparse(path, state.params, masks, quantize=way.quantize, compress=way.compress, force=True)
     params, _ = load_sparse(path, like=state.params)
     found = experiment.validate(state.replace(params=params), cnn.evaluate)
     return {

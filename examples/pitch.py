@@ -132,7 +132,9 @@ def run(settings: argparse.Namespace, console: Console) -> dict[str, Any]:
             row = {"sparsity": sparsity, "accuracy": accuracy(pruned, frames, cents)}
             if name == "global":
                 path = settings.out / f"{settings.size}-{100 * sparsity:g}.safetensors"
-                saved = save_sparse(path, pruned, masks, metadata={"rule": name, "k": str(sparsity)}, quantize=8)
+                saved = save_sparse(
+                    path, pruned, masks, metadata={"rule": name, "k": str(sparsity)}, quantize=8, force=True
+                )
                 read_back, _ = load_sparse(path, like=pruned)
                 row |= {"bytes": saved.bytes, "accuracy_int8": accuracy(read_back, frames, cents)}
             results["rules"][name].append(row)

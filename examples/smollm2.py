@@ -231,7 +231,7 @@ def calibrate(model: Model, methods: set[str], batches: np.ndarray) -> Evidence:
 def save(path: Path, params: Any, masks: Any, bits: int) -> int:
     """Save a model; return the bytes of its file."""
     stacked = "layers" if "layers" in params else None  # each layer of a scan has scales of its own
-    return jaxprune.save_sparse(path, params, masks, stacked=stacked, **STORED[bits]).bytes
+    return jaxprune.save_sparse(path, params, masks, stacked=stacked, **STORED[bits], force=True).bytes
 
 
 def reopen(model: Model, path: Path) -> Model:

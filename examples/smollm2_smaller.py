@@ -239,7 +239,7 @@ def narrower(stages: Stages, dense: Model, layers: structured.Plan | None, windo
     stages.finish("cut", unrepaired, used_without)
     del unrepaired
     check(cut, repaired, windows[:1, :CHECKED], stages.console)
-    jaxprune.save_sparse(options.out / REPAIRED, repaired.params)
+    jaxprune.save_sparse(options.out / REPAIRED, repaired.params, force=True)
     stages.finish("repaired", repaired, used)
     return repaired
 

@@ -77,10 +77,18 @@ class Table(Printed, RichTable):
         lines += [_LEGEND] if self._merged and self._legend else []
         self.caption = _text("\n".join(lines), "table.caption") if lines else None
 
-    def _share_out(self, width: int) -> None:
-        """Share out a width: each column has what breaks between words, or numbers, and not within; first comes that of names."""
+    def widen(self, width: int) -> int:
+        """Return a width, or the least at which no name is broken if that is more."""
+        self._settle()
+        least, most = self._widths()
+        return max(width, self._frame() + most[0] + sum(least[1:]))
+
+    def _frame(self) -> int:
         _, right, _, left = self.padding
-        spare = width - len(self.columns) * (right + left + 1) - 1
+        return len(self.columns) * (right + left + 1) + 1
+
+    def _widths(self) -> tuple[list[int], list[int]]:
+        """Return for each column the width that breaks between words, or numbers, and not within, and that which breaks nothing."""
         least, most = [], []
         for column in self.columns:
             numbers = column.justify == "right"
@@ -88,6 +96,12 @@ class Table(Printed, RichTable):
                 max(_longest([column.header], r"\s"), _longest(column.cells, r"(?<=,) |\n" if numbers else r"\s"))
             )
             most.append(_longest([column.header, *column.cells], r"\n"))
+        return least, most
+
+    def _share_out(self, width: int) -> None:
+        """Share out a width: no column breaks within words, or numbers, but that of names, which comes first."""
+        spare = width - self._frame()
+        least, most = self._widths()
         least[0] = min(most[0], _NARROW)
         spare -= sum(least)
         for column, low, high in zip(self.columns, least, most, strict=True):

@@ -296,7 +296,7 @@ def test_choices():
 
 def test_files(tmp_path):
     for compress in (False, True):
-        saved = jaxprune.save_sparse(tmp_path / "tree", PARAMS, MASKS, compress=compress, quantize=8)
+        saved = jaxprune.save_sparse(tmp_path / "tree", PARAMS, MASKS, compress=compress, quantize=8, force=True)
         loaded, masks = jaxprune.load_sparse(tmp_path / "tree")
         np.testing.assert_array_equal(
             spectral(loaded), spectral(PRUNED)
@@ -306,7 +306,7 @@ def test_files(tmp_path):
     plain = {"spectral.weight": W, "dense.weight": V}
     jaxprune.save_sparse(tmp_path / "plain", plain)
     for rule, k in ((rules.std_threshold, 1.0), (rules.layer_sparsity, 0.5), (rules.global_sparsity, 0.5)):
-        storage.prune_file(tmp_path / "plain", tmp_path / "pruned", k, rule=rule)
+        storage.prune_file(tmp_path / "plain", tmp_path / "pruned", k, rule=rule, force=True)
         expected = jaxprune.make_masks(plain, k, rule=rule)
         loaded, masks = jaxprune.load_sparse(tmp_path / "pruned")
         np.testing.assert_array_equal(masks["spectral.weight"], expected["spectral.weight"])

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ from jaxprune._tables import Table
 from jaxprune._tree._names import slashed
 from jaxprune._tree._prunable import Predicate, is_kernel
 from jaxprune.storage import _files
-from jaxprune.storage._atomic import require_file
+from jaxprune.storage._atomic import require_file, require_new
 from jaxprune.storage._checkpoint import Checkpoint, Writing
 from jaxprune.storage._overview import diff_files, summarize_file
 
@@ -27,7 +28,8 @@ from jaxprune.storage._overview import diff_files, summarize_file
 RULES = {name: rule.strength for name, rule in vars(rules).items() if isinstance(rule, rules.Rule)}
 RULES["n_m"] = "how many of every --m weights are kept"
 
-_WIDTH = 120  # of tables in a file or a pipe, which have no width of their own
+# Columns of a file or a pipe, which has no width of its own.
+_ENDLESS = 100_000
 
 
 def summarize(options: argparse.Namespace) -> bool:
@@ -37,11 +39,8 @@ def summarize(options: argparse.Namespace) -> bool:
     if options.json:
         _print_json(found.to_dict())
     else:
-        console = _console()
-        console.print(found.table(full=options.full))
-        console.print(
-            f"{found.dense_bytes / max(found.bytes, 1):.2f} times smaller than its dense arrays", highlight=False
-        )
+        _show(found.table(full=options.full))
+        print(f"{found.dense_bytes / max(found.bytes, 1):.2f} times smaller than its dense arrays")
     return True
 
 
@@ -78,7 +77,7 @@ def diff(options: argparse.Namespace) -> bool:
         table.add_column("largest", justify="right")
         for difference in in_order(found, lambda difference: difference.name):
             table.add_row(difference.name, difference.what, f"{difference.largest:.4g}")
-        _console().print(table)
+        _show(table)
     else:
         print("no differences")
     return not found
@@ -93,7 +92,8 @@ def report(options: argparse.Namespace) -> bool:
     with Checkpoint(options.model) as checkpoint:
         require_file(page)
         checkpoint.require_apart(page)
-        _refuse_existing(page, options.force)
+        require_new(page, options.force)
+        _require_parent(page)
         for name, tensor in checkpoint.tensors.items():
             values, mask = tensor.load()
             mask = mask if tensor.encoded else _files.nonzero(tensor, values)
@@ -133,6 +133,7 @@ def _write(
         _print_json(figures)
     else:
         _print_figures(figures, options.full)
+        print(_reading(figures["layout"], options.compress, folder=planned.index is not None))
     return True
 
 
@@ -146,6 +147,7 @@ def _figures(options: argparse.Namespace, planned: Writing, size: int | None, pr
     return {
         "path": options.out,
         "written": size is not None,
+        "layout": _layout(planned),
         "bytes": stored,
         "dense_bytes": sum(row.dense_bytes for row in rows),
         "compression": sum(row.dense_bytes for row in rows) / max(stored, 1),
@@ -165,12 +167,34 @@ def _print_figures(figures: dict[str, Any], full: bool) -> None:
         error = f"{row['relative_error']:.2%}" if row["relative_error"] else ""
         shape = " x ".join(map(str, row["shape"]))
         table.add_row(row["path"], shape, f"{row['kept']:,}", share, f"{row['stored_bytes']:,}", error)
-    _console().print(table)
+    _show(table)
     verb = "wrote" if figures["written"] else "would write, before compression,"
     print(
         f"{verb} {figures['bytes']:,} bytes, {figures['compression']:.2f} times smaller than dense; "
         f"{figures['prunable_sparsity']:.2%} of the prunable weights pruned, {figures['sparsity']:.2%} of all"
     )
+
+
+def _layout(planned: Writing) -> str:
+    if any(row.bits < 8 * np.dtype(row.dtype).itemsize for row in planned.rows):
+        return "integers"
+    return "plain" if all(row.path in planned.weight_map for row in planned.rows) else "sparse-bitmask"
+
+
+def _reading(layout: str, zstd: bool, *, folder: bool) -> str:
+    """Say which layout a model was written in, who reads it, and what to do for others."""
+    ours = "jaxprune.load_sparse reads " + ("each file of it" if folder else "it")
+    if layout == "plain":
+        return (
+            f"plain safetensors through zstd: {ours}, others after zstd -d"
+            if zstd
+            else "plain safetensors for any reader"
+        )
+    if layout == "integers":
+        return f"integers and their scales: {ours}; for others, jaxprune convert it with --dense"
+    others = "" if zstd else ", compressed-tensors up to 0.14 too"
+    layout = "layout sparse-bitmask, kept weights and a bit for every weight"
+    return f"{layout}: {ours}{others}; --dense writes a plain one for others"
 
 
 def _rule_of(options: argparse.Namespace) -> rules.Rule:
@@ -180,11 +204,12 @@ def _rule_of(options: argparse.Namespace) -> rules.Rule:
 
 
 def _prunable(options: argparse.Namespace, checkpoint: Checkpoint) -> Predicate:
+    given = [*(options.only or []), *options.skip]
     only, skip = ([slashed(glob) for glob in globs or []] for globs in (options.only, options.skip))
     paths = [slashed(name) for name in checkpoint.tensors]
-    for glob in (*only, *skip):
-        if not any(fnmatchcase(path, glob) for path in paths):
-            raise ValueError(f"no tensor is named like {glob.replace('/', '.')!r}; try jaxprune summarize.")
+    for glob in given:
+        if not any(fnmatchcase(path, slashed(glob)) for path in paths):
+            raise ValueError(f"no tensor is named like {glob!r}; jaxprune summarize --full lists the names.")
 
     def fits(path: str, leaf: Any) -> bool:
         wanted = any(fnmatchcase(path, glob) for glob in only) if only else is_kernel(path, leaf)
@@ -201,13 +226,11 @@ def _check_target(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
         kinds = ("folder", "file") if folder else ("file", "folder")
         raise ValueError(f"{options.out} is a {kinds[1]}, but {options.model} is a {kinds[0]}; name another output.")
     if not options.dry_run:
-        checkpoint.check_target(target)
-        _refuse_existing(target, options.force)
+        checkpoint.check_target(target, options.force)
+        _require_parent(target)
 
 
-def _refuse_existing(target: Path, force: bool) -> None:
-    if not force and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
-        raise ValueError(f"{target} is there already; --force replaces it.")
+def _require_parent(target: Path) -> None:
     if not target.parent.is_dir():
         raise ValueError(f"the folder {target.parent} is not there; make it first.")
 
@@ -232,8 +255,13 @@ class _Console(Console):
         raise
 
 
-def _console() -> Console:
-    return _Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+def _show(table: Table) -> None:
+    """Print a table; in a file or a pipe no name is broken, where a program may look for it."""
+    width = None
+    if not sys.stdout.isatty():
+        columns = os.environ.get("COLUMNS", "")
+        width = table.widen(int(columns)) if columns.isdigit() else _ENDLESS
+    _Console(highlight=False, width=width).print(table)
 
 
 def _print_json(value: Any) -> None:

@@ -4,23 +4,31 @@ import argparse
 import difflib
 import functools
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NoReturn, TextIO
 
 from jaxprune._cli import _actions as actions
+from jaxprune._cli._completion import FileName, PrintCompletion
 from jaxprune._interrupt import INTERRUPTED
 from jaxprune._printing import printable
 from jaxprune.storage._coding import DTYPES
+from jaxprune.storage._trees import version
 
 OK, DIFFERENT, MISUSED = 0, 1, 2
 
 _DESCRIPTION = """Prune, convert and compare models on disk: safetensors files, or folders of shards with their index.
 
 No model class is needed, and one tensor at a time is in memory. Tables go to the standard output, progress and errors to
-the standard error. Exit codes: 0, 1 for models that differ (diff), 2 for what cannot be done.
+the standard error. Tables are as wide as the terminal, or as COLUMNS says; in a pipe no name is broken. Exit codes: 0, 1
+for models that differ (diff), 2 for what cannot be done.
 """
+
+# In messages of functions: a leaf of a tree of tensors, and keywords that are options here.
+_LEAF = re.compile(r"""params\[(['"])(.*?)\1\]""")
+_KEYWORD = re.compile(r"\b(group_size\b|(?:prunable|force|dense|quantize|quantize_tables)(?==))=?(True\b|\.\.\.|\d*)")
 
 _RULES = "Rules, and what k is:\n" + "\n".join(f"  {name}: {strength}" for name, strength in actions.RULES.items())
 
@@ -42,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         says why), 130 when interrupted.
 
     Raises:
-        SystemExit: by ``--help``, and for words that cannot be understood.
+        SystemExit: by ``--help``, ``--version`` and ``--print-completion``, and for words that cannot be understood.
     """
     try:
-        options = _parser().parse_args(arguments)
+        options = _parse(sys.argv[1:] if arguments is None else list(arguments))
         with warnings.catch_warnings():
             # Each tensor is masked twice, and would warn twice.
             warnings.simplefilter("once")
@@ -68,7 +76,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return printable(f"{error.filename}: {error.strerror}")
-    return printable(" ".join(str(error).split()))
+    return _for_shell(" ".join(str(error).split()))
+
+
+def _for_shell(text: str) -> str:
+    """Say what a function says to its caller to a user of the command: tensors by their names, keywords as options.
+
+    >>> _for_shell("params['a.0.weight'] is large; leave it dense with prunable=..., or give quantize= as well.")
+    'a.0.weight is large; leave it dense with --skip, or give --quantize as well.'
+    """
+    by_name = _LEAF.sub(lambda found: found[2], text)
+    return printable(_KEYWORD.sub(_option, by_name))
+
+
+def _option(found: re.Match[str]) -> str:
+    name = "skip" if found[1] == "prunable" else found[1].replace("_", "-")
+    return f"--{name} {found[2]}" if found[2].isdigit() else f"--{name}"
 
 
 def _show_warning(
@@ -79,11 +102,30 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"jaxprune: warning: {printable(str(message))}", file=sys.stderr)
+    print(f"jaxprune: warning: {_for_shell(str(message))}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        parser.error(_unknown("command", words[0], commands))
+    return parser.parse_args(words or ["--help"])
+
+
+def _unknown(kind: str, name: str, known: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    meant = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"there is no {kind} {name!r}; {meant}The {kind}s are {', '.join(known)}."
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """Make the parser; return the names of its commands, too."""
     parser = _Parser(prog="jaxprune", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"jaxprune {version() or 'of unknown version'}")
+    parser.add_argument(
+        "--print-completion", action=PrintCompletion, choices=("bash", "zsh", "fish"), metavar="SHELL",
+        help="print what completes words in bash, zsh or fish; needs jaxprune[completion]",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     add = functools.partial(commands.add_parser, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -91,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "summarize", help="show what a model holds", description="Show what each tensor keeps, and its bytes."
     )
     summarize.set_defaults(action=actions.summarize)
-    summarize.add_argument("model", help="a safetensors file, or a folder of shards")
+    summarize.add_argument("model", action=FileName, help="a safetensors file, or a folder of shards")
 
     prune = add(
         "prune", help="prune a model by magnitude", epilog=_RULES,
@@ -99,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     prune.set_defaults(action=actions.prune)
     _add_paths(prune)
-    prune.add_argument("--rule", type=_rule, required=True, metavar="NAME", help="what decides; see below")
+    prune.add_argument(
+        "--rule", type=_rule, choices=actions.RULES, required=True, metavar="NAME", help="what decides; see below"
+    )
     prune.add_argument("--k", type=float, required=True, help="the rule's strength")
     prune.add_argument("--m", type=int, help="the size of a group, for n_m")
     prune.add_argument("--scores", choices=("magnitude",), default="magnitude", help="what ranks the weights")
@@ -118,13 +162,13 @@ def _parser() -> argparse.ArgumentParser:
 
     diff = add("diff", help="compare two models", description="Compare two models, in whatever way each is stored.")
     diff.set_defaults(action=actions.diff)
-    diff.add_argument("a", help="a safetensors file, or a folder of shards")
-    diff.add_argument("b", help="another")
+    diff.add_argument("a", action=FileName, help="a safetensors file, or a folder of shards")
+    diff.add_argument("b", action=FileName, help="another")
 
     report = add("report", help="write a page about a model", description="Write one HTML page about a model.")
     report.set_defaults(action=actions.report)
-    report.add_argument("model", help="a safetensors file, or a folder of shards")
-    report.add_argument("out", help="the page to write")
+    report.add_argument("model", action=FileName, help="a safetensors file, or a folder of shards")
+    report.add_argument("out", action=FileName, help="the page to write")
     report.add_argument("--force", action="store_true", help="replace the file that is there; never the model itself")
 
     for command in (summarize, prune, convert, diff):
@@ -132,12 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--full", action="store_true", help="a row for each layer, not one for many that are alike"
         )
-    return parser
+    return parser, commands.choices
 
 
 def _add_paths(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="a safetensors file, or a folder of shards")
-    command.add_argument("out", help="the file or folder to write")
+    command.add_argument("model", action=FileName, help="a safetensors file, or a folder of shards")
+    command.add_argument("out", action=FileName, help="the file or folder to write")
     command.add_argument("--dense", action="store_true", help="write zeros: a plain file that anything reads")
     command.add_argument("--quantize", type=int, choices=(8, 4), help="store kernels as integers of so many bits")
     command.add_argument("--quantize-tables", type=int, choices=(8, 4), help="the same for tables of embeddings")
@@ -152,7 +196,5 @@ def _add_paths(command: argparse.ArgumentParser) -> None:
 
 def _rule(name: str) -> str:
     if name not in actions.RULES:
-        nearest = difflib.get_close_matches(name, actions.RULES, n=1, cutoff=0.4)
-        meant = f"did you mean {nearest[0]}? " if nearest else ""
-        raise argparse.ArgumentTypeError(f"there is no rule {name!r}; {meant}The rules are {', '.join(actions.RULES)}.")
+        raise argparse.ArgumentTypeError(_unknown("rule", name, actions.RULES))
     return name

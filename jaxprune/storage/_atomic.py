@@ -57,6 +57,12 @@ def require_file(path: Path) -> None:
         raise ValueError(f"{path} is {_kind(mode)}, which is not replaced by a file; name another output.")
 
 
+def require_new(path: Path, force: bool) -> None:
+    """Raise a FileExistsError where a file, or a folder that holds something, would be replaced and nobody said that it may be."""
+    if not force and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise FileExistsError(f"{path} is there already; force=True replaces it.")
+
+
 def _kind(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "a folder"

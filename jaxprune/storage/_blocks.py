@@ -33,6 +33,7 @@ def prune_blocks(
     *,
     dense: bool = False,
     metadata: Mapping[str, str] | None = None,
+    force: bool = False,
     done: Callable[[int], None] = lambda block: None,
 ) -> Saved:
     """Prune the blocks of a model on disk by `oneshot.block_by_block`, however much larger than memory the model is.
@@ -54,6 +55,7 @@ def prune_blocks(
             ``lambda blocks: oneshot.block_by_block(fn, blocks, batches, method)``.
         dense: as in `prune_file`: zeros for pruned weights, in a plain file; otherwise the masks are stored.
         metadata: as in `prune_file`.
+        force: as in `prune_file`.
         done: called with the number of each block when it is pruned and stored.
 
     Returns:
@@ -63,6 +65,7 @@ def prune_blocks(
         StorageError: the source is damaged, or changed while it was read.
         ValueError: a tensor of a block is missing, a name holds no ``{}``, `prune` returns too few blocks or leaves of another
             shape or dtype, or the target is the source, a device or a pipe; and whatever `prune` raises.
+        FileExistsError: the target is there already, and `force` is False.
 
     >>> import functools, jax.numpy as jnp, jaxprune, tempfile
     >>> model = {"layers": [{"weight": jnp.array([[1.0, 0.2], [0.1, 1.0]])}] * 2, "embed": jnp.ones((3, 2))}
@@ -79,7 +82,7 @@ def prune_blocks(
     target = Path(target)
     coding = read_coding(None, None, None, None, compress=False)
     with Checkpoint(source) as checkpoint:
-        checkpoint.check_target(target)
+        checkpoint.check_target(target, force)
         strings = checkpoint.metadata | check_metadata(metadata)
         blocks = _blocks(checkpoint, names)
         if checkpoint.path.is_dir():

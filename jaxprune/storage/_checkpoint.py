@@ -78,12 +78,16 @@ class Checkpoint:
         for file in self.files.values():
             file.require_unchanged()
 
-    def check_target(self, target: Path) -> None:
-        """Raise a ValueError where this model, written anew to `target`, would replace itself or what is no file."""
+    def check_target(self, target: Path, force: bool) -> None:
+        """Raise a ValueError where this model, written anew to `target`, would replace itself or what is no file.
+
+        What else is there already is a FileExistsError, unless `force` says to replace it.
+        """
         names = (*self.files, self.index_name) if self.path.is_dir() else ()
         for path in [target / name for name in names] or [target]:
             _atomic.require_file(path)
             self.require_apart(path)
+        _atomic.require_new(target, force)
 
     def require_apart(self, path: Path) -> None:
         """Raise a ValueError where `path` is a file of this model, by whatever name or link."""

@@ -42,6 +42,7 @@ def prune_file(
     dtype: str | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
+    force: bool = False,
     done: Done = lambda name: None,
 ) -> Saved:
     """Prune a model on disk by the magnitude of its weights, without its class and without loading it whole.
@@ -64,6 +65,7 @@ def prune_file(
         dtype: as in `save_sparse`; masks are made before values are rounded.
         compress: as in `save_sparse`.
         metadata: strings for the header, beside those of the source.
+        force: as in `save_sparse`; the source itself is never replaced.
         done: called with the name of each tensor after each of the two times it has been encoded.
 
     Returns:
@@ -72,9 +74,10 @@ def prune_file(
     Raises:
         StorageError: the source is damaged, or changed while it was read.
         ValueError: nothing is prunable, k does not fit the rule, or the target is the source, a device or a pipe.
+        FileExistsError: the target is there already, and `force` is False.
     """
     with Checkpoint(source) as checkpoint:
-        checkpoint.check_target(Path(target))
+        checkpoint.check_target(Path(target), force)
         names = choose_tensors(checkpoint, prunable)
         planned = plan_file(
             checkpoint,
@@ -102,6 +105,7 @@ def convert_file(
     dtype: str | None = None,
     compress: bool = False,
     metadata: Mapping[str, str] | None = None,
+    force: bool = False,
     done: Done = lambda name: None,
 ) -> Saved:
     """Write a model on disk anew: sparse from plain, plain from sparse, quantised, compressed; one tensor at a time.
@@ -119,6 +123,7 @@ def convert_file(
         dtype: as in `prune_file`.
         compress: as in `prune_file`.
         metadata: as in `prune_file`.
+        force: as in `prune_file`.
         done: as in `prune_file`.
 
     Returns:
@@ -127,9 +132,10 @@ def convert_file(
     Raises:
         StorageError: the source is damaged, or changed while it was read.
         ValueError: a tensor to quantise holds NaN or infinity, or the target is the source, a device or a pipe.
+        FileExistsError: the target is there already, and `force` is False.
     """
     with Checkpoint(source) as checkpoint:
-        checkpoint.check_target(Path(target))
+        checkpoint.check_target(Path(target), force)
         planned = plan_file(
             checkpoint,
             stored_or_paying,

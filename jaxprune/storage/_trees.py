@@ -17,7 +17,7 @@ from jaxprune._tree._given import described
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import Tree, flatten
-from jaxprune.storage import _writer
+from jaxprune.storage import _atomic, _writer
 from jaxprune.storage._coding import read_coding
 from jaxprune.storage._container import NAMES, TensorFile, bad_name
 from jaxprune.storage._tensors import OWN_METADATA, own_metadata, tensors
@@ -67,6 +67,7 @@ def save_sparse(
     stacked: Stacked = None,
     dtype: str | None = None,
     compress: bool = False,
+    force: bool = False,
 ) -> Saved:
     """Save parameters and their masks in one safetensors file that holds the kept weights alone.
 
@@ -76,7 +77,7 @@ def save_sparse(
     all, whatever stops the process. Values are kept bit for bit unless they are to be quantised or rounded.
 
     Args:
-        path: the file; an older one is replaced.
+        path: the file; one that is there already is replaced only by `force`.
         params: a pytree of arrays. Leaves are named by their paths, ``block/dense/kernel``. Dtypes: float of 8
             (e4m3fn, e5m2), 16, 32 and 64 bits, bfloat16, integers of 8 to 64 bits, bool, complex64.
         masks: their masks, as `apply_masks` takes them; None stores every leaf plain.
@@ -93,6 +94,7 @@ def save_sparse(
             quantised ones, so that all of them load as that; None to keep each leaf's own.
         compress: whether to pass the file through zstd (needs ``jaxprune[storage]``). It then leaves out the row
             offsets, and ``zstd -d`` makes a plain safetensors file of it.
+        force: whether to replace a file that is there already, which then keeps its owner, group and permissions.
 
     Returns:
         A `Saved`: bytes, and for each leaf what is kept and the errors of quantising.
@@ -103,6 +105,7 @@ def save_sparse(
             a leaf to quantise is not finite, or one to round too large. The message names the leaf. Or there is no table to
             quantise, or `path` is a device, a pipe or a folder.
         TypeError: a leaf is no array, or metadata are not strings.
+        FileExistsError: the file is there already, and `force` is False.
 
     >>> import jax.numpy as jnp, tempfile
     >>> params = {"kernel": jnp.array([[0.0, 2.0], [5.0, 0.0]])}
@@ -117,6 +120,8 @@ def save_sparse(
         raise TypeError(f"save_sparse(path, params, masks) was given {described(path)} where the path belongs.")
     coding = read_coding(quantize, quantize_tables, group_size, dtype, compress=compress)
     strings = check_metadata(metadata)
+    _atomic.require_file(Path(path))
+    _atomic.require_new(Path(path), force)
     flat = flatten(params, "params")
     flat.require_arrays()
     stacks = [axes.stack for axes in read_axes(flat, stacked)]

@@ -1,11 +1,14 @@
 """The command jaxprune: what it prints and writes, its exit codes, its errors; on a real model where it is installed."""
 
+import functools
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -63,7 +66,7 @@ def test_prune_prints_a_table_and_a_line(model, tmp_path, capsys):
     assert printed.err == ""
     lines = printed.out.splitlines()
     assert any("layer.0.dense.weight" in line and "50.00%" in line for line in lines)
-    assert "50.00% of the prunable weights pruned, 30.19% of all" in lines[-1]
+    assert "50.00% of the prunable weights pruned, 30.19% of all" in lines[-2]
     assert storage.read_metadata(tmp_path / "out")["jaxprune.k"] == "2 of 4"
 
 
@@ -106,6 +109,8 @@ def test_only_and_skip_choose_by_name(model, tmp_path, capsys):
     }
     assert run(*common, "--only", "encoder.*") == 2
     assert "no tensor is named like 'encoder.*'" in capsys.readouterr().err
+    assert run(*common, "--skip", "encoder/*") == 2  # as it was typed
+    assert "no tensor is named like 'encoder/*'" in capsys.readouterr().err
 
 
 def test_convert_there_and_back_is_no_difference(model, tmp_path, capsys):
@@ -227,6 +232,18 @@ def test_what_is_there_is_replaced_only_when_asked(model, tmp_path, capsys):
     assert run(*arguments, "--force") == 0
     assert other.read_bytes() != before
     assert model.read_bytes() == before
+    # The functions have the same rule.
+    for write in (
+        functools.partial(jaxprune.save_sparse, other, {"w": jnp.zeros(3)}),
+        functools.partial(storage.prune_file, model, other, 0.5),
+        functools.partial(storage.convert_file, model, other),
+    ):
+        kept = other.read_bytes()
+        with pytest.raises(FileExistsError, match="is there already; force=True replaces it"):
+            write()
+        assert other.read_bytes() == kept
+        write(force=True)
+        assert other.read_bytes() != kept
 
 
 @pytest.mark.parametrize(
@@ -262,7 +279,13 @@ def test_words_that_cannot_be_understood_exit_with_2(model, tmp_path, capsys, ar
         (["--rule", "erk_sparsity", "--k", "nan"], "0 <= k <= 1"),
         (["--rule", "n_m", "--k", "2"], "--m says how many"),
         (["--rule", "layer_sparsity", "--k", "0.5", "--m", "4"], "--m says how many"),
-        (["--rule", "n_m", "--k", "2", "--m", "3"], "groups weights by 3"),
+        (["--rule", "n_m", "--k", "2", "--m", "3"], "but layer.0.dense.weight has shape (8, 16)"),
+        (["--rule", "n_m", "--k", "2", "--m", "3"], "leave this parameter dense with --skip"),
+        (["--rule", "layer_sparsity", "--k", "2"], "got k = 2.0 for layer.0.dense.weight."),
+        (
+            ["--rule", "layer_sparsity", "--k", "0.5", "--group-size", "4"],
+            "give --quantize or --quantize-tables as well",
+        ),
         (["--rule", "layer_sparsity", "--k", "0.5", "--dense", "--quantize", "8"], "choose one"),
         (["--rule", "layer_sparsity", "--k", "0.5", "--skip", "*"], "no tensor is prunable"),
     ],
@@ -309,12 +332,145 @@ def test_the_module_runs_and_stops_quietly_when_nobody_reads(model):
     assert piped.returncode == 0
 
 
-def test_help_exits_with_0(capsys):
-    for words in ([], ["summarize"], ["prune"], ["convert"], ["diff"], ["report"]):
-        with pytest.raises(SystemExit) as stopped:
-            main([*words, "--help"])
-        assert stopped.value.code == 0
-        assert "usage: jaxprune" in capsys.readouterr().out
+def stop(capsys, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    printed = capsys.readouterr()
+    return stopped.value.code, printed.out, printed.err
+
+
+def test_help_exits_with_0_and_a_bare_call_is_one_for_help(capsys):
+    for words in (
+        ["--help"],
+        *([command, "--help"] for command in ("summarize", "prune", "convert", "diff", "report")),
+    ):
+        code, out, _ = stop(capsys, *words)
+        assert (code, "usage: jaxprune" in out) == (0, True)
+    assert stop(capsys) == stop(capsys, "--help")
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert stop(capsys, "--version") == (0, f"jaxprune {importlib.metadata.version('jaxprune')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("sumarize", "; did you mean summarize? "), ("prun", "; did you mean prune? "), ("xyzzy", "; ")],
+)
+def test_a_command_that_there_is_not_is_answered_by_the_nearest(capsys, word, meant):
+    code, out, err = stop(capsys, word, "model.safetensors")
+    known = "summarize, prune, convert, diff, report"
+    assert (code, out) == (2, "")
+    assert err.splitlines()[0] == f"jaxprune: error: there is no command {word!r}{meant}The commands are {known}."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_options_rules_and_files(capsys, shell):
+    pytest.importorskip("shtab")
+    code, script, err = stop(capsys, "--print-completion", shell)
+    assert (code, err) == (0, "")
+    for word in ("summarize", "quantize-tables", "layer_sparsity", "bfloat16"):
+        assert word in script
+    if shell == "bash":
+        # What the shell itself offers behind "jaxprune prune --rule layer_".
+        asked = 'COMP_WORDS=(jaxprune prune --rule layer_) COMP_CWORD=3 COMP_LINE="${COMP_WORDS[*]}"\n'
+        asked += (
+            'function_="$(complete -p jaxprune | sed "s/.*-F //; s/ .*//")"; "$function_"; echo "${COMPREPLY[*]}"\n'
+        )
+        done = subprocess.run(["bash"], input=f"{script}\n{asked}", capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["layer_sparsity"]
+
+
+def test_completion_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)  # as where it is not installed
+    code, out, err = stop(capsys, "--print-completion", "bash")
+    assert (code, out) == (2, "")
+    assert "pip install 'jaxprune[completion]'" in err
+
+
+def test_names_are_whole_in_a_pipe_and_columns_says_how_wide_the_rest_is(tmp_path, capsys, monkeypatch):
+    name = "encoder.a_module_with_a_long_name.of_a_length.that_leaves_little.weight"
+    for file, value in (("a", 1), ("b", 2)):
+        safetensors.numpy.save_file({name: np.full((8, 8), value, np.float32)}, tmp_path / file)
+
+    def lines(*command: object) -> list[str]:
+        run(*command)
+        return [line for line in capsys.readouterr().out.splitlines() if line[:1] in tuple("┏┃┡│├└")]
+
+    for command in (
+        ("diff", tmp_path / "a", tmp_path / "b"),
+        ("summarize", tmp_path / "a"),
+        ("prune", tmp_path / "a", tmp_path / "out", "--rule", "layer_sparsity", "--k", "0.5", "--dry-run"),
+    ):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        wide = lines(*command)
+        for columns in (20, 100, 1000):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            found = lines(*command)
+            assert sum(name in line for line in found) == 1
+            assert len({len(line) for line in found}) == 1
+            if columns == 1000:
+                assert found == wide
+            elif command[0] == "diff":  # "64 values differ" has words to break at
+                assert len(found[0]) == {20: len(name) + 27, 100: 100}[columns]
+                assert len(found[0]) < len(wide[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "line"),
+    [
+        (
+            [],
+            "sparse-bitmask",
+            "layout sparse-bitmask, kept weights and a bit for every weight: jaxprune.load_sparse reads it, "
+            "compressed-tensors up to 0.14 too; --dense writes a plain one for others",
+        ),
+        (["--dense"], "plain", "plain safetensors for any reader"),
+        (
+            ["--quantize", "8"],
+            "integers",
+            "integers and their scales: jaxprune.load_sparse reads it; for others, jaxprune convert it with --dense",
+        ),
+        (
+            ["--dense", "--compress"],
+            "plain",
+            "plain safetensors through zstd: jaxprune.load_sparse reads it, others after zstd -d",
+        ),
+        (
+            ["--compress"],
+            "sparse-bitmask",
+            "layout sparse-bitmask, kept weights and a bit for every weight: jaxprune.load_sparse reads it; "
+            "--dense writes a plain one for others",
+        ),
+    ],
+)
+def test_what_was_written_says_who_reads_it(model, tmp_path, capsys, options, layout, line):
+    prune = ("prune", model, tmp_path / "out", "--rule", "layer_sparsity", "--k", "0.5", *options)
+    assert run(*prune) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert run_json(capsys, *prune, "--force")["layout"] == layout
+    params, _ = jaxprune.load_sparse(tmp_path / "out")  # as every line says
+    assert np.count_nonzero(params["layer.0.dense.weight"]) == 64
+    if options == ["--dense"]:
+        plain = safetensors.numpy.load_file(tmp_path / "out")
+        np.testing.assert_array_equal(plain["layer.0.dense.weight"], params["layer.0.dense.weight"])
+
+
+def test_a_dtype_rounds_what_stays_floating_point(model, tmp_path, capsys):
+    for command in (
+        ["convert", model, tmp_path / "a"],
+        ["prune", model, tmp_path / "b", "--rule", "layer_sparsity", "--k", "0"],
+    ):
+        figures = run_json(capsys, *command, "--dtype", "bfloat16")
+        params, _ = jaxprune.load_sparse(command[2])
+        for name, value in safetensors.numpy.load_file(model).items():
+            assert params[name].dtype == jnp.bfloat16
+            np.testing.assert_array_equal(params[name], value.astype(jnp.bfloat16))
+        assert {row["bits"] for row in figures["tensors"]} == {16}
+    code, _, err = stop(capsys, "convert", str(model), str(tmp_path / "c"), "--dtype", "half")
+    assert code == 2
+    assert "invalid choice: 'half'" in err
 
 
 # A real model

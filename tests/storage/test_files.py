@@ -26,26 +26,26 @@ from tests.support.storage_models import W, random_model, raw, torch_like
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
-    save_sparse(tmp_path / "m", {"w": W})
+    save_sparse(tmp_path / "m", {"w": W}, force=True)
     before = (tmp_path / "m").read_bytes()
     flat = torch_like()
     flat["layer.1.dense.weight"][0, 0] = np.nan
     safetensors.numpy.save_file(flat, tmp_path / "source")
     with pytest.raises(ValueError, match=r"layer.1.dense.weight holds NaN"):
-        storage.convert_file(tmp_path / "source", tmp_path / "m", quantize=8)
+        storage.convert_file(tmp_path / "source", tmp_path / "m", quantize=8, force=True)
     assert (tmp_path / "m").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "source"]
 
 
 def test_permissions_and_links_stay(tmp_path):
     target, link = tmp_path / "m", tmp_path / "link"
-    save_sparse(target, {"w": W})
+    save_sparse(target, {"w": W}, force=True)
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
     target.chmod(0o640)
     link.symlink_to(target)
-    save_sparse(link, {"w": 2 * W})
+    save_sparse(link, {"w": 2 * W}, force=True)
     assert link.is_symlink()
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
     assert load_sparse(target)[0]["w"].tolist() == (2 * W).tolist()
@@ -80,11 +80,11 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     def run(at: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", KILLED, str(path), str(at)], capture_output=True, text=True)
 
-    save_sparse(path, {"old": W})
+    save_sparse(path, {"old": W}, force=True)
     total = int(run(-1).stdout)
     outcomes = set()
     for at in np.linspace(1, total, 8).astype(int):
-        save_sparse(path, {"old": W})
+        save_sparse(path, {"old": W}, force=True)
         assert run(int(at)).returncode == -9
         outcomes.add("/".join(load_sparse(path)[0]))
     assert outcomes == {"old", "w0/w1/w2"}
@@ -166,7 +166,7 @@ def test_what_no_tensor_by_itself_can_decide_is_refused(tmp_path):
     safetensors.numpy.save_file(torch_like(), tmp_path / "source")
     for rule in (rules.channels(rules.global_sparsity), rules.blocks(rules.erk_sparsity, (2, 2))):
         with pytest.raises(ValueError, match=r"rules\.(channels|blocks)\(.*\) looks at all tensors at once"):
-            storage.prune_file(tmp_path / "source", tmp_path / "target", 0.5, rule=rule)
+            storage.prune_file(tmp_path / "source", tmp_path / "target", 0.5, rule=rule, force=True)
     with pytest.raises(ValueError, match=r"only .* can \(k <= 0\."):
         storage.prune_file(
             tmp_path / "source", tmp_path / "t", 0.9, rule=functools.partial(rules.global_sparsity, max_sparsity=0.5)
@@ -176,19 +176,21 @@ def test_what_no_tensor_by_itself_can_decide_is_refused(tmp_path):
 
 def test_patterns_say_which_tensors_are_pruned(tmp_path):
     safetensors.numpy.save_file({"a.weight": W, "b.weight": W}, tmp_path / "source")
-    saved = storage.prune_file(tmp_path / "source", tmp_path / "t", 0.5, rule=rules.layer_sparsity, prunable="b.*")
+    saved = storage.prune_file(
+        tmp_path / "source", tmp_path / "t", 0.5, rule=rules.layer_sparsity, prunable="b.*", force=True
+    )
     assert [row.kept < row.size for row in saved.tensors] == [False, True]
     with pytest.raises(ValueError, match=r"prunable='c.\*' matches no tensor; they are named like 'a.weight'"):
-        storage.prune_file(tmp_path / "source", tmp_path / "t", 0.5, prunable=["c.*"])
+        storage.prune_file(tmp_path / "source", tmp_path / "t", 0.5, prunable=["c.*"], force=True)
 
 
 def test_pruning_again_keeps_what_is_pruned(tmp_path):
     safetensors.numpy.save_file(torch_like(), tmp_path / "source")
-    storage.prune_file(tmp_path / "source", tmp_path / "a", 0.5, rule=rules.layer_sparsity)
+    storage.prune_file(tmp_path / "source", tmp_path / "a", 0.5, rule=rules.layer_sparsity, force=True)
     storage.prune_file(tmp_path / "a", tmp_path / "again", 0.9, rule=rules.layer_sparsity)
     storage.prune_file(tmp_path / "source", tmp_path / "b", 0.9, rule=rules.layer_sparsity)
     assert storage.diff_files(tmp_path / "again", tmp_path / "b") == []
-    storage.prune_file(tmp_path / "again", tmp_path / "a", 0.1, rule=rules.layer_sparsity)
+    storage.prune_file(tmp_path / "again", tmp_path / "a", 0.1, rule=rules.layer_sparsity, force=True)
     assert storage.diff_files(tmp_path / "a", tmp_path / "b") == []
 
 
@@ -268,7 +270,9 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     for options in ({}, {"dense": True}, {"quantize": 8}, {"compress": True}):
         tracemalloc.start()
         try:
-            storage.prune_file(tmp_path / "folder", tmp_path / "out", 0.5, rule=rules.global_sparsity, **options)
+            storage.prune_file(
+                tmp_path / "folder", tmp_path / "out", 0.5, rule=rules.global_sparsity, **options, force=True
+            )
             storage.summarize_file(tmp_path / "out")
             storage.diff_files(tmp_path / "folder", tmp_path / "out")
             peak = tracemalloc.get_traced_memory()[1]
@@ -338,7 +342,7 @@ def test_a_file_is_pruned_as_the_tree_of_its_names(tmp_path):
     flat = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(flat, tmp_path / "source")
     for rule, k in ((rules.n_m(4), 1), (rules.row_sparsity, 0.5), (rules.global_sparsity, 0.5)):
-        storage.prune_file(tmp_path / "source", tmp_path / "target", k, rule=rule)
+        storage.prune_file(tmp_path / "source", tmp_path / "target", k, rule=rule, force=True)
         _, found = load_sparse(tmp_path / "target")
         expected = jaxprune.make_masks(flat, k, rule=rule)
         assert {name for name, mask in expected.items() if not mask.all()} == {
@@ -359,8 +363,8 @@ def test_a_file_is_pruned_as_the_tree_of_its_names(tmp_path):
     # A transposed kernel has its inputs first or second, and is not guessed at.
     safetensors.numpy.save_file({"up.0.up.weight": rng.normal(size=(4, 4, 2, 2))}, tmp_path / "source")
     with pytest.raises(ValueError, match=r"params\['up.0.up.weight'\] of shape .* transposed convolution.*axis="):
-        storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4))
-    storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4, axis=0))
+        storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4), force=True)
+    storage.prune_file(tmp_path / "source", tmp_path / "target", 2, rule=rules.n_m(4, axis=0), force=True)
 
 
 def test_large_tensors_are_looked_at_in_pieces(tmp_path):
@@ -370,7 +374,7 @@ def test_large_tensors_are_looked_at_in_pieces(tmp_path):
     other[7_999, 5:8] += np.float32([0.5, -2.0, 1.0])
     other[7_050, 0] = np.nan
     save_sparse(tmp_path / "a", {"w": values})
-    save_sparse(tmp_path / "b", {"w": other})
+    save_sparse(tmp_path / "b", {"w": other}, force=True)
     tracemalloc.start()
     try:
         overview = storage.summarize_file(tmp_path / "a")
@@ -382,7 +386,7 @@ def test_large_tensors_are_looked_at_in_pieces(tmp_path):
     assert (found.name, found.what) == ("w", "4 values differ")
     assert np.isnan(found.largest)
     other[7_050, 0] = values[7_050, 0]
-    save_sparse(tmp_path / "b", {"w": other})
+    save_sparse(tmp_path / "b", {"w": other}, force=True)
     (found,) = storage.diff_files(tmp_path / "a", tmp_path / "b")
     assert (found.what, found.largest) == ("3 values differ", pytest.approx(2.0, rel=1e-4))
     masks = {"w": values > 100}

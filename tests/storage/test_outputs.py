@@ -69,9 +69,9 @@ def test_what_is_no_file_is_never_replaced(kind, model, tmp_path, capsys):
     before = out.stat()
     masks = {"w": W > 0}
     for write in (
-        lambda: save_sparse(out, {"w": W}),
-        lambda: storage.prune_file(model, out, 0.5, rule=rules.layer_sparsity),
-        lambda: storage.convert_file(model, out),
+        lambda: save_sparse(out, {"w": W}, force=True),
+        lambda: storage.prune_file(model, out, 0.5, rule=rules.layer_sparsity, force=True),
+        lambda: storage.convert_file(model, out, force=True),
         lambda: jaxprune.report(out, {"w": W}, masks, prunable=lambda path, leaf: True),
     ):
         with pytest.raises(ValueError, match=rf"{out} is {kind.removeprefix('a link to ')}, which is not replaced"):
@@ -125,9 +125,9 @@ def test_no_command_replaces_the_file_that_it_reads(command, model, folder, caps
         assert run(command, name, model, *COMMANDS[command], "--force") == 2
     assert model.read_bytes() == before
     with pytest.raises(ValueError, match="itself"):
-        storage.convert_file(model, model)
+        storage.convert_file(model, model, force=True)
     with pytest.raises(ValueError, match="itself"):
-        storage.prune_file(model, model, 0.5, rule=rules.layer_sparsity)
+        storage.prune_file(model, model, 0.5, rule=rules.layer_sparsity, force=True)
 
 
 def test_no_command_replaces_the_folder_that_it_reads(folder, tmp_path, capsys):
@@ -161,7 +161,7 @@ def test_a_file_that_is_replaced_keeps_owner_group_and_mode(model, tmp_path):
     assert run("prune", model, out, *PRUNE, "--force") == 0
     found = out.stat()
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12_345, 23_456, 0o640)
-    save_sparse(out, {"w": W})
+    save_sparse(out, {"w": W}, force=True)
     assert (out.stat().st_uid, out.stat().st_gid) == (12_345, 23_456)
 
 
@@ -243,7 +243,7 @@ def rewrite(path: Path) -> None:
 @pytest.mark.parametrize("compress", [False, True])
 def test_a_source_rewritten_while_it_is_read_is_noticed(compress, model, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
-    storage.convert_file(model, source, compress=compress)
+    storage.convert_file(model, source, compress=compress, force=True)
     out.write_bytes(b"old")
     turns = []
 
@@ -253,14 +253,14 @@ def test_a_source_rewritten_while_it_is_read_is_noticed(compress, model, tmp_pat
             rewrite(source)
 
     for write in (
-        lambda: storage.prune_file(source, out, 0.5, rule=rules.layer_sparsity, done=done),
-        lambda: storage.convert_file(source, out, compress=True, done=done),
+        lambda: storage.prune_file(source, out, 0.5, rule=rules.layer_sparsity, done=done, force=True),
+        lambda: storage.convert_file(source, out, compress=True, done=done, force=True),
     ):
         turns.clear()
         with pytest.raises(StorageError, match=f"{source}: has changed while it was read"):
             write()
         assert out.read_bytes() == b"old"
-        storage.convert_file(model, tmp_path / "anew", compress=compress)
+        storage.convert_file(model, tmp_path / "anew", compress=compress, force=True)
         os.replace(tmp_path / "anew", source)
     assert sorted(holding(tmp_path)) == ["model", "out", "source"]
 
@@ -280,7 +280,7 @@ def test_a_source_that_another_takes_the_place_of_is_read_to_its_end(model, tmp_
     kept = load_sparse(model)[0]
 
     def replace(name: str) -> None:
-        save_sparse(model, {"other": W})
+        save_sparse(model, {"other": W}, force=True)
 
     storage.convert_file(model, tmp_path / "out", done=replace)
     assert sorted(load_sparse(tmp_path / "out")[0]) == sorted(kept)

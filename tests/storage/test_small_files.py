@@ -85,7 +85,9 @@ def test_a_round_trip_equals_the_oracle(tmp_path, shape, name, bits, group_size,
     rng = np.random.default_rng(seed)
     kernel = rng.standard_normal(shape, np.float32)
     mask = rng.random(shape) < density
-    saved = save_sparse(tmp_path / "m", {name: kernel}, {name: mask}, quantize=bits, group_size=group_size, dtype=dtype)
+    saved = save_sparse(
+        tmp_path / "m", {name: kernel}, {name: mask}, quantize=bits, group_size=group_size, dtype=dtype, force=True
+    )
     params, masks = load_sparse(tmp_path / "m", like={name: jnp.zeros(shape, dtype or "float32")})
     places = np.arange(kernel.size).reshape(shape)
     places = places if name.endswith("kernel") else places.T  # inputs first
@@ -156,10 +158,10 @@ def test_tables_and_kernels_have_bits_of_their_own(tmp_path):
         "fc.weight": rng.standard_normal((5, 8), np.float32),
     }
     masks = {"wte.weight": rng.random((6, 8)) < 0.5, "fc.weight": rng.random((5, 8)) < 0.5}
-    saved = save_sparse(tmp_path / "m", params, masks, quantize=4, quantize_tables=8)
+    saved = save_sparse(tmp_path / "m", params, masks, quantize=4, quantize_tables=8, force=True)
     assert {row.path: row.bits for row in saved.tensors} == {"wte.weight": 8, "fc.weight": 4}
     # Without, a table that is pruned is stored as the kernels are.
-    saved = save_sparse(tmp_path / "m", params, masks, quantize=4)
+    saved = save_sparse(tmp_path / "m", params, masks, quantize=4, force=True)
     assert {row.path: row.bits for row in saved.tensors} == {"wte.weight": 4, "fc.weight": 4}
 
 
@@ -316,9 +318,9 @@ def test_a_file_is_converted_as_the_tree_is_saved_and_by_the_command_too(tmp_pat
 def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, options, message):
     safetensors.numpy.save_file({"kernel": np.ones((4, 4), np.float32)}, tmp_path / "source")
     with pytest.raises(ValueError, match=message):
-        save_sparse(tmp_path / "m", {"kernel": np.ones((4, 4), np.float32)}, **options)
+        save_sparse(tmp_path / "m", {"kernel": np.ones((4, 4), np.float32)}, **options, force=True)
     with pytest.raises(ValueError, match=message):
-        storage.convert_file(tmp_path / "source", tmp_path / "m", **options)
+        storage.convert_file(tmp_path / "source", tmp_path / "m", **options, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -341,10 +343,12 @@ def test_each_layer_of_a_stack_has_its_own_scales(tmp_path):
     small = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     params = {"layers": {"kernel": np.stack([small, 1000 * small]), "bias": np.ones((2, 4), np.float32)}}
     shared = jaxprune.save_sparse(tmp_path / "shared.safetensors", params, quantize=8).tensors[1]
-    own = jaxprune.save_sparse(tmp_path / "own.safetensors", params, quantize=8, stacked="layers").tensors[1]
+    own = jaxprune.save_sparse(tmp_path / "own.safetensors", params, quantize=8, stacked="layers", force=True).tensors[
+        1
+    ]
     found, _ = jaxprune.load_sparse(tmp_path / "own.safetensors")
     for layer, factor in enumerate((1, 1000)):
-        alone = jaxprune.save_sparse(tmp_path / "one.safetensors", {"kernel": factor * small}, quantize=8)
+        alone = jaxprune.save_sparse(tmp_path / "one.safetensors", {"kernel": factor * small}, quantize=8, force=True)
         one, _ = jaxprune.load_sparse(alone.path)
         np.testing.assert_array_equal(found["layers"]["kernel"][layer], one["kernel"])
     assert own.path == "layers/kernel"
@@ -354,4 +358,4 @@ def test_each_layer_of_a_stack_has_its_own_scales(tmp_path):
     )
     assert grouped.tensors[1].stored_bytes == own.stored_bytes + 4 * 2 * 4  # two groups of inputs in place of one
     with pytest.raises(ValueError, match="stacked='blocks'"):
-        jaxprune.save_sparse(tmp_path / "own.safetensors", params, quantize=8, stacked="blocks")
+        jaxprune.save_sparse(tmp_path / "own.safetensors", params, quantize=8, stacked="blocks", force=True)

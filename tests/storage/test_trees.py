@@ -89,7 +89,7 @@ def leaf_and_mask(draw):
 @given(pair=leaf_and_mask(), compress=st.booleans())
 def test_what_is_kept_comes_back_bit_for_bit_and_the_rest_is_zero(tmp_path, pair, compress):
     values, mask = pair
-    save_sparse(tmp_path / "m", {"x": values}, {"x": mask}, compress=compress)
+    save_sparse(tmp_path / "m", {"x": values}, {"x": mask}, compress=compress, force=True)
     params, masks = load_sparse(tmp_path / "m")
     assert params["x"].dtype == values.dtype
     np.testing.assert_array_equal(masks["x"], mask)
@@ -149,10 +149,10 @@ def test_a_leaf_of_64_bits_stays_in_numpy(tmp_path):
 
 
 def test_a_bare_array_and_an_empty_tree_are_pytrees_too(tmp_path):
-    save_sparse(tmp_path / "m", jnp.array([1.0, 2.0]), jnp.array([True, False]))
+    save_sparse(tmp_path / "m", jnp.array([1.0, 2.0]), jnp.array([True, False]), force=True)
     params, masks = load_sparse(tmp_path / "m")
     assert (params.tolist(), masks.tolist()) == ([1.0, 0.0], [True, False])
-    save_sparse(tmp_path / "m", {})
+    save_sparse(tmp_path / "m", {}, force=True)
     assert load_sparse(tmp_path / "m") == ({}, {})
     assert load_sparse(tmp_path / "m", like={}) == ({}, {})
 
@@ -287,7 +287,7 @@ def test_no_weight_moves_by_more_than_half_its_channels_scale(tmp_path, shape, d
     rng = np.random.default_rng(seed)
     kernel = (size * rng.standard_normal(shape)).astype(dtype)
     mask = rng.random(shape) < density
-    saved = save_sparse(tmp_path / "m", {"kernel": kernel}, {"kernel": mask}, quantize=width)
+    saved = save_sparse(tmp_path / "m", {"kernel": kernel}, {"kernel": mask}, quantize=width, force=True)
     params, masks = load_sparse(tmp_path / "m")
     np.testing.assert_array_equal(masks["kernel"], mask)
     kept = np.where(mask, kernel, np.zeros((), dtype)).astype(np.float64)
@@ -335,7 +335,7 @@ def test_two_codes_of_four_bits_share_a_byte(tmp_path):
 def test_the_largest_numbers_survive_quantising(tmp_path):
     for dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
         largest = float(ml_dtypes.finfo(dtype).max)
-        save_sparse(tmp_path / "m", {"kernel": np.full((2, 2), largest, dtype)}, quantize=8)
+        save_sparse(tmp_path / "m", {"kernel": np.full((2, 2), largest, dtype)}, quantize=8, force=True)
         loaded = np.asarray(load_sparse(tmp_path / "m")[0]["kernel"], np.float64)
         np.testing.assert_allclose(loaded, largest, rtol=1e-2)
 
@@ -343,8 +343,8 @@ def test_the_largest_numbers_survive_quantising(tmp_path):
 def test_what_is_not_finite_has_no_code_unless_it_is_pruned(tmp_path):
     kernel = np.array([[np.nan, 127.0]], np.float32)
     with pytest.raises(ValueError, match=r"params\['kernel'\] holds NaN"):
-        save_sparse(tmp_path / "m", {"kernel": kernel}, quantize=8)
-    save_sparse(tmp_path / "m", {"kernel": kernel}, {"kernel": np.array([[False, True]])}, quantize=8)
+        save_sparse(tmp_path / "m", {"kernel": kernel}, quantize=8, force=True)
+    save_sparse(tmp_path / "m", {"kernel": kernel}, {"kernel": np.array([[False, True]])}, quantize=8, force=True)
     assert load_sparse(tmp_path / "m")[0]["kernel"].tolist() == [[0.0, 127.0]]
 
 
