@@ -244,7 +244,10 @@ def _count(path: str) -> int:
 def _bar(title: str, total: int) -> Iterator[Callable[[], None]]:
     """Show progress on the standard error while it is a terminal."""
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    if not console.is_terminal:  # where releases of rich print an empty line
+        yield lambda: None
+        return
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
 
