@@ -249,6 +249,12 @@ def test_solvers_and_scores_of_data_refuse_it():
     np.testing.assert_array_equal(spectral(repaired), W)
     assert (np.asarray(repaired["dense"]["kernel"]) != V).any()
     assert len(plan.kept["spectral/kernel"][1]) == 2
+    squares = jax.tree.map(lambda w: jnp.square(jnp.abs(w)), PARAMS)
+    (prices,) = structured.price_widths(
+        structured.trace(fn, PARAMS, X), PARAMS, grams=grams, squares=squares
+    ).values()  # of the real weights that read complex ones
+    assert list(prices) == [1, 2, 3, 4]
+    assert prices[1] > prices[2] > prices[3] > prices[4] == 0
     swapped, turned = {"up": V.T, "down": W.T}, lambda p, x: jnp.tanh(x @ p["up"]).astype(jnp.complex64) @ p["down"]
     real = np.ones((5, V.shape[1]), np.float32)
     with pytest.raises(TypeError, match=r"select_in_sequence is of real weights, but params\['down'\] is complex64"):

@@ -177,7 +177,7 @@ def test_summarize_shows_what_is_kept(model, tmp_path, capsys):
     assert found["bytes"] == (tmp_path / "out").stat().st_size
     assert run("summarize", tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert "float32, int4" in printed
+    assert "int4" in printed
     assert f"{found['dense_bytes'] / found['bytes']:.2f} times smaller" in printed
 
 

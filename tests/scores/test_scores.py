@@ -176,7 +176,7 @@ def test_evidence_has_its_own_name_in_messages():
         scores.fisher(PARAMS, {"second": GRADS["second"]})
     with pytest.raises(ValueError, match=r"previous has no entry for params\['first'\]"):
         scores.movement(PARAMS, GRADS, previous={"second": GRADS["second"]})
-    with pytest.raises(TypeError, match=r"params\['f'\] is a builtin_function"):
+    with pytest.raises(TypeError, match=r"params\['f'\] is the function len, not an array"):
         scores.magnitude({"f": len, "kernel": PARAMS["first"]})
 
 
