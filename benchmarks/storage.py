@@ -88,7 +88,9 @@ def speeds(folder: Path, params: Any, masks: Any, repeats: int) -> dict[str, lis
         if way in ("float32, zstd", "int4, zstd"):
             continue  # alike in time to "int8, zstd"
         path = folder / way
-        saving[f"save_sparse, {way}"] = functools.partial(jaxprune.save_sparse, path, params, masks, **options)
+        saving[f"save_sparse, {way}"] = functools.partial(
+            jaxprune.save_sparse, path, params, masks, **options, force=True
+        )
         loading[f"load_sparse, {way}"] = lambda path=path: jax.block_until_ready(jaxprune.load_sparse(path))
     # A round of saving comes first: it writes what is loaded.
     return {

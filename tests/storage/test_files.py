@@ -67,7 +67,7 @@ def trace(frame, event, argument):
     return trace
 params = {f"w{i}": np.full((40, 50), 2.0 + i, np.float32) for i in range(3)}
 sys.settrace(trace)
-save_sparse(path, params, {name: (np.arange(2000) % 3 == 0).reshape(40, 50) for name in params})
+save_sparse(path, params, {name: (np.arange(2000) % 3 == 0).reshape(40, 50) for name in params}, force=True)
 sys.settrace(None)
 print(lines)
 """

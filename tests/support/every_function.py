@@ -294,13 +294,13 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.scores.snip": lambda p: scores.snip(p.params, p.grads),
     "jaxprune.scores.synflow": lambda p: scores.synflow(apply, p.params, p.x),
     "jaxprune.scores.wanda": lambda p: scores.wanda(p.params, p.norms),
-    "jaxprune.storage.convert_file": lambda p: storage.convert_file(*_files(p), dense=True).bytes,
+    "jaxprune.storage.convert_file": lambda p: storage.convert_file(*_files(p), dense=True, force=True).bytes,
     "jaxprune.storage.diff_files": lambda p: storage.diff_files(p.file, p.file),
     "jaxprune.storage.multiply_bcsr": lambda p: storage.multiply_bcsr(
         p.x, storage.to_bcsr(p.params, p.masks)["a"]["kernel"]
     ),
     "jaxprune.storage.prune_blocks": _prune_blocks,
-    "jaxprune.storage.prune_file": lambda p: storage.prune_file(*_files(p), 0.75, rule=rules.layer_sparsity).bytes,
+    "jaxprune.storage.prune_file": lambda p: storage.prune_file(*_files(p), 0.75, rule=rules.layer_sparsity, force=True).bytes,
     "jaxprune.storage.read_metadata": lambda p: storage.read_metadata(p.file),
     "jaxprune.storage.stored_bytes": lambda p: storage.stored_bytes(p.params, p.masks),
     "jaxprune.storage.summarize_file": lambda p: storage.summarize_file(p.file).bytes,
