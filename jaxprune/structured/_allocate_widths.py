@@ -93,12 +93,11 @@ def allocate_widths(
         plan = plan_of(graph, {group.var: np.arange(width) for group, width in pairs if width < group.size})
         return cost(plan) if cost else count_macs(graph, plan)
 
-    widest = [widths[0] for widths in options]
-    whole = costs(widest)
-    # What each family alone costs more than at its widest: mostly less, and so below zero.
+    sizes = [family[0].size for family in together]
+    whole = costs(sizes)
+    # By how much the cost changes with one family alone: mostly it falls, so that this is below zero.
     alone = [
-        [0.0, *(costs([*widest[:n], width, *widest[n + 1 :]]) - whole for width in widths[1:])]
-        for n, widths in enumerate(options)
+        [costs([*sizes[:n], width, *sizes[n + 1 :]]) - whole for width in widths] for n, widths in enumerate(options)
     ]
     chosen = _within(lost, alone, options, whole, budget, costs)
     return {

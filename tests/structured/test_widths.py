@@ -202,6 +202,10 @@ def test_mistakes_are_named():
         allocate_widths(graph, {"0/up[1]": {2: float("nan"), 4: 0.0}}, 10)
     with pytest.raises(ValueError, match="A budget of 100 cannot be met: .* at the least 336, uncut 448"):
         allocate_widths(graph, prices, 100)
+    narrow = {name: {1: 1.0, 2: 0.0} for name in ("0/up[1]", "1/up[1]")}  # neither of them may stay whole
+    with pytest.raises(ValueError, match="A budget of 100 cannot be met: .* at the least 112, uncut 448"):
+        allocate_widths(graph, narrow, 100)
+    assert allocate_widths(graph, narrow, 448) == {"0/up[1]": 0.5, "1/up[1]": 0.5}
     with pytest.raises(ValueError, match="above 0, not 0"):
         allocate_widths(graph, prices, 0)
     with pytest.raises(ValueError, match=r"one width of 0/up\[1\] and 1/up\[1\], which are priced at others"):
