@@ -242,6 +242,14 @@ def test_scores_that_are_none(given: Any, words: list[str]) -> None:
         raises(TypeError, words, call)
 
 
+def test_a_norm_by_name() -> None:
+    words = ["the string 'l1'", "functools.partial(scores.channel_norm, ord=1)"]
+    raises(
+        TypeError, ["importance is", *words], lambda: structured.select_channels(GRAPH, PARAMS, 0.5, importance="l1")
+    )
+    raises(TypeError, ["norm is", *words], lambda: rules.channels(rules.layer_sparsity, norm="l1"))
+
+
 METRICS = {
     "None": (None, TypeError, ["returned None", "one number", "return?"]),
     "a dict": (

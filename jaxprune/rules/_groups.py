@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxprune._dtypes import with_infinities
 from jaxprune._tree._axes import Axes
+from jaxprune._tree._given import described
 from jaxprune._tree._sharding import sharded_as, without_explicit_axes
 from jaxprune.rules._layers import Layer, read_layers, strengths
 from jaxprune.rules._rule import AnyRule, Rule, as_rule
@@ -129,6 +130,11 @@ def channels(rule: AnyRule, *, axis: int | None = None, norm: Norm = channel_nor
     Reference: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets", 2017, section 3.1.
     """
     inner = as_rule(rule)
+    if not callable(norm):
+        raise TypeError(
+            f"norm is {described(norm)}, not a function (kernel, axes) -> scores of its channels, such as "
+            "scores.channel_norm, functools.partial(scores.channel_norm, ord=1) or scores.fpgm."
+        )
     settings = (("axis", axis), ("norm", norm), ("rule", inner))
     return dataclasses.replace(
         inner, function=_channels, name=f"rules.channels({inner.name})", grain="channel", settings=settings

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._printing import some
+from jaxprune._tree._given import described
 from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._paths import flatten
 from jaxprune._tree._shapes import require_shapes
@@ -42,6 +43,11 @@ def order_by(graph: Graph, params: Any, grams: Grams | None, scores: Any, import
 
         return by_losses
 
+    if importance is not None and not callable(importance):
+        raise TypeError(
+            f"importance is {described(importance)}, not a function (weights, axis) -> importance of each channel, such as "
+            "scores.channel_norm, functools.partial(scores.channel_norm, ord=1) or scores.fpgm."
+        )
     rows = _rows(graph, params, scores)
     measure = importance or (channel_norm if scores is None else jnp.sum)
 

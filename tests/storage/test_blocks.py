@@ -143,6 +143,17 @@ def test_bad_input_leaves_everything_as_it_was(folder: Path, tmp_path: Path) -> 
     )
 
 
+def test_what_is_there_is_replaced_only_when_asked(folder: Path, tmp_path: Path) -> None:
+    first = storage.prune_blocks(folder, tmp_path / "out", NAMES, walk)
+    before = {path.name: path.read_bytes() for path in first.path.iterdir()}
+    read = []
+    with pytest.raises(FileExistsError, match="out is there already; force=True replaces it"):
+        storage.prune_blocks(folder, tmp_path / "out", NAMES, lambda blocks: read.append(blocks) or walk(blocks))
+    assert not read  # before any work
+    assert {path.name: path.read_bytes() for path in first.path.iterdir()} == before
+    assert storage.prune_blocks(folder, tmp_path / "out", NAMES, walk, force=True).bytes == first.bytes
+
+
 def test_a_stop_while_pruning_leaves_no_trace(folder: Path, tmp_path: Path) -> None:
     save_sparse(tmp_path / "other", {"w": jnp.ones((2, 2))})
     here = tmp_path / "activations"
