@@ -36,8 +36,8 @@ class Quantized(NamedTuple):
 def gptq(
     params: Any,
     grams: Grams,
-    masks: Any = None,
     *,
+    masks: Any = None,
     bits: int = 4,
     group_size: int | None = None,
     symmetric: bool = True,
@@ -93,7 +93,7 @@ def gptq(
     Transformers", 2022, algorithm 1.
     """
     options = _checked(bits, symmetric, group_size, damping, block, "gptq")._replace(act_order=bool(act_order))
-    require_grams(grams, "gptq(params, grams, masks)")
+    require_grams(grams, "gptq(params, grams)")
     flat = grams.sites.require_params(params)
     aligned = [None] * len(flat.paths) if masks is None else align_masks(masks, flat)
     given = dict(zip(flat.paths, aligned, strict=True))

@@ -188,9 +188,8 @@ class Stored:
         zero = entries.get("zero_point")
         if zero is not None and (zero.dtype != np.int8 or zero.shape != entries["scale"].shape):
             self._fail(f"has a zero_point of {zero.dtype}{list(zero.shape)}, which does not fit its scale")
-        if "bits" in entries and (
-            (entries["bits"].dtype, entries["bits"].shape) != (np.uint8, (1,)) or self.bits not in PACKED
-        ):
+        bits = entries.get("bits")
+        if bits is not None and (bits.dtype != np.uint8 or bits.shape != (1,) or self.bits not in PACKED):
             self._fail("has codes of so many bits as there are none of")
         if values not in (np.int8, np.uint8) or not fits or not _is_floating(self.dtype):
             scale = f"{self.dtype}{list(entries['scale'].shape)}"

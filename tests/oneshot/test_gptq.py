@@ -210,7 +210,7 @@ def test_leaves_that_are_not_rounded_stay_as_they_are():
     params["a"]["bias"] = jnp.arange(8.0)
     masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     masks["b"]["kernel"] = masks["b"]["kernel"].at[0].set(False)
-    found = oneshot.gptq(params, grams, masks, prunable="a/kernel")
+    found = oneshot.gptq(params, grams, masks=masks, prunable="a/kernel")
     assert list(found.codes) == ["a/kernel"]
     np.testing.assert_array_equal(found.params["b"]["kernel"], second)
     np.testing.assert_array_equal(found.params["a"]["bias"], np.arange(8.0))
@@ -233,8 +233,8 @@ def test_later_weights_make_up_and_one_pass_loses_less_than_two():
         compensated[seed] = lost(oneshot.gptq(params, grams, group_size=32))
         one_pass[seed] = lost(oneshot.prune_and_quantize(params, grams, 0.5, group_size=32))
         pruned, masks = oneshot.sparsegpt(params, grams, 0.5, mask_block=32)
-        in_turn[seed] = lost(oneshot.gptq(pruned, grams, masks, group_size=32))
-        careless[seed] = lost(oneshot.gptq(pruned, identity, masks, group_size=32))
+        in_turn[seed] = lost(oneshot.gptq(pruned, grams, masks=masks, group_size=32))
+        careless[seed] = lost(oneshot.gptq(pruned, identity, masks=masks, group_size=32))
     assert compensated.mean() < 0.7 * nearest.mean()
     assert one_pass.mean() < in_turn.mean() < careless.mean()
 
