@@ -67,6 +67,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "repair": lambda p: structured.repair(plan(), reads(p), grams()),
     "select_in_sequence": lambda p: structured.select_in_sequence(structured.trace(fn, p, X), p, 0.5, [X])[1],
     "reconstruct": lambda p: oneshot.reconstruct(reads(p), masks_of(reads(p)), grams()),
+    "gptq": lambda p: oneshot.gptq(reads(p), grams(), prunable="up/kernel"),
     "sparsegpt": lambda p: oneshot.sparsegpt(reads(p), grams(), 0.5, prunable="up/kernel"),
     "admm": lambda p: oneshot.admm(reads(p), grams(), 0.5, prunable="up/kernel", steps=2),
     "sequential": lambda p: oneshot.sequential(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +90,10 @@ def prune_sites(
             require_real(leaf, name, title)
         for site in sites_of(grams, path, title) if fits else ():
             weights, order = _in_groups(site, leaf, pattern.group)
-            found = method(weights, _grams(grams, site, order), pattern.strength(strength, name, weights))
+            found = method(weights, grams_in(grams, site, order), pattern.strength(strength, name, weights))
             report(found, name, damping)
-            leaf = _put(site, leaf, found.weights, order)
-            mask = _put(site, mask, found.mask, order)
+            leaf = put_in(site, leaf, found.weights, order)
+            mask = put_in(site, mask, found.mask, order)
         leaves.append(leaf if fits else own(leaf))
         masks.append(mask)
     return flat.build(leaves), flat.build(masks)
@@ -120,12 +120,14 @@ def _in_groups(site: Site, leaf: Any, group: int) -> tuple[jax.Array, np.ndarray
     return matrices[:, order], order
 
 
-def _grams(grams: Grams, site: Site, order: np.ndarray | None) -> jax.Array:
+def grams_in(grams: Grams, site: Site, order: np.ndarray | None) -> jax.Array:
+    """The Gram matrices of a site in float32, with rows and columns in another order."""
     gram = grams.of(site).astype(jnp.float32)
     return gram if order is None else gram[:, order][:, :, order]
 
 
-def _put(site: Site, leaf: jax.Array, matrices: jax.Array, order: np.ndarray | None) -> jax.Array:
+def put_in(site: Site, leaf: jax.Array, matrices: jax.Array, order: np.ndarray | None) -> jax.Array:
+    """Put matrices whose rows stand in another order into the leaf."""
     return site.put(leaf, matrices if order is None else matrices[:, np.argsort(order)])
 
 
@@ -161,8 +163,6 @@ def solve_each(
 ) -> Solution:
     """Solve for each of N matrices by itself; small ones side by side.
 
-    On a mesh with Explicit axes the work is left to the compiler; weights and mask are sharded as the weights.
-
     Args:
         solve: (weights [inputs, outputs], the factorised Gram matrix, the matrix's entry of `others`) -> weights, mask.
             It sees weights of dead features as zeros, which go first; those it keeps stay what they were.
@@ -178,7 +178,35 @@ def solve_each(
         found, mask = solve(jnp.where(dead, 0.0, weights), factor, other)
         return Solution(jnp.where(mask & dead, weights, found), mask, factor.damping, factor.condition)
 
-    def of_all(*arrays: Any) -> Solution:
+    sharded: Any = (True, True, False, False)
+    return for_each(of_one, weights, grams, others, out=Solution(*sharded))
+
+
+Out = TypeVar("Out")
+
+
+def for_each(
+    of_one: Callable[[jax.Array, jax.Array, Any], Out],
+    weights: Float32[Array, "n inputs outputs"],
+    grams: Float32[Array, "n inputs inputs"],
+    others: Any,
+    *,
+    out: Any,
+) -> Out:
+    """Call a function of one matrix for each of N, side by side where they are small.
+
+    On a mesh with Explicit axes the work is left to the compiler.
+
+    Args:
+        of_one: (weights [inputs, outputs], gram [inputs, inputs], the matrix's entry of `others`) -> a tree of arrays.
+        weights: the matrices.
+        grams: their Gram matrices.
+        others: a tree of arrays with an entry for each matrix.
+        out: a tree of bools as what `of_one` returns: whether an array [N, rows, outputs] of the result is sharded as the
+            weights; what is not is whole on every device.
+    """
+
+    def of_all(*arrays: Any) -> Any:
         n, inputs, outputs = weights.shape
         if n == 1:
             return jax.tree.map(lambda array: array[None], of_one(*jax.tree.map(lambda array: array[0], arrays)))
@@ -190,5 +218,5 @@ def solve_each(
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return of_all(weights, grams, others)
     whole = NamedSharding(sharding.mesh, PartitionSpec())
-    shardings: tuple[Any, ...] = (sharding, sharding, whole, whole)
-    return jax.sharding.auto_axes(of_all, out_sharding=Solution(*shardings))(weights, grams, others)
+    shardings = jax.tree.map(lambda as_weights: sharding if as_weights else whole, out)
+    return jax.sharding.auto_axes(of_all, out_sharding=shardings)(weights, grams, others)

@@ -1,28 +1,21 @@
 """SparseGPT: a matrix loses weights row by row, and the rows to come make up for each loss."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float32, UInt32
 
 from jaxprune import rules
 from jaxprune._tree._prunable import Prunable
+from jaxprune.oneshot._eliminate import eliminate, nested
 from jaxprune.oneshot._pattern import Pattern, read_pattern
 from jaxprune.oneshot._solve import Solution, prune_sites, solve_each
 from jaxprune.rules._rule import AnyRule
 from jaxprune.sites._calibrate import Grams
 from jaxprune.sites._factorise import Factor, check_damping, inverse_root
 from jaxprune.sites._sites import Sites
-
-# Rows whose errors are handed on one by one; more rows at a time leave the processor's nearest cache.
-_ROWS = 16
-# From so many rows on, products leave out rows that are zero, by choosing among so many sizes.
-_SPLIT, _PRODUCTS = 512, 16
-
 
 # Rows whose masks are chosen together unless the caller says otherwise: few adapt best to what the rows before have lost.
 _MASK_BLOCK = 32
@@ -166,88 +159,19 @@ def prune_matrix(
     pivots = jnp.pad(jnp.diagonal(root), (0, padding), constant_values=1.0)
     root = jnp.pad(root, (0, padding))
 
-    def choose(rows: jax.Array, pivots: jax.Array, first: Any) -> jax.Array:
+    def choose(rows: jax.Array, pivots: jax.Array, _: jax.Array, first: Any) -> jax.Array:
         real = (first + jnp.arange(rows.shape[0]) < inputs)[:, None]
         # Equation 3 of the paper: the squared weight over the diagonal of the inverse.
         return pattern.choose(jnp.where(real, (rows / pivots[:, None]) ** 2, jnp.inf), strength, first, inputs)
 
-    sizes = _nested(len(pivots), block, mask_block)
-    pruned, _, mask = _eliminate(weights, root, pivots, None, choose, 0, sizes, mask_block)
+    pruned, _, mask = eliminate(
+        weights,
+        root,
+        pivots,
+        jnp.zeros_like(weights, dtype=bool),
+        0,
+        sizes=nested(len(pivots), block, mask_block),
+        decide={mask_block: choose},
+        settle=lambda rows, mask: (jnp.where(mask, rows, 0.0), mask),
+    )
     return pruned[:inputs], mask[:inputs]
-
-
-def _nested(rows: int, block: int, mask_block: int) -> tuple[int, ...]:
-    """The sizes of blocks within blocks, each a divisor of the one before, down to single rows."""
-    inner = max(_ROWS, mask_block) if mask_block < _ROWS and block % _ROWS == 0 else _ROWS
-    sizes = {rows, block, mask_block, 1}
-    if mask_block % inner == 0 or inner % mask_block == 0:
-        sizes.add(math.gcd(inner, block))
-    return tuple(sorted(sizes, reverse=True))
-
-
-def _eliminate(
-    weights: Float32[Array, "rows outputs"],
-    root: Float32[Array, "all_before rows"],
-    pivots: Float32[Array, " rows"],
-    mask: Bool[Array, "rows outputs"] | None,
-    choose: Any,
-    first: Any,
-    sizes: tuple[int, ...],
-    mask_block: int,
-) -> tuple[Float32[Array, "rows outputs"], Float32[Array, "rows outputs"], Bool[Array, "rows outputs"]]:
-    """Prune some rows in order, the errors of all rows before them having been handed on already.
-
-    Returns the rows, their errors and their mask.
-    """
-    size, *smaller = sizes
-    if size == mask_block:
-        mask = choose(weights, pivots, first)
-    if size == 1:
-        assert mask is not None
-        errors = jnp.where(mask, 0.0, weights / pivots[:, None])
-        return jnp.where(mask, weights, 0.0), errors, mask
-    step = smaller[0]
-    chosen = mask is not None
-    if mask is None:
-        mask = jnp.zeros_like(weights, dtype=bool)
-
-    def prune(i: jax.Array, carry: Any) -> Any:
-        weights, errors, mask = carry
-        start = i * step
-        part = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=step)
-        across = part(root, axis=1)
-        handed = _product(across, errors, i, step)
-        found = _eliminate(
-            part(weights) - handed,
-            part(across),
-            part(pivots),
-            part(mask) if chosen else None,
-            choose,
-            first + start,
-            tuple(smaller),
-            mask_block,
-        )
-        old = (weights, errors, mask)
-        return tuple(lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(old, found, strict=True))
-
-    return lax.fori_loop(0, size // step, prune, (weights, jnp.zeros_like(weights), mask))
-
-
-def _product(across: jax.Array, errors: jax.Array, i: jax.Array, step: int) -> jax.Array:
-    """``across^T errors``, of which only the first ``i * step`` rows count: the errors of later rows are zero still."""
-
-    def of_first(rows: int) -> Any:
-        def multiply(across: jax.Array, errors: jax.Array) -> jax.Array:
-            return lax.dot_general(
-                across[:rows], errors[:rows], (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
-            )
-
-        return multiply
-
-    size = len(across)
-    if size < _SPLIT:
-        return of_first(size)(across, errors)
-    # Shapes are fixed when the loop is compiled; a product for each of a few numbers of rows halves the work.
-    blocks = -(-size // step // _PRODUCTS)
-    branches = [of_first(min(n * blocks * step, size)) for n in range(-(-size // (blocks * step)) + 1)]
-    return lax.switch(-(-i // blocks), branches, across, errors)

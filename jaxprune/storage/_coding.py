@@ -11,6 +11,7 @@ import numpy as np
 from jaxprune._tree._axes import conventional
 from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune._tree._prunable import is_kernel, is_table
+from jaxprune.oneshot import Codes
 from jaxprune.storage._tensors import BITS, Encoded, encode
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -41,10 +42,11 @@ class Coding:
         mask: np.ndarray | None,
         *,
         stack: tuple[int, ...] = (),
+        codes: Codes | None = None,
         title: str | None = None,
     ) -> Encoded:
-        """Encode one tensor; `stack` are its axes of layers, `title` is what messages call it."""
-        bits = self._bits(path, values, mask)
+        """Encode one tensor; `stack` are its axes of layers, `codes` what it is rounded to already, `title` its name in messages."""
+        bits = None if codes is not None else self._bits(path, values, mask)
         return encode(
             path,
             values,
@@ -53,6 +55,7 @@ class Coding:
             scales=scales_of(path, values.shape, self.group_size, stack) if bits else (),
             dtype=self._dtype(values),
             exchange=self.exchange,
+            codes=codes,
             title=title,
         )
 

@@ -1,9 +1,11 @@
-"""Weights as small integers: symmetric, with one scale for each output channel or for each group of its inputs."""
+"""Weights as small integers, with one scale for each output channel or for each group of its inputs."""
 
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+_PIECE = 2**20  # codes
 
 
 class Codes(NamedTuple):
@@ -50,11 +52,13 @@ def quantize(weights: np.ndarray, scales: tuple[int, ...], bits: int, dtype: np.
     return Codes(codes, scale, *errors(wide, dequantize(codes, scale)))
 
 
-def dequantize(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Multiply codes by their scales; the result has the dtype of the scales."""
+def dequantize(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None) -> np.ndarray:
+    """Multiply codes, less the code of zero where that is not 0, by their scales; the result has the dtype of the scales."""
     most = float(ml_dtypes.finfo(scale.dtype).max)
     wide = np.promote_types(scale.dtype, np.float32)
     step = spread(scale.astype(wide), codes.shape)
+    if zero is not None:
+        codes = codes.astype(np.int16) - spread(zero.astype(np.int16), codes.shape)
     with np.errstate(over="ignore"):  # a scale that was rounded up may reach beyond the largest number
         found = np.multiply(codes, step, out=step if step.shape == codes.shape else None)
     return np.clip(found, -most, most, out=found).astype(scale.dtype, copy=False)
@@ -83,18 +87,39 @@ def errors(exact: np.ndarray, found: np.ndarray) -> tuple[float, float]:
     return _largest(error), _norm(error) / norm if norm else 0.0
 
 
-def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """Pack a vector of codes of 4 bits, two a byte, the first in the lower half."""
-    padded = np.zeros(codes.size + codes.size % 2, np.uint8)
-    padded[: codes.size] = codes.view(np.uint8) & 15
-    return padded[0::2] | padded[1::2] << 4
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack a vector of int8 codes of 2 to 4 bits: a string of bits, the first code in the lowest bits of the first byte."""
+    if bits == 4:
+        padded = np.zeros(codes.size + codes.size % 2, np.uint8)
+        padded[: codes.size] = codes.view(np.uint8) & 15
+        return padded[0::2] | padded[1::2] << 4
+    # Eight codes fill whole bytes; a piece at a time, since a bit takes a byte on the way.
+    pieces = [codes[start : start + _PIECE] for start in range(0, codes.size, _PIECE)] or [codes]
+    every = [np.unpackbits(piece.view(np.uint8)[:, None], axis=1, count=bits, bitorder="little") for piece in pieces]
+    return np.concatenate([np.packbits(piece.reshape(-1), bitorder="little") for piece in every])
 
 
-def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
-    """Unpack a vector of `count` codes of 4 bits."""
-    halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[:count]
-    # Bit 3 is the sign.
-    return ((halves ^ 8).astype(np.int8) - 8).astype(np.int8)
+def unpack(packed: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """Unpack a vector of `count` codes."""
+    if bits == 4:
+        codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[:count]
+    else:
+        size = _PIECE * bits // 8
+        pieces = [packed[start : start + size] for start in range(0, packed.size, size)] or [packed]
+        codes = np.concatenate([_unpack_piece(piece, bits) for piece in pieces])[:count]
+    # The highest bit is the sign.
+    sign = 1 << (bits - 1)
+    return ((codes ^ sign).astype(np.int8) - sign).astype(np.int8)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """How many bytes the codes take."""
+    return -(-count * bits // 8)
+
+
+def _unpack_piece(packed: np.ndarray, bits: int) -> np.ndarray:
+    ones = np.unpackbits(packed, bitorder="little")
+    return np.packbits(ones[: ones.size // bits * bits].reshape(-1, bits), axis=1, bitorder="little")[:, 0]
 
 
 def _largest_of_groups(values: np.ndarray, scales: tuple[int, ...]) -> np.ndarray:

@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxprune.oneshot import Codes
 from jaxprune.storage import _bitmask, _quantize
 from jaxprune.storage._container import TensorFile, is_shape
 
 # compressed-tensors leaves this ending of a name out when it compresses, and puts it back.
 WEIGHT = ".weight"
 OWN_METADATA = "jaxprune"
-PARTS = ("shape", "compressed", "bitmask", "row_offsets", "scale")
+PARTS = ("shape", "compressed", "bitmask", "row_offsets", "scale", "zero_point", "bits")
 ONLY_PARTS = ("compressed", "bitmask", "row_offsets")  # endings that no other tensor may have
 BITS = (4, 8)
+PACKED = (2, 3, 4)  # bits of codes of which several share a byte; other codes take a byte each
 
 
 class Encoded(NamedTuple):
@@ -48,6 +50,7 @@ def encode(
     scales: tuple[int, ...] = (),
     dtype: np.dtype[Any] | None = None,
     exchange: bool = True,
+    codes: Codes | None = None,
     title: str | None = None,
 ) -> Encoded:
     """Encode one tensor.
@@ -60,6 +63,7 @@ def encode(
         scales: the number of scales along each axis; for quantising.
         dtype: to round the values, or the scales, to; None for their own.
         exchange: whether to store what can be computed from the bitmask but belongs to the layout of others.
+        codes: the integers that its values were rounded to already; they are stored as they are.
         title: what messages call it; its name when None.
     """
     if mask is not None and mask.all():
@@ -67,16 +71,20 @@ def encode(
     kept = values.size if mask is None else int(np.count_nonzero(mask))
     dtype = dtype or values.dtype
     largest_error = relative_error = 0.0
-    scale = None
+    scale = zero = None
     if mask is not None and (bits is not None or dtype != values.dtype):
         values = np.where(mask, values, np.zeros_like(values))
-    if bits is not None:
+    if codes is not None:
+        bits, exact = codes.bits, values
+        values, scale, zero = _read_codes(codes, mask, dtype, exact.shape, title or name)
+        largest_error, relative_error = _quantize.errors(exact, _quantize.dequantize(values, scale, zero))
+    elif bits is not None:
         values, scale, largest_error, relative_error = _quantize.quantize(values, scales, bits, dtype)
         if not np.isfinite(largest_error):
             raise ValueError(f"{title or name} holds NaN or infinity, which has no integer code. Do not quantise it.")
     elif dtype != values.dtype:
         values, largest_error, relative_error = _rounded(values, dtype, title or name)
-    stored = bits or 8 * values.dtype.itemsize
+    stored = 8 * values.dtype.itemsize if bits not in PACKED else bits
     if scale is None and mask is None:
         return Encoded({name: values}, dtype, kept, stored, largest_error, relative_error)
     if mask is None:
@@ -85,13 +93,30 @@ def encode(
         parts = _bitmask.encode(values, mask)
         if not exchange:
             del parts["row_offsets"]
-    if bits == 4:
-        parts["compressed"] = _quantize.pack_nibbles(parts["compressed"])
     if scale is not None:
+        assert bits is not None
+        if bits in PACKED:
+            parts["compressed"] = _quantize.pack(parts["compressed"], bits)
+        if bits in PACKED and bits != 4:
+            parts["bits"] = np.array([bits], np.uint8)
         parts["scale"] = scale
+    if zero is not None:
+        parts["zero_point"] = zero
     stem = name.removesuffix(WEIGHT)
     arrays = {f"{stem}.{part}": array for part, array in parts.items()}
     return Encoded(arrays, dtype, kept, stored, largest_error, relative_error)
+
+
+def _read_codes(
+    codes: Codes, mask: np.ndarray | None, dtype: np.dtype[Any], shape: tuple[int, ...], title: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The codes, their scales in the dtype that they are loaded in, and the codes of zero where any is not 0."""
+    values, scale, zero = (np.asarray(part) for part in (codes.codes, codes.scale, codes.zero_point))
+    if values.shape != shape:
+        raise ValueError(f"codes has for {title} integers of shape {values.shape}; the leaf has {shape}.")
+    if mask is not None and (values != _quantize.spread(zero, shape))[~mask].any():
+        raise ValueError(f"codes of {title} keep weights that masks prune. Give the masks that they were found with.")
+    return values, scale.astype(dtype), zero if zero.any() else None
 
 
 def _rounded(values: np.ndarray, dtype: np.dtype[Any], title: str) -> tuple[np.ndarray, float, float]:
@@ -160,6 +185,12 @@ class Stored:
         fits = len(entries["scale"].shape) == len(shape) and all(
             map(_quantize.are_groups, entries["scale"].shape, shape)
         )
+        zero = entries.get("zero_point")
+        if zero is not None and (zero.dtype != np.int8 or zero.shape != entries["scale"].shape):
+            self._fail(f"has a zero_point of {zero.dtype}{list(zero.shape)}, which does not fit its scale")
+        bits = entries.get("bits")
+        if bits is not None and (bits.dtype != np.uint8 or bits.shape != (1,) or self.bits not in PACKED):
+            self._fail("has codes of so many bits as there are none of")
         if values not in (np.int8, np.uint8) or not fits or not _is_floating(self.dtype):
             scale = f"{self.dtype}{list(entries['scale'].shape)}"
             self._fail(f"of shape {shape} has codes of {values} and a scale of {scale}, which do not fit")
@@ -177,6 +208,8 @@ class Stored:
     @property
     def bits(self) -> int:
         """The bits of one stored value."""
+        if "bits" in self.members:
+            return int(self._read("bits")[0])
         values = self.file.entries[self.members.get("compressed", self.members.get("", ""))].dtype
         return 4 if "scale" in self.members and values == np.uint8 else 8 * values.itemsize
 
@@ -187,14 +220,18 @@ class Stored:
         mask = self._mask()
         kept = math.prod(self.shape) if mask is None else int(np.count_nonzero(mask))
         values = self.file.entries[self.members["compressed"]]
-        if math.prod(values.shape) != (-(-kept // 2) if self.bits == 4 else kept):
+        packed = self.bits in PACKED and "scale" in self.members
+        if math.prod(values.shape) != (_quantize.packed_size(kept, self.bits) if packed else kept):
             self._fail(f"keeps {kept:,} weights, but holds values of {values.dtype}{list(values.shape)}")
         held = self._read("compressed").reshape(-1)
-        if self.bits == 4:
-            held = _quantize.unpack_nibbles(held, kept)
+        if packed:
+            held = _quantize.unpack(held, kept, self.bits)
         dense = held.reshape(self.shape) if mask is None else _bitmask.decode(held, mask)
         if "scale" in self.members:
-            dense = _quantize.dequantize(dense, self._read("scale"))
+            zero = self._read("zero_point") if "zero_point" in self.members else None
+            dense = _quantize.dequantize(dense, self._read("scale"), zero)
+            if mask is not None and zero is not None:
+                dense = np.where(mask, dense, np.zeros_like(dense))  # nothing is stored of what is pruned
         return dense, mask
 
     def _mask(self) -> np.ndarray | None:

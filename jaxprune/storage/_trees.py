@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._printing import some
 from jaxprune._rows import Row
 from jaxprune._tree._axes import Stacked, read_axes
 from jaxprune._tree._given import described
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import Tree, flatten
+from jaxprune.oneshot import Codes
 from jaxprune.storage import _atomic, _writer
 from jaxprune.storage._coding import read_coding
 from jaxprune.storage._container import NAMES, TensorFile, bad_name
@@ -61,6 +63,7 @@ def save_sparse(
     masks: Any = None,
     *,
     metadata: Mapping[str, str] | None = None,
+    codes: Mapping[str, Codes] | None = None,
     quantize: int | None = None,
     quantize_tables: int | None = None,
     group_size: int | None = None,
@@ -82,6 +85,9 @@ def save_sparse(
             (e4m3fn, e5m2), 16, 32 and 64 bits, bfloat16, integers of 8 to 64 bits, bool, complex64.
         masks: their masks, as `apply_masks` takes them; None stores every leaf plain.
         metadata: strings for the file's header, such as the rule and its k; `read_metadata` returns them.
+        codes: by path, the integers that leaves were rounded to by `oneshot.gptq` or `oneshot.prune_and_quantize`; they are stored
+            as they are, two to four bits packed, and load as the values that they stand for. Other leaves are stored as the other
+            arguments say.
         quantize: 8 or 4 to store kernels (see `is_kernel`) and pruned leaves of real numbers as integers of so many bits, symmetric,
             with one scale for each output channel; None to keep every value.
         quantize_tables: the same for tables of embeddings and positions, known by their names, with one scale for each row.
@@ -100,7 +106,7 @@ def save_sparse(
         A `Saved`: bytes, and for each leaf what is kept and the errors of quantising.
 
     Raises:
-        ValueError: a mask does not fit or prunes a leaf that is not floating-point; a dtype or a name cannot be stored; a pattern
+        ValueError: codes are of no leaf, of another shape, or keep what masks prune; a mask does not fit or prunes a leaf that is not floating-point; a dtype or a name cannot be stored; a pattern
             of `stacked` fits nothing, or a leaf has fewer axes than it should have layers;
             a leaf to quantise is not finite, or one to round too large. The message names the leaf. Or there is no table to
             quantise, or `path` is a device, a pipe or a folder.
@@ -128,12 +134,18 @@ def save_sparse(
     fitting = [None] * len(flat.paths) if masks is None else align_masks(masks, flat)
     if "" in flat.paths and len(flat.paths) > 1:
         raise ValueError(f"{flat.names[flat.paths.index('')]} has an empty path beside other leaves; rename it.")
+    codes = {} if codes is None else codes
+    for path_, found in codes.items():
+        if path_ not in flat.by_path or not isinstance(found, Codes):
+            raise ValueError(
+                f"codes has for {path_!r} {described(found)}, and params {some(flat.paths)}. Codes are by path."
+            )
     coding.check_tables(zip(flat.paths, flat.leaves, strict=True), "params")
     chunks, rows = [], []
     members: dict[str, Iterable[str]] = {}
     for path_, name, leaf, mask, stack in zip(flat.paths, flat.names, flat.leaves, fitting, stacks, strict=True):
         values, kept = _as_numpy(name, path_, leaf, mask)
-        encoded = coding.encode(path_, values, kept, stack=stack, title=name)
+        encoded = coding.encode(path_, values, kept, stack=stack, codes=codes.get(path_), title=name)
         members[path_] = encoded.arrays
         chunks.append(_writer.ready(encoded.arrays))
         rows.append(

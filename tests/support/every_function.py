@@ -257,6 +257,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.oneshot.sequential": lambda p: oneshot.sequential(
         apply, p.params, [p.x, p.x], functools.partial(oneshot.sparsegpt, k=0.5)
     ),
+    "jaxprune.oneshot.gptq": lambda p: oneshot.gptq(p.params, p.grams, bits=3, symmetric=False, act_order=True).params,
+    "jaxprune.oneshot.prune_and_quantize": lambda p: oneshot.prune_and_quantize(p.params, p.grams, 0.5),
     "jaxprune.oneshot.sparsegpt": lambda p: oneshot.sparsegpt(p.params, p.grams, 0.5),
     "jaxprune.oneshot.synflow_masks": lambda p: oneshot.synflow_masks(apply, p.params, p.x, 0.5, rounds=2),
     "jaxprune.plot.accuracy": lambda p: plot.accuracy([0.0, 0.5], {"a": [1.0, 0.5]}, p.axes).get_ylabel(),

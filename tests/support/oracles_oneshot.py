@@ -59,6 +59,57 @@ def sparsegpt(weights: np.ndarray, gram: np.ndarray, choose: Choose, mask_block:
     return np.where(mask, weights, 0), mask
 
 
+def fit(weights: np.ndarray, mask: np.ndarray, bits: int, *, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The scale, rounded up to 8 significant bits, and the code of zero for each output of a group."""
+    kept = np.where(mask, np.asarray(weights, np.float64), 0)
+    low, high = np.minimum(kept.min(0), 0), np.maximum(kept.max(0), 0)
+    most = 2 ** (bits - 1) - 1
+    widest = np.maximum(-low, high) / most if symmetric else (high - low) / (2**bits - 1)
+    mantissa, exponent = np.frexp(widest)
+    scale = np.where(widest > 0, np.ldexp(np.ceil(mantissa * 256) / 256, exponent), 1.0)
+    return scale, np.zeros(scale.shape) if symmetric else -most - 1 - np.rint(low / scale)
+
+
+def gptq(
+    weights: np.ndarray,
+    gram: np.ndarray,
+    mask: np.ndarray,
+    *,
+    bits: int,
+    group: int,
+    symmetric: bool = True,
+    choose: Choose | None = None,
+    order: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frantar et al. 2022, algorithm 1 for the damped H, with 2023, section 3.5 where `choose` prunes group by group.
+
+    Returns the weights, the mask and the codes. With an order of the inputs, scales are those of the weights given.
+    """
+    weights, mask = np.array(weights, np.float64), np.array(mask)
+    found, codes = np.zeros(weights.shape), np.zeros(weights.shape, np.int8)
+    static = [
+        fit(weights[i : i + group], mask[i : i + group], bits, symmetric=symmetric)
+        for i in range(0, len(weights), group)
+    ]
+    rows = np.arange(len(weights)) if order is None else order
+    inverse = np.linalg.cholesky(np.linalg.inv(gram[np.ix_(rows, rows)])).T  # upper
+    weights = weights[rows]
+    for j, row in enumerate(rows):
+        if order is not None:
+            scale, zero = static[row // group]
+        elif j % group == 0:
+            block = slice(j, j + group)
+            if choose is not None:
+                mask[block] = choose(weights[block] ** 2 / np.diagonal(inverse)[block, None] ** 2, j)
+            scale, zero = fit(weights[block], mask[block], bits, symmetric=symmetric)
+        least = -(2 ** (bits - 1)) + symmetric
+        rounded = np.clip(np.rint(weights[j] / scale) + zero, least, 2 ** (bits - 1) - 1)
+        codes[row] = np.where(mask[row], rounded, zero)
+        found[row] = (codes[row] - zero) * scale
+        weights[j:] -= inverse[j, j:, None] * (weights[j] - found[row]) / inverse[j, j]
+    return found, mask, codes
+
+
 def reconstruct(weights: np.ndarray, mask: np.ndarray, gram: np.ndarray) -> np.ndarray:
     """For each unit the minimiser of (v - w)^T H (v - w) with v zero outside the mask."""
     found = np.zeros(weights.shape)
