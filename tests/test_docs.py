@@ -1,7 +1,9 @@
 """The documentation: every public name is in the reference, every block of code runs, every link leads somewhere."""
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import re
 import warnings
 from collections import Counter
@@ -24,8 +26,9 @@ PAGES = {
 NOTEBOOKS = {name for name, text in PAGES.items() if re.match(r"---\n(?:.*\n)*?(?:kernelspec:|file_format: mystnb)", text)}
 
 
-def blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Blocks of code, and those of what the code before them prints, in order."""
+    return re.findall(r"^```(python|output)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def public() -> set[str]:
@@ -62,15 +65,21 @@ def test_every_command_has_its_help_on_the_page():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if name not in NOTEBOOKS and blocks(text)])
-def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some of them save files
     names: dict = {"__name__": "__main__"}
     # As users have it, but that a page says what it warns of.
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", jaxprune.rules.PruningWarning)
-        for number, block in enumerate(blocks(PAGES[page])):
-            exec(compile(block, f"{page}, block {number}", "exec"), names)
+        printed = ""
+        for number, (kind, text) in enumerate(blocks(PAGES[page])):
+            if kind == "output":
+                assert [line.rstrip() for line in printed.splitlines()] == text.splitlines()
+                continue
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(text, f"{page}, block {number}", "exec"), names)
+            printed = out.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -86,6 +95,18 @@ def test_relative_links_lead_to_what_is_there(page):
         assert found.exists(), f"{page} links to {target}"
         if anchor and found.suffix == ".md":
             assert anchor in anchors(found.read_text()), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_and_programs_that_are_named_are_there(page):
+    file = ""
+    for name, test in re.findall(r"`((?:[\w/]+/)?test_\w+\.py)?::(test_\w+)`", PAGES[page]):
+        file = name or file
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{test}"
+    for module in re.findall(r"python -m (benchmarks\.\w+)", PAGES[page]):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+    for program in re.findall(r"python (examples/\w+\.py)", PAGES[page]):
+        assert (ROOT / program).exists(), program
 
 
 @pytest.mark.parametrize("page", PAGES)
