@@ -45,4 +45,11 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxprune"
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "use_download_button": True}
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "use_download_button": True,
+    "navbar_persistent": [],  # the search stands in the sidebar
+}
