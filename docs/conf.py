@@ -32,6 +32,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 default_role = "public"  # of docstrings: a name in single backticks is a link where it is public
 maximum_signature_line_length = 88
+add_function_parentheses = False
 toc_object_entries_show_parents = "hide"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline"]

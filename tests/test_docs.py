@@ -23,7 +23,9 @@ PAGES = {
     if "_build" not in page.relative_to(DOCS).parts
 }
 # Notebooks are executed by the build.
-NOTEBOOKS = {name for name, text in PAGES.items() if re.match(r"---\n(?:.*\n)*?(?:kernelspec:|file_format: mystnb)", text)}
+NOTEBOOKS = {
+    name for name, text in PAGES.items() if re.match(r"---\n(?:.*\n)*?(?:kernelspec:|file_format: mystnb)", text)
+}
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -113,7 +115,9 @@ def test_tests_and_programs_that_are_named_are_there(page):
 def test_pages_that_a_toctree_names_are_there(page):
     for body in re.findall(r"^```\{toctree\}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE):
         entries = [line for line in body.splitlines() if line and not line.startswith(":")]
-        missing = [entry for entry in entries if "*" not in entry and not (DOCS / page).parent.joinpath(f"{entry}.md").exists()]
+        missing = [
+            entry for entry in entries if "*" not in entry and not (DOCS / page).parent.joinpath(f"{entry}.md").exists()
+        ]
         assert not missing, page
 
 
