@@ -10,7 +10,13 @@ from jaxprune._tree._paths import flatten
 
 
 class Round(NamedTuple):
-    """One round: its strength, the masks made at its start, and the parameters trained under them."""
+    """One round of `iterate`.
+
+    Attributes:
+        k: its strength.
+        masks: made at its start, True = keep.
+        params: trained under them.
+    """
 
     k: Any
     masks: Any

@@ -63,7 +63,13 @@ class Total:
 
 @dataclasses.dataclass(frozen=True)
 class Summary(Printable):
-    """What `summarize` found; prints as a table."""
+    """What `summarize` found; prints as a table.
+
+    Attributes:
+        rows: for each layer its path, shape, size, kept weights, sparsity, threshold, bytes, dead units and multiply-accumulates.
+        prunable: size, kept, sparsity and compression of the prunable weights together.
+        overall: the same of all parameters.
+    """
 
     rows: tuple[LayerRow, ...]
     prunable: Total

@@ -29,7 +29,14 @@ _DEVIATIONS = 4.0
 
 
 class Trial(NamedTuple):
-    """One strength tried: `value` is the metric, or the cost where a budget was to be met."""
+    """One strength that `search_k` tried.
+
+    Attributes:
+        k: the strength.
+        sparsity: the fraction that it removes of the prunable weights.
+        value: the metric, or the cost where a budget was to be met.
+        accepted: whether it is within what was asked for.
+    """
 
     k: float
     sparsity: float

@@ -31,7 +31,11 @@ _DAMPING = 0.01
 
 
 class Method(Protocol):
-    """A method that prunes a tree of parameters, as `sparsegpt` and `admm` do once their strength is given."""
+    """A method that prunes a tree of parameters, as `sparsegpt` and `admm` do once their strength is given.
+
+    Called ``method(params, grams, prunable=predicate)``, it returns the pruned parameters and their masks:
+    ``functools.partial(oneshot.admm, k=0.5)`` is one.
+    """
 
     def __call__(self, params: Any, grams: Grams, /, *, prunable: Predicate) -> tuple[Any, Any]:
         """Return the pruned parameters and their masks."""

@@ -1,5 +1,7 @@
 """Pictures of pruning: matplotlib axes in, the same axes out.
 
+::
+
     import matplotlib.pyplot as plt
     from jaxprune import plot
 

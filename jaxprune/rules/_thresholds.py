@@ -133,8 +133,8 @@ def std_threshold(scores: Any, k: Any, *, max_sparsity: float = 1.0) -> Any:
     The deviation is the population's, over all entries of the layer, zeros included, accumulated in float32 or wider
     and blind to NaN and infinity; of complex weights, the root mean square distance from their mean. Pruning again with
     the same k therefore changes nothing, as long as pruning has not widened the distribution (it cannot where the mean is
-    near zero). No layer is emptied: a threshold above the
-    largest magnitude is lowered to it, and a layer without a finite weight is left as it is. A NaN weight goes.
+    near zero). No layer is emptied: a threshold above the largest magnitude is lowered to it, and a layer without a finite weight is
+    left as it is. A NaN weight goes.
 
     Args:
         scores: a tree of scores, as `make_masks` hands it to a rule; without `scores=` they are the weights.

@@ -66,7 +66,13 @@ def _total(found: dict[int, jax.Array], site: Site) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Norms(_Sums):
-    """Sums of squares of every input, by `calibrate_norms`; a pytree that adds (``a + b``, ``lax.psum``)."""
+    """Sums of squares of every input, by `calibrate_norms`; a pytree that adds (``a + b``, ``lax.psum``).
+
+    Attributes:
+        sites: the sites of the function; static, part of the treedef.
+        sums: for each group of sites that share their inputs the sum over samples, float32.
+        counts: for each group the number of samples (rows of x) of each of its N matrices, float32 ``[N]``.
+    """
 
     sites: Sites = dataclasses.field(metadata={"static": True})
 
@@ -78,7 +84,13 @@ class Norms(_Sums):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Grams(_Sums):
-    """Gram matrices of the inputs, by `calibrate_grams`; a pytree that adds (``a + b``, ``lax.psum``)."""
+    """Gram matrices of the inputs, by `calibrate_grams`; a pytree that adds (``a + b``, ``lax.psum``).
+
+    Attributes:
+        sites: the sites of the function; static, part of the treedef.
+        sums: for each group of sites that share their inputs the sum over samples, float32.
+        counts: for each group the number of samples (rows of x) of each of its N matrices, float32 ``[N]``.
+    """
 
     sites: Sites = dataclasses.field(metadata={"static": True})
 

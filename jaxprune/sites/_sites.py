@@ -163,7 +163,13 @@ def _auto(function: Callable[..., jax.Array], like: jax.Array, spec: PartitionSp
 
 @dataclasses.dataclass(frozen=True)
 class Unresolved:
-    """A use of a parameter that the reader does not understand: the leaf's `path` and `name`, and the `reason`."""
+    """A use of a parameter that the reader does not understand.
+
+    Attributes:
+        path: the leaf's normalised path.
+        name: the leaf's name in messages.
+        reason: what it does with the leaf.
+    """
 
     path: str
     name: str

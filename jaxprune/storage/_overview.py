@@ -25,8 +25,16 @@ _PIECE = 2**20  # entries of a tensor that are looked at together
 class FileOverview(Printable):
     """What `summarize_file` found.
 
-    `bytes` are those on disk, `dense_bytes` those of all tensors as arrays; `prunable_sparsity` is the fraction removed of
-    the kernels (see `is_kernel`) and of what lies under a mask, `sparsity` that of all.
+    Attributes:
+        path: the file or folder.
+        bytes: those on disk.
+        dense_bytes: those of all tensors as arrays.
+        size: the entries of all tensors.
+        kept: those of them that are kept.
+        sparsity: the fraction removed of all.
+        prunable_sparsity: that of the kernels (see `is_kernel`) and of what lies under a mask.
+        metadata: the strings in the header.
+        tensors: a row for each.
     """
 
     path: str
@@ -66,7 +74,14 @@ class FileOverview(Printable):
 
 @dataclasses.dataclass(frozen=True)
 class TensorDifference:
-    """How a tensor differs: `what` in words, and for equal shapes the entries that differ and by how much at most."""
+    """How a tensor differs, by `diff_files`.
+
+    Attributes:
+        name: the tensor's.
+        what: the difference in words.
+        different: of tensors of equal shapes, how many entries differ.
+        largest: by how much at most.
+    """
 
     name: str
     what: str

@@ -30,6 +30,14 @@ class TensorRow(Row):
     """One tensor in a file.
 
     Attributes:
+        path: its name in the file.
+        shape: its shape.
+        size: how many entries it has.
+        kept: how many its mask keeps.
+        threshold: the smallest magnitude kept; None where nothing is removed.
+        std: of its entries; None where they are not floating-point.
+        dense_bytes: of the array as it is.
+        stored_bytes: in the file, kept values with a bitmask where it was pruned; before zstd.
         dtype: of its values.
         bits: of one value as it is stored.
         largest_error: of quantising it, or of rounding it to another dtype; 0.0 without.
@@ -44,7 +52,14 @@ class TensorRow(Row):
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What `save_sparse` wrote: the bytes on disk, those of the dense arrays, and a row for each leaf."""
+    """What `save_sparse` wrote.
+
+    Attributes:
+        path: the file.
+        bytes: those on disk.
+        dense_bytes: those of the dense arrays.
+        tensors: a row for each leaf.
+    """
 
     path: Path
     bytes: int

@@ -12,7 +12,11 @@ from jaxprune.transforms._enforce import enforce, enforce_masks, masks_for, requ
 
 
 class KeepPrunedState(NamedTuple):
-    """State of `keep_pruned`: the masks, True = keep."""
+    """State of `keep_pruned`.
+
+    Attributes:
+        masks: True = keep.
+    """
 
     masks: Any
 

@@ -25,7 +25,12 @@ _Judged = Callable[[Any, Any], Any]
 
 
 class PruneState(NamedTuple):
-    """State of `prune` and `prune_and_regrow`: updates seen so far (int32) and the masks, True = keep."""
+    """State of `prune` and `prune_and_regrow`.
+
+    Attributes:
+        count: updates seen so far, int32.
+        masks: True = keep.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # optax names it so, and a tuple has a method of that name
     masks: Any

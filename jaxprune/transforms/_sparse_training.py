@@ -25,7 +25,13 @@ _Growth = Callable[[jax.Array, int, jax.Array], jax.Array]
 
 
 class SparseTrainingState(NamedTuple):
-    """State of the wrappers: updates seen (int32), the masks, True = keep, and the inner optimizer's state."""
+    """State of `rigl`, `sparse_evolution` and `static_sparse`.
+
+    Attributes:
+        count: updates seen so far, int32.
+        masks: True = keep.
+        inner_state: of the optimizer that is wrapped.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # optax names it so, and a tuple has a method of that name
     masks: Any
