@@ -70,7 +70,10 @@ def test_global(sparsity: float, scaled: bool) -> None:
 
 
 def test_global_empties_a_layer_there_and_none_here() -> None:
-    params = {"large": {"kernel": np.full((4, 5), 9.0, np.float32)}, "small": {"kernel": np.full((2, 5), 1.0, np.float32)}}
+    params = {
+        "large": {"kernel": np.full((4, 5), 9.0, np.float32)},
+        "small": {"kernel": np.full((2, 5), 1.0, np.float32)},
+    }
     there = oracle.globally(sizes_of(params), 0.5, normalized=False)
     here = make_masks(params, 0.5, rule=rules.global_sparsity)
     assert [int(mask.sum()) for mask in there.values()] == [15, 0]
@@ -99,7 +102,9 @@ def test_n_m(n: int, axis: int) -> None:
 
 def test_n_m_of_equals_keeps_the_first_here_and_the_last_there() -> None:
     ones = np.ones((1, 4), np.float32)
-    assert make_masks({"kernel": ones}, 1, rule=rules.n_m(4, axis=-1))["kernel"].tolist() == [[True, False, False, False]]
+    assert make_masks({"kernel": ones}, 1, rule=rules.n_m(4, axis=-1))["kernel"].tolist() == [
+        [True, False, False, False]
+    ]
     assert oracle.n_of_m(ones, 1, 4).tolist() == [[False, False, False, True]]
 
 
