@@ -39,7 +39,7 @@ def test_they_train_and_prune() -> None:
     accuracies = [float(jnp.mean(found.argmax(-1) == labels)) for found in (logits, federated)]
     assert accuracies[0] > 0.8, accuracies
     assert accuracies[1] > 0.6, accuracies
-    assert names["losses"][-1] < 0.2 * names["losses"][0]
+    assert names["losses"][-1] < 0.4 * names["losses"][0]
 
     trained = [
         (names["state"].params, jaxprune.masks_in(names["state"].opt_state), 0.95),
