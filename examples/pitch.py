@@ -169,9 +169,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default: %(default)s)"
     parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help=f"of the network {default}")
-    parser.add_argument("--tones", type=options.count(1), default=1000, help=default)
+    parser.add_argument("--tones", type=options.count(1), default=1000, help=f"of known pitch, to be found {default}")
+    sparsities = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+    shown = " ".join(map(str, sparsities))
     parser.add_argument(
-        "--sparsities", type=options.number(1), nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8, 0.9], help=default
+        "--sparsities", type=options.number(1), nargs="+", default=sparsities, help=f"rising (default: {shown})"
     )
     parser.add_argument("--seed", type=options.count(0), default=0, help=f"of the tones {default}")
     parser.add_argument("--out", type=Path, default=Path("runs/pitch"), help=f"folder for the results {default}")
