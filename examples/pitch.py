@@ -27,6 +27,7 @@ from _support.experiment import exit_code
 from _support.torch_file import read_arrays
 from jax import lax
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import jaxprune
@@ -124,20 +125,19 @@ def run(settings: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"CREPE {settings.size}, {results['weights']:,} numbers; {len(cents):,} tones; dense: {results['dense']:.1%} right"
     )
     settings.out.mkdir(parents=True, exist_ok=True)
-    for name, rule in RULES.items():
-        make_masks = jax.jit(functools.partial(jaxprune.make_masks, rule=rule))
-        for sparsity in settings.sparsities:
-            masks = make_masks(params, sparsity)
-            pruned = jaxprune.apply_masks(params, masks)
-            row = {"sparsity": sparsity, "accuracy": accuracy(pruned, frames, cents)}
-            if name == "global":
-                path = settings.out / f"{settings.size}-{100 * sparsity:g}.safetensors"
-                saved = save_sparse(
-                    path, pruned, masks, metadata={"rule": name, "k": str(sparsity)}, quantize=8, force=True
-                )
-                read_back, _ = load_sparse(path, like=pruned)
-                row |= {"bytes": saved.bytes, "accuracy_int8": accuracy(read_back, frames, cents)}
-            results["rules"][name].append(row)
+    make_masks = {name: jax.jit(functools.partial(jaxprune.make_masks, rule=rule)) for name, rule in RULES.items()}
+    runs = [(name, sparsity) for name in RULES for sparsity in settings.sparsities]
+    for name, sparsity in track(runs, "pruning", console=console):
+        masks = make_masks[name](params, sparsity)
+        pruned = jaxprune.apply_masks(params, masks)
+        row = {"sparsity": sparsity, "accuracy": accuracy(pruned, frames, cents)}
+        if name == "global":
+            path = settings.out / f"{settings.size}-{100 * sparsity:g}.safetensors"
+            metadata = {"rule": name, "k": str(sparsity)}
+            saved = save_sparse(path, pruned, masks, metadata=metadata, quantize=8, force=True)
+            read_back, _ = load_sparse(path, like=pruned)
+            row |= {"bytes": saved.bytes, "accuracy_int8": accuracy(read_back, frames, cents)}
+        results["rules"][name].append(row)
     (settings.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 

