@@ -20,13 +20,13 @@ def test_every_script_has_one_row_and_every_row_a_script() -> None:
 def test_a_row_says_what_it_shows_how_long_it_takes_and_what_it_needs(name: str) -> None:
     shown, small, whole = (cell.strip() for cell in ROWS[name].split(" | "))
     assert len(shown) > 20
-    times = re.compile(r"\d+ s|\d+ min|\d+ h|not measured|–")
+    times = re.compile(r"\d+ s|\d+ min|\d+ h|not measured|none")
     assert times.match(small), small
     assert times.match(whole), whole
     # What trains has a small size.
     code = SCRIPTS[name]
     trains = "options.parse" in code or '"--small"' in code or "settings = shrink_cnn.parse" in code
-    assert trains == (small != "–")
+    assert trains == (small != "none")
 
 
 def test_what_is_to_be_installed_is_what_the_script_asks_for() -> None:
