@@ -26,7 +26,7 @@ import optax
 from _support import text
 from _support.experiment import exit_code
 from _support.language_figure import bits_per_byte
-from _support.options import UsageError
+from _support.options import UsageError, add_names, count
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -296,12 +296,12 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [pattern.name for pattern in PATTERNS]
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trained networks (default: 0)")
-    parser.add_argument("--steps", type=int, help="of training (default: 1300, with --small 20)")
-    parser.add_argument("--calibration", type=int, help="windows of text (default: 128, with --small 32)")
-    parser.add_argument("--windows", type=int, help="to measure with (default: 512, with --small 32)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--patterns", nargs="+", choices=names, default=names, metavar="PATTERN")
+    parser.add_argument("--seeds", type=count(0), nargs="+", default=[0], help="of the trained networks (default: 0)")
+    parser.add_argument("--steps", type=count(1), help="of training (default: 1300, with --small 20)")
+    parser.add_argument("--calibration", type=count(1), help="windows of text (default: 128, with --small 32)")
+    parser.add_argument("--windows", type=count(1), help="to measure with (default: 512, with --small 32)")
+    add_names(parser, "--methods", METHODS)
+    add_names(parser, "--patterns", names)
     parser.add_argument("--valid", action="store_true", help="measure with the text kept for choosing settings")
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that everything runs")
     options = parser.parse_args(arguments)

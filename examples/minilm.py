@@ -29,6 +29,7 @@ import numpy as np
 from _support import text
 from _support.data import DataError
 from _support.experiment import exit_code
+from _support.options import add_names, count
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -273,10 +274,12 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, calibrate, prune in every way, show the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/minilm"), help="(default: %(default)s)")
-    parser.add_argument("--calibration", type=int, default=1024, help="sentences (default: %(default)s)")
-    parser.add_argument("--sentences", type=int, default=1024, help="to compare embeddings of (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS), metavar="PATTERN")
+    parser.add_argument("--calibration", type=count(BATCH_SIZE), default=1024, help="sentences (default: %(default)s)")
+    parser.add_argument(
+        "--sentences", type=count(2), default=1024, help="to compare embeddings of (default: %(default)s)"
+    )
+    add_names(parser, "--methods", METHODS)
+    add_names(parser, "--patterns", PATTERNS)
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
     network, params, tokenize = load(model_folder())

@@ -27,6 +27,7 @@ from _support.experiment import exit_code
 from _support.torch_file import read_arrays
 from jax import lax
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import jaxprune
@@ -124,20 +125,19 @@ def run(settings: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"CREPE {settings.size}, {results['weights']:,} numbers; {len(cents):,} tones; dense: {results['dense']:.1%} right"
     )
     settings.out.mkdir(parents=True, exist_ok=True)
-    for name, rule in RULES.items():
-        make_masks = jax.jit(functools.partial(jaxprune.make_masks, rule=rule))
-        for sparsity in settings.sparsities:
-            masks = make_masks(params, sparsity)
-            pruned = jaxprune.apply_masks(params, masks)
-            row = {"sparsity": sparsity, "accuracy": accuracy(pruned, frames, cents)}
-            if name == "global":
-                path = settings.out / f"{settings.size}-{100 * sparsity:g}.safetensors"
-                saved = save_sparse(
-                    path, pruned, masks, metadata={"rule": name, "k": str(sparsity)}, quantize=8, force=True
-                )
-                read_back, _ = load_sparse(path, like=pruned)
-                row |= {"bytes": saved.bytes, "accuracy_int8": accuracy(read_back, frames, cents)}
-            results["rules"][name].append(row)
+    make_masks = {name: jax.jit(functools.partial(jaxprune.make_masks, rule=rule)) for name, rule in RULES.items()}
+    runs = [(name, sparsity) for name in RULES for sparsity in settings.sparsities]
+    for name, sparsity in track(runs, "pruning", console=console):
+        masks = make_masks[name](params, sparsity)
+        pruned = jaxprune.apply_masks(params, masks)
+        row = {"sparsity": sparsity, "accuracy": accuracy(pruned, frames, cents)}
+        if name == "global":
+            path = settings.out / f"{settings.size}-{100 * sparsity:g}.safetensors"
+            metadata = {"rule": name, "k": str(sparsity)}
+            saved = save_sparse(path, pruned, masks, metadata=metadata, quantize=8, force=True)
+            read_back, _ = load_sparse(path, like=pruned)
+            row |= {"bytes": saved.bytes, "accuracy_int8": accuracy(read_back, frames, cents)}
+        results["rules"][name].append(row)
     (settings.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -169,9 +169,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default: %(default)s)"
     parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help=f"of the network {default}")
-    parser.add_argument("--tones", type=options.count(1), default=1000, help=default)
+    parser.add_argument("--tones", type=options.count(1), default=1000, help=f"of known pitch, to be found {default}")
+    sparsities = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+    shown = " ".join(map(str, sparsities))
     parser.add_argument(
-        "--sparsities", type=options.number(1), nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8, 0.9], help=default
+        "--sparsities", type=options.number(1), nargs="+", default=sparsities, help=f"rising (default: {shown})"
     )
     parser.add_argument("--seed", type=options.count(0), default=0, help=f"of the tones {default}")
     parser.add_argument("--out", type=Path, default=Path("runs/pitch"), help=f"folder for the results {default}")

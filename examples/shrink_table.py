@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import shrink_cnn
 from _support.experiment import Experiment, exit_code
+from _support.options import count
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -36,8 +37,13 @@ def _accuracy(runs: Sequence[dict[str, Any]], stage: str, measure: str) -> str:
 def tabulate(arguments: list[str] | None = None) -> None:
     """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/shrink_table"), help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=count(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/shrink_table"),
+        help="a folder for each seed in it (default: %(default)s)",
+    )
     own, others = parser.parse_known_args(arguments)
     console, runs = Console(highlight=False), []
     for seed in own.seeds:

