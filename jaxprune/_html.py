@@ -35,7 +35,7 @@ def table(
     title: str | None = None,
     below: str | None = None,
 ) -> str:
-    """Return a table, which scrolls within itself where the window is narrow.
+    r"""Return a table, which scrolls within itself where the window is narrow.
 
     Args:
         heads: of the columns.
@@ -44,7 +44,7 @@ def table(
         title: above it.
         below: a text below it.
 
-    >>> print(table(["layer", "kept"], [Line(["a<b", "3"])], numbers=[False, True]).replace("><", ">\\n<"))
+    >>> print(table(["layer", "kept"], [Line(["a<b", "3"])], numbers=[False, True]).replace("><", ">\n<"))
     <div style="overflow-x:auto">
     <table style="border-collapse:collapse;font-variant-numeric:tabular-nums">
     <thead>
@@ -70,7 +70,9 @@ def table(
         own += ["border-top:1px solid"] if line.begins else []
         cells = zip(sides, line.cells, strict=True)
         rows.append(
-            f"<tr{_style(own)}>" + "".join(f"<td{_style([side])}>{escaped(text)}</td>" for side, text in cells) + "</tr>"
+            f"<tr{_style(own)}>"
+            + "".join(f"<td{_style([side])}>{escaped(text)}</td>" for side, text in cells)
+            + "</tr>"
         )
     above = "" if title is None else f'<p style="margin:.5em 0"><b>{escaped(title)}</b></p>'
     said = "" if below is None else f'<p style="margin:.5em 0">{escaped(below)}</p>'

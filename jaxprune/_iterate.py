@@ -20,7 +20,11 @@ class Round(NamedTuple):
 
     def __repr__(self) -> str:
         """Return its strength and how many arrays it holds, which themselves would fill screens."""
-        k = f"k = {self.k:g}" if isinstance(self.k, int | float | jax.Array | np.generic | np.ndarray) and np.ndim(self.k) == 0 else "a k for each layer"
+        k = (
+            f"k = {self.k:g}"
+            if isinstance(self.k, int | float | jax.Array | np.generic | np.ndarray) and np.ndim(self.k) == 0
+            else "a k for each layer"
+        )
         return f"<Round: {k}, masks and params of {len(jax.tree.leaves(self.params)):,} arrays>"
 
 

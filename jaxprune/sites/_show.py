@@ -50,4 +50,3 @@ def _samples(counts: Sequence[Any]) -> str:
     total = sum(np.asarray(count, np.float64) for count in counts)
     low, high = float(np.min(total)), float(np.max(total))
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
-
