@@ -97,6 +97,18 @@ def folded(rows: Iterable[tuple[str, Sequence[str]]], few: int = FEW_ROWS) -> li
     return [*(found[i] for i in sorted(first)), ("", [rest, *[""] * (len(found[0][1]) - 1)])]
 
 
+def alike(names: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Return names that are the same but for numbers as one, each with the places of those that it stands for.
+
+    >>> alike(["l/0/up", "head", "l/1/up"])
+    [('l/*/up x 2', [0, 2]), ('head', [1])]
+    """
+    found: dict[tuple[str, ...], list[int]] = {}
+    for place, name in enumerate(names):
+        found.setdefault(tuple(_NUMBER.split(name)), []).append(place)
+    return [(_merged([[names[i]] for i in places], [between])[0], places) for between, places in found.items()]
+
+
 def folded_lines(text: str) -> str:
     """Return a text of many lines folded like the rows of a table."""
     lines = text.split("\n")

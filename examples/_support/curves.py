@@ -83,6 +83,9 @@ def _panel(axes: Axes, panel: Panel, colors: Mapping[str, str], by_sparsity: boo
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     elif _are_counts(panel):
+        low, high = (bound(np.concatenate([y for _, y in panel.curves.values()])) for bound in (np.min, np.max))
+        if low == high:
+            axes.set_ylim(low - 0.5, high + 0.5)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(panel.label, color=INK)
     frame(axes)

@@ -14,7 +14,7 @@ from jaxprune import rules
 from jaxprune._iterate import require_several
 from jaxprune._masks import make_masks
 from jaxprune._masks import sparsity as mask_sparsity
-from jaxprune._printing import Printable, as_json, many
+from jaxprune._printing import Printable, as_json, in_order, many
 from jaxprune._progress import tracked
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._cautions import caution
@@ -117,7 +117,8 @@ class Sensitivity(Printable):
         table.add_column("weights", justify="right")
         for k in self.ks:
             table.add_column(f"{k:g}", justify="right")
-        for name, size, metric, sparsity in zip(self.groups, self.sizes, self.metric, self.sparsity, strict=True):
+        rows = zip(self.groups, self.sizes, self.metric, self.sparsity, strict=True)
+        for name, size, metric, sparsity in in_order(rows, lambda row: row[0]):
             table.add_row(name, f"{size:,}", *_cells(metric, sparsity))
         table.add_section()
         table.add_row("all together", f"{sum(self.sizes):,}", *_cells(self.together, self.together_sparsity))
