@@ -118,8 +118,8 @@ in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this m
 @in_a_browser
 def test_a_browser_renders_it(tmp_path):
     jaxprune.report(tmp_path / "page.html", PARAMS, MASKS, sensitivity=CURVES)
-    picture = shot(tmp_path / "page.html", 1300, 2000)
-    assert struct.unpack(">II", picture.read_bytes()[16:24]) == (1300, 2000)
+    picture = shot(tmp_path / "page.html", 1300, 4000)
+    assert struct.unpack(">II", picture.read_bytes()[16:24]) == (1300, 4000)
     pixels = imread(picture)[..., :3]
     assert pixels[3, 3].tolist() == [1, 1, 1]
     # The page's blue (bars and histograms) and the grey of what is removed are there.
@@ -210,7 +210,7 @@ def test_the_page_says_what_it_costs(tmp_path):
     assert ["the same in eight bits", f"{small:,}", f"{576 / small:.2f}"] in page.rows
     assert ["with all weights", "704", "1.00"] in page.rows
     assert ["with the weights kept", "336", "2.10"] in page.rows  # 10 x 32 + 16
-    assert [row[-2:] for row in page.rows if row[0] == "layers_0/kernel"][0] == ["640", "320"]
+    assert next(row[-2:] for row in page.rows if row[0] == "layers_0/kernel") == ["640", "320"]
     jaxprune.report(tmp_path / "page.html", params, masks)
     assert "Multiply-accumulates are counted where report is told uses=." in read(tmp_path / "page.html").text
 
