@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -34,7 +34,7 @@ class Printed:
         """Return it as HTML."""
         raise NotImplementedError
 
-    def _repr_mimebundle_(self, **asked: Any) -> dict[str, str]:
+    def _repr_mimebundle_(self, include: Sequence[str], exclude: Sequence[str], **asked: Any) -> dict[str, str]:
         """Return what a notebook shows, in place of rich's own: lines drawn with characters, and codes of a terminal."""
         return {"text/plain": str(self), "text/html": self.to_html()}
 

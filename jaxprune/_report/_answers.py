@@ -137,8 +137,8 @@ def what_it_costs(summary: Summary) -> Iterator[str]:
     yield table(["in a file", "bytes", "times smaller"], lines, numbers=[False, True, True])
     if _told(rows):
         macs, kept = (sum(getattr(row, name) or 0 for row in rows) for name in ("macs", "macs_kept"))
-        ways = (("with all weights", macs), ("with the weights kept", kept))
-        lines = [Line([what, f"{count:,}", _times(macs, count)]) for what, count in ways]
+        counts = (("with all weights", macs), ("with the weights kept", kept))
+        lines = [Line([what, f"{count:,}", _times(macs, count)]) for what, count in counts]
         yield table(["one call", "multiply-accumulates", "times fewer"], lines, numbers=[False, True, True])
         yield paragraph("Only hardware that skips zeros saves those: zeros alone make nothing faster.", "note")
     else:

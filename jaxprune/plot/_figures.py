@@ -125,7 +125,8 @@ def sensitivity_curves(curves: Sensitivity, ax: "Axes | None" = None) -> "Axes":
         The axes; their lines are those of the groups, in order, then of all together, then the unpruned metric. Of more
         groups than MAX_CURVES those that cost most at the last strength have colours and names.
     """
-    axes, ends = axes_of(ax), []
+    axes = axes_of(ax)
+    ends: list[tuple[float, float, str, str]] = []
     costly = set(np.argsort(curves.metric[:, -1], kind="stable")[:MAX_CURVES].tolist())
     for i, (name, share, metric) in enumerate(zip(curves.groups, curves.sparsity, curves.metric, strict=True)):
         if i not in costly:
@@ -289,4 +290,4 @@ def _shrunk(table: np.ndarray, axis: int) -> np.ndarray:
 def _blues() -> Any:
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    return LinearSegmentedColormap.from_list("kept", [(*to_rgb(BLUE), 0.0), BLUE])
+    return LinearSegmentedColormap.from_list("kept", [(0.0, (*to_rgb(BLUE), 0.0)), (1.0, (*to_rgb(BLUE), 1.0))])

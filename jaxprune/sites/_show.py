@@ -45,7 +45,7 @@ def _samples(counts: Sequence[Any]) -> str:
     """Write how many samples some inputs had, each of one matrix or of several."""
     if not counts:
         return "left out"
-    if not all(isinstance(count, jax.Array | np.ndarray) and is_known(count) for count in counts):
+    if not all(isinstance(count, np.ndarray) or (isinstance(count, jax.Array) and is_known(count)) for count in counts):
         return "not at hand"  # traced, on other processes, or shapes alone
     total = sum(np.asarray(count, np.float64) for count in counts)
     low, high = float(np.min(total)), float(np.max(total))
