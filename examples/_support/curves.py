@@ -86,7 +86,7 @@ def _panel(axes: Axes, panel: Panel, colors: Mapping[str, str], by_sparsity: boo
         low, high = (bound(np.concatenate([y for _, y in panel.curves.values()])) for bound in (np.min, np.max))
         if low == high:
             axes.set_ylim(low - 0.5, high + 0.5)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylabel(panel.label, color=INK)
     frame(axes)
 
