@@ -196,7 +196,14 @@ def test_ticks_of_a_logarithmic_panel_are_round_numbers_and_counts_are_whole() -
     ]
     figure = curves.draw("title", "updates", panels)
     figure.draw_without_rendering()
-    narrow, wide, counts = ([label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes)
+    narrow, wide, counts = (
+        [
+            label.get_text()
+            for label in axes.get_yticklabels()
+            if np.prod(np.subtract(axes.get_ylim(), label.get_position()[1])) <= 0
+        ]
+        for axes in figure.axes
+    )
     assert narrow == ["0.7", "0.8", "0.9", "1"]
     assert wide == ["0.001", "0.01", "0.1", "1", "10", "100"]
     assert counts == ["0"]
