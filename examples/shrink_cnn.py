@@ -203,7 +203,10 @@ def draw(experiment: Experiment, settings: Settings) -> Figure:
     values = [100 * found[name]["accuracy"] for name in names]
     left.plot(values, range(len(names)), "o", color=BLUE, markersize=8)
     left.axvline(dense, color=INK, linestyle=":")
-    left.annotate("dense", (dense, -0.6), color=INK, ha="center", va="bottom", fontsize="small")
+    left.annotate(
+        "dense", (dense, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+        color=INK, ha="center", va="bottom", fontsize="small",
+    )  # fmt: skip
     left.set_yticks(range(len(names)), names)
     left.set_ylim(len(names) - 0.4, -0.7)
     left.set_xlabel("test images right, after fine-tuning (%)", color=INK)

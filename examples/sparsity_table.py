@@ -1,7 +1,8 @@
 """Run `cnn.py` with several seeds and print the mean of their sweeps, as a table in Markdown.
 
 Every seed has its own folder in the output folder, which also receives `accuracy.png`, with bars of one standard
-deviation. The other options are those of `cnn.py`; `--resume` takes up finished and unfinished seeds alike.
+deviation. `--figure` draws the fine-tuned accuracies alone, small and without a background of its own, as they stand in the
+README. The other options are those of `cnn.py`; `--resume` takes up finished and unfinished seeds alike.
 """
 
 import argparse
@@ -22,6 +23,7 @@ def tabulate(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/table"), help="a folder for each seed in it (default: %(default)s)"
     )
+    parser.add_argument("--figure", type=Path, metavar="SVG", help="where to draw the figure of the README")
     own, others = parser.parse_known_args(arguments)
     console, runs = Console(highlight=False), []
     for seed in own.seeds:
@@ -38,6 +40,8 @@ def tabulate(arguments: list[str] | None = None) -> None:
     console.print(f"\nMean of {len(runs)} seeds; dense: {sweep.dense.mean():.2%}\n", table)
     console.print(report.best_sentence(sweep))
     report.save_curve(sweep, own.out / "accuracy.png")
+    if own.figure is not None:
+        report.save_small_curve(sweep, own.figure)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from jaxprune._masks import apply_masks as apply_masks
 from jaxprune._masks import make_masks as make_masks
 from jaxprune._masks import sparsity as sparsity
 from jaxprune._recalibrate import recalibrate as recalibrate
-from jaxprune._report import report as report
+from jaxprune._report._write import report as report
 from jaxprune._summary import Summary as Summary
 from jaxprune._summary import summarize as summarize
 from jaxprune._tree._prunable import is_kernel as is_kernel

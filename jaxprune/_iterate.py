@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune._masks import apply_masks, require_make
 from jaxprune._tree._paths import flatten
@@ -21,6 +23,15 @@ class Round(NamedTuple):
     k: Any
     masks: Any
     params: Any
+
+    def __repr__(self) -> str:
+        """Return its strength and how many arrays it holds, which themselves would fill screens."""
+        k = (
+            f"k = {self.k:g}"
+            if isinstance(self.k, int | float | jax.Array | np.generic | np.ndarray) and np.ndim(self.k) == 0
+            else "a k for each layer"
+        )
+        return f"<Round: {k}, masks and params of {len(jax.tree.leaves(self.params)):,} arrays>"
 
 
 def iterate(

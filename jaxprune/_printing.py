@@ -1,6 +1,5 @@
 """What results print as: a rich table, plain text, HTML for notebooks, JSON that has no infinity; long lists folded."""
 
-import io
 import json
 import math
 import re
@@ -35,6 +34,15 @@ def some(names: Iterable[str]) -> str:
     """
     shown = list(names)
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "") or "nothing"
+
+
+def many(count: int, what: str) -> str:
+    """Return a number of things, in the plural unless it is one.
+
+    >>> many(1, "layer"), many(1_200, "layer")
+    ('1 layer', '1,200 layers')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def in_order(items: Iterable[T], name: Callable[[T], str] = str) -> list[T]:
@@ -89,6 +97,18 @@ def folded(rows: Iterable[tuple[str, Sequence[str]]], few: int = FEW_ROWS) -> li
     return [*(found[i] for i in sorted(first)), ("", [rest, *[""] * (len(found[0][1]) - 1)])]
 
 
+def alike(names: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Return names that are the same but for numbers as one, each with the places of those that it stands for.
+
+    >>> alike(["l/0/up", "head", "l/1/up"])
+    [('l/*/up x 2', [0, 2]), ('head', [1])]
+    """
+    found: dict[tuple[str, ...], list[int]] = {}
+    for place, name in enumerate(names):
+        found.setdefault(tuple(_NUMBER.split(name)), []).append(place)
+    return [(_merged([[names[i]] for i in places], [between])[0], places) for between, places in found.items()]
+
+
 def folded_lines(text: str) -> str:
     """Return a text of many lines folded like the rows of a table."""
     lines = text.split("\n")
@@ -132,10 +152,18 @@ def _value(text: str) -> float:
 
 
 class Printable:
-    """A result with a method ``table``: prints as that in a terminal, as text and in notebooks.
+    """A result with a method ``table``: prints as that in a terminal, as text and in notebooks; its repr is one line.
 
     Numbered layers share a row where there are many; ``table(full=True)`` prints each.
     """
+
+    def _in_short(self) -> str:
+        """Return what it is in a few words, from what it knows without reading an array."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Return what it is in one line."""
+        return f"<{type(self).__name__}: {printable(self._in_short())}>".replace("\n", " ")
 
     def table(self, *, full: bool = False) -> Any:
         """Return what is printed, with a row for each layer if that is to be `full`."""
@@ -150,11 +178,9 @@ class Printable:
         return str(self.table())
 
     def _repr_html_(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=120, record=True)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre style='line-height:normal'>{code}</pre>")
+        """Return the table as a notebook shows it."""
+        shown: str = self.table().to_html()
+        return shown
 
 
 def as_json(value: Any) -> str:

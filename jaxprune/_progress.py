@@ -1,5 +1,6 @@
 """Progress bars: on stderr, where they were asked for."""
 
+import sys
 from collections.abc import Iterable, Sized
 from typing import TypeVar
 
@@ -18,4 +19,6 @@ def tracked(items: Iterable[T], what: str, progress: bool, total: int | None = N
 
     if total is None and isinstance(items, Sized):
         total = len(items)
-    return track(items, what, total=total, console=Console(stderr=True))
+    # In a notebook rich would ask for widgets, and a kernel says that it understands the codes of a terminal: it shows some.
+    console = Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty())
+    return track(items, what, total=total, console=console)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._dtypes import widen
-from jaxprune._printing import Printable, as_json, in_order
+from jaxprune._printing import Printable, as_json, in_order, many
 from jaxprune._rows import Row
 from jaxprune._selection import _counts, _moments
 from jaxprune._tree._axes import Axes, Stacked
@@ -61,7 +61,7 @@ class Total:
     compression: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Summary(Printable):
     """What `summarize` found; prints as a table.
 
@@ -80,6 +80,10 @@ class Summary(Printable):
         """Say in words whether the masks are applied, and which layers are nearly empty, held by the guard, or have dead units."""
         rows = in_order(self.rows, lambda row: row.path)
         return [*_not_applied(rows), *(remark for row in rows for remark in _remarks(row))]
+
+    def _in_short(self) -> str:
+        total, layers = self.prunable, sum(row.prunable for row in self.rows)
+        return f"{total.sparsity:.2%} of {total.size:,} prunable weights removed, in {many(layers, 'array')} of {len(self.rows):,}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from jaxprune import _html
 from jaxprune._printing import folded, folded_lines, printable
 
 # What is said below a table of which rows were folded.
@@ -20,14 +21,22 @@ _NARROW = 12  # columns of a terminal, the least that names are given
 
 
 class Printed:
-    """Something of rich that is a text, too."""
+    """Something of rich that is a text, too, and HTML in a notebook."""
 
     def __str__(self) -> str:
-        """Return what rich prints as plain text."""
-        console = Console(file=io.StringIO(), width=120, no_color=True)
+        """Return what rich prints as plain text, also in a notebook, where rich would show it by itself."""
+        console = Console(file=io.StringIO(), width=120, color_system=None, force_jupyter=False, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+    def to_html(self) -> str:
+        """Return it as HTML."""
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, include: Sequence[str], exclude: Sequence[str], **asked: Any) -> dict[str, str]:
+        """Return what a notebook shows, in place of rich's own: lines drawn with characters, and codes of a terminal."""
+        return {"text/plain": str(self), "text/html": self.to_html()}
 
 
 class Table(Printed, RichTable):
@@ -76,6 +85,19 @@ class Table(Printed, RichTable):
         lines = [] if self._caption is None else [self._caption if self._full else folded_lines(self._caption)]
         lines += [_LEGEND] if self._merged and self._legend else []
         self.caption = _text("\n".join(lines), "table.caption") if lines else None
+
+    def to_html(self) -> str:
+        """Return the table as HTML."""
+        self._settle()
+        heads, *columns = zip(*([column.header, *column.cells] for column in self.columns), strict=True)
+        begins = [False, *(row.end_section for row in self.rows)]
+        lines = [
+            _html.Line([_plain(cell) for cell in cells], str(row.style or ""), first)
+            for cells, row, first in zip(columns, self.rows, begins, strict=False)
+        ]
+        numbers = [column.justify == "right" for column in self.columns]
+        title, below = (None if text is None else _plain(text) for text in (self.title, self.caption))
+        return _html.table([_plain(head) for head in heads], lines, numbers=numbers, title=title, below=below)
 
     def widen(self, width: int) -> int:
         """Return a width, or the least at which no name is broken if that is more."""
@@ -128,11 +150,19 @@ class Table(Printed, RichTable):
 class Tables(Printed, Group):
     """Tables one below the other."""
 
+    def to_html(self) -> str:
+        """Return the tables as HTML."""
+        return "".join(table.to_html() for table in self.renderables if isinstance(table, Printed))
+
 
 def _longest(cells: Iterable[RenderableType], between: str) -> int:
     """Return how wide the widest piece of some texts is."""
     pieces = (piece for cell in cells if isinstance(cell, Text) for piece in re.split(between, cell.plain))
     return max(map(cell_len, pieces), default=0)
+
+
+def _plain(text: Any) -> str:
+    return text.plain if isinstance(text, Text) else str(text)
 
 
 def _text(words: str, style: str = "") -> Text:

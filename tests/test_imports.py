@@ -10,7 +10,7 @@ import jaxprune
 ROOT = Path(jaxprune.__file__).parent
 # From the ground up: each unit may import those before it.
 ORDER = [
-    "_interrupt", "_dtypes", "_printing", "_tables", "_rows", "_progress", "_tree", "_selection", "_jaxpr", "sites", "scores", "rules", "_masks", "algebra", "_iterate",
+    "_interrupt", "_dtypes", "_printing", "_html", "_tables", "_rows", "_progress", "_tree", "_selection", "_jaxpr", "sites", "scores", "rules", "_masks", "algebra", "_iterate",
     "_recalibrate", "distill", "transforms", "oneshot", "structured", "storage", "_summary", "choose", "plot", "_report", "__init__",
     "_cli", "__main__",
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 In the style of `figures.py`: plain NumPy arrays in, a matplotlib figure out. A name has one colour in all panels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from jaxprune.plot.style import BLUE, INK, LINES, frame, sparsity_axis
 
@@ -74,12 +76,34 @@ def _panel(axes: Axes, panel: Panel, colors: Mapping[str, str], by_sparsity: boo
             linestyle=":" if name == DENSE else "-", drawstyle="steps-post" if panel.stairs else "default",
             marker="o" if by_sparsity and name != DENSE else None, markersize=5,
         )  # fmt: skip
+    axes.margins(y=0.1)
     if panel.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(_log_ticks(*axes.get_ylim())))
         axes.yaxis.set_major_formatter("{x:g}")
-    axes.margins(y=0.1)
+        axes.minorticks_off()
+    elif _are_counts(panel):
+        low, high = (bound(np.concatenate([y for _, y in panel.curves.values()])) for bound in (np.min, np.max))
+        if low == high:
+            axes.set_ylim(low - 0.5, high + 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylabel(panel.label, color=INK)
     frame(axes)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return a few round numbers within the limits of a logarithmic axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 2, 5), range(1, 10)):
+        ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
+
+
+def _are_counts(panel: Panel) -> bool:
+    return all(np.all(np.asarray(y) == np.round(y)) for _, y in panel.curves.values())
 
 
 def _name_ends(axes: Axes, panel: Panel, colors: Mapping[str, str]) -> None:

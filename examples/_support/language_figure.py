@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxprune.plot.style import GREY, INK
+from jaxprune.plot.style import GREY, INK, LINES, frame
 
-# Okabe and Ito (2008), told apart without colour vision.
-COLOURS = ("#999999", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#000000", "#F0E442")
+COLOURS = (*LINES, "#A0654A")
 
 
 def bits_per_byte(runs: Sequence[Mapping[str, Any]], patterns: Sequence[str]) -> Figure:
@@ -42,7 +41,6 @@ def bits_per_byte(runs: Sequence[Mapping[str, Any]], patterns: Sequence[str]) ->
         axes.axvline(between - 0.5, color=GREY, linewidth=0.5)
     axes.set_ylabel("bits per byte on text of other files", color=INK)
     axes.set_title("Pruned without retraining", loc="left", color=INK, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-    axes.legend(frameon=False, fontsize="small")
+    frame(axes)
+    axes.legend(frameon=False, fontsize="small", labelcolor=INK)
     return figure

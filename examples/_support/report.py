@@ -1,16 +1,20 @@
 """What a run shows of its findings: layers and their histograms, the sweep, its best point and its curve."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from rich.table import Table
 
 import jaxprune
 from _support import figures
 from _support.experiment import Experiment
+from jaxprune import plot
 
 # The loss of accuracy that is still accepted when a sweep is read, as a fraction.
 MAX_DROP = 0.005
@@ -98,6 +102,20 @@ def save_curve(sweep: Sweep, path: Path) -> None:
     """Draw accuracy against sparsity into a PNG file."""
     figure = figures.accuracy_against_sparsity(*sweep[1:], ks=[float(k) for k in sweep.ks], max_drop=MAX_DROP)
     figure.savefig(path)
+
+
+def save_small_curve(sweep: Sweep, path: Path) -> None:
+    """Draw the accuracy after fine-tuning alone into an SVG file that can be read on any background."""
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    removed, curves = sweep.sparsity.mean(0), {"fine-tuned": 100 * sweep.after}
+    axes = plot.accuracy(
+        removed, curves, figure.subplots(), dense=100 * float(sweep.dense.mean()), label="test images right (%)"
+    )
+    lowest = 100 * float((sweep.after.mean(0) - sweep.after.std(0)).min())
+    axes.set_ylim(min(90.0, 10 * math.floor(lowest / 10)), 100)
+    # The same numbers are the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "accuracy"}):
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
 
 def conclude(experiment: Experiment) -> None:

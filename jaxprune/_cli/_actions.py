@@ -85,7 +85,7 @@ def diff(options: argparse.Namespace) -> bool:
 
 def report(options: argparse.Namespace) -> bool:
     """Write a page about a model; unlike the others, this holds the whole model in memory."""
-    from jaxprune._report import report as write_page
+    from jaxprune._report._write import report as write_page
 
     page = Path(options.out)
     params, masks, counted = {}, {}, set()

@@ -67,6 +67,8 @@ class Strength(Printable, float):
         """Return what pickle and copy make it from."""
         return float(self), self.tried, self.asked, self.remarks
 
+    __repr__ = float.__repr__
+
     def table(self, *, full: bool = False) -> "Table":
         """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table

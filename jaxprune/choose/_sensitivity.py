@@ -14,7 +14,7 @@ from jaxprune import rules
 from jaxprune._iterate import require_several
 from jaxprune._masks import make_masks
 from jaxprune._masks import sparsity as mask_sparsity
-from jaxprune._printing import Printable, as_json
+from jaxprune._printing import Printable, as_json, in_order, many
 from jaxprune._progress import tracked
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._cautions import caution
@@ -39,7 +39,7 @@ NEGLIGIBLE = 0.01
 _BY_CHANCE = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sensitivity(Printable):
     """What `sensitivity` found; prints as a table.
 
@@ -69,6 +69,11 @@ class Sensitivity(Printable):
     def drop(self) -> np.ndarray:
         """How much of the metric each group costs alone, [groups, ks]."""
         return self.dense - self.metric
+
+    def _in_short(self) -> str:
+        low, high = self.ks[0], self.ks[-1]
+        ks = f"k = {low:g}" if low == high else f"{len(self.ks)} strengths from {low:g} to {high:g}"
+        return f"{many(len(self.groups), 'layer')} alone and all together, {ks}; dense {self.dense:.4g}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""
@@ -112,7 +117,8 @@ class Sensitivity(Printable):
         table.add_column("weights", justify="right")
         for k in self.ks:
             table.add_column(f"{k:g}", justify="right")
-        for name, size, metric, sparsity in zip(self.groups, self.sizes, self.metric, self.sparsity, strict=True):
+        rows = zip(self.groups, self.sizes, self.metric, self.sparsity, strict=True)
+        for name, size, metric, sparsity in in_order(rows, lambda row: row[0]):
             table.add_row(name, f"{size:,}", *_cells(metric, sparsity))
         table.add_section()
         table.add_row("all together", f"{sum(self.sizes):,}", *_cells(self.together, self.together_sparsity))

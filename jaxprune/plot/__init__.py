@@ -2,12 +2,13 @@
 
 ::
 
-    import matplotlib.pyplot as plt
     from jaxprune import plot
 
-    plot.weights(params["dense"]["kernel"], threshold, plt.gca())
+    plot.weights(params["dense"]["kernel"], threshold)
+    plot.sparsity_by_layer(summary, axes)
 
-Every function takes the axes to draw into and returns them; none touches matplotlib's global state, and none imports it.
+Every function takes the axes to draw into and returns them, and then touches no global state of matplotlib; without axes it
+draws into a new figure of pyplot, which a notebook shows. Text and lines can be read on white and on dark.
 Colours and the look of axes are in `jaxprune.plot.style`.
 """
 

@@ -5,19 +5,24 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxprune._printing import Printable
 from jaxprune._progress import tracked
 from jaxprune._tree._given import described, require_instance
 from jaxprune._tree._leaves import is_complex
 from jaxprune._tree._sharding import through_compiler
 from jaxprune.sites._accumulate import grams, sums_of_squares
 from jaxprune.sites._find import Reading, read
+from jaxprune.sites._show import in_short, statistics_table
 from jaxprune.sites._sites import Site, Sites
 from jaxprune.sites._walk import Measure
+
+if TYPE_CHECKING:
+    from jaxprune._tables import Table
 
 _Statistics = TypeVar("_Statistics", bound="_Sums")
 
@@ -26,9 +31,9 @@ class CalibrationWarning(UserWarning):
     """Statistics that are there, but not of everything, or of too few samples."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sums:
-    """Sums over samples for each group of sites that share their inputs.
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Sums(Printable):
+    """Sums over samples for each group of sites that share their inputs; prints as a table of how many samples there were.
 
     Attributes:
         sites: the sites of the function; static, part of the treedef.
@@ -43,6 +48,13 @@ class _Sums:
     def count(self, site: Site) -> jax.Array:
         """Return how many samples (rows of x) each of the site's N matrices has multiplied, float32 ``[N]``."""
         return _total(self.counts, site)
+
+    def _in_short(self) -> str:
+        return in_short(self.sites.sites)
+
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
+        return statistics_table(f"{type(self).__name__}: samples measured", self.sites.sites, self.counts, full=full)
 
     def __add__(self: _Statistics, other: _Statistics) -> _Statistics:
         """Return the statistics of both calibrations together."""
@@ -64,7 +76,7 @@ def _total(found: dict[int, jax.Array], site: Site) -> jax.Array:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Norms(_Sums):
     """Sums of squares of every input, by `calibrate_norms`; a pytree that adds (``a + b``, ``lax.psum``).
 
@@ -82,7 +94,7 @@ class Norms(_Sums):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Grams(_Sums):
     """Gram matrices of the inputs, by `calibrate_grams`; a pytree that adds (``a + b``, ``lax.psum``).
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxprune._printing import Printable, in_order
+from jaxprune._printing import Printable, in_order, many
 from jaxprune._tree._axes import Axes as Roles
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._sharding import without_explicit_axes
@@ -176,7 +176,7 @@ class Unresolved:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sites(Printable):
     """Every site of a function, in the order of its operations; iterable, and prints as a table.
 
@@ -276,6 +276,11 @@ class Sites(Printable):
     def select(self, where: Callable[[Site], bool]) -> "Sites":
         """Return only the sites for which `where` is True; the rest of the report stays."""
         return dataclasses.replace(self, sites=tuple(site for site in self.sites if where(site)))
+
+    def _in_short(self) -> str:
+        others = {"not understood": self.unresolved, "elementwise": self.elementwise, "unused": self.unused}
+        counted = [f"{len(found):,} {what}" for what, found in others.items() if found]
+        return ", ".join([f"{many(len(self._by_path), 'parameter')} by which data are multiplied", *counted])
 
     def table(self, *, full: bool = False) -> "Table":
         """Return the table that is printed; a row for each layer if it is to be `full`."""

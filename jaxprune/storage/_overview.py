@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PIECE = 2**20  # entries of a tensor that are looked at together
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FileOverview(Printable):
     """What `summarize_file` found.
 
@@ -47,6 +47,9 @@ class FileOverview(Printable):
     metadata: dict[str, str]
     tensors: tuple[TensorRow, ...]
 
+    def _in_short(self) -> str:
+        return f"{self.path}, {self.bytes:,} bytes, {self.prunable_sparsity:.2%} of the prunable weights removed"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -61,11 +64,10 @@ class FileOverview(Printable):
         for column in ("shape", "dtype", "threshold", "std", "kept", "sparsity", "bytes"):
             table.add_column(column, justify="right")
         for row in in_order(self.tensors, lambda row: row.path):
-            dtype = row.dtype if row.bits == 8 * np.dtype(row.dtype).itemsize else f"{row.dtype}, int{row.bits}"
             figures = ("" if value is None else f"{value:.4g}" for value in (row.threshold, row.std))
             share = f"{row.sparsity:.2%}" if row.kept < row.size else ""
             shape = " x ".join(map(str, row.shape))
-            table.add_row(row.path, shape, dtype, *figures, f"{row.kept:,}", share, f"{row.stored_bytes:,}")
+            table.add_row(row.path, shape, row.stored_dtype, *figures, f"{row.kept:,}", share, f"{row.stored_bytes:,}")
         table.add_section()
         table.add_row("prunable weights", "", "", "", "", "", f"{self.prunable_sparsity:.2%}", "")
         table.add_row("all", "", "", "", "", f"{self.kept:,}", f"{self.sparsity:.2%}", f"{self.bytes:,}")

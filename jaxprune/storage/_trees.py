@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterable, Mapping
 from importlib import metadata as importlib_metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._printing import some
+from jaxprune._printing import Printable, in_order, some
 from jaxprune._rows import Row
 from jaxprune._tree._axes import Stacked, read_axes
 from jaxprune._tree._given import described
@@ -23,6 +23,9 @@ from jaxprune.storage import _atomic, _writer
 from jaxprune.storage._coding import read_coding
 from jaxprune.storage._container import NAMES, TensorFile, bad_name
 from jaxprune.storage._tensors import OWN_METADATA, own_metadata, tensors
+
+if TYPE_CHECKING:
+    from jaxprune._tables import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,16 @@ class TensorRow(Row):
     largest_error: float = 0.0
     relative_error: float = 0.0
 
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of its values, and the integers that they are stored as, if they are."""
+        whole = self.bits == 8 * np.dtype(self.dtype).itemsize
+        return self.dtype if whole else f"{self.dtype}, int{self.bits}"
 
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """What `save_sparse` wrote.
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Saved(Printable):
+    """What `save_sparse` wrote; prints as a table.
 
     Attributes:
         path: the file.
@@ -70,6 +79,30 @@ class Saved:
     def compression(self) -> float:
         """How many times smaller than the dense arrays the file is."""
         return self.dense_bytes / self.bytes
+
+    def _in_short(self) -> str:
+        return f"{self.path}, {self.bytes:,} bytes, dense {self.dense_bytes:,}"
+
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
+        from jaxprune._tables import Table
+
+        table = Table(full=full, title=self._in_short(), title_justify="left")
+        table.add_column("tensor", overflow="fold")
+        inexact = any(row.relative_error for row in self.tensors)
+        for column in ("shape", "dtype", "kept", "sparsity", "bytes", *(["error"] if inexact else [])):
+            table.add_column(column, justify="right")
+        for row in in_order(self.tensors, lambda row: row.path):
+            table.add_row(
+                row.path,
+                " x ".join(map(str, row.shape)),
+                row.stored_dtype,
+                f"{row.kept:,}",
+                f"{row.sparsity:.2%}" if row.kept < row.size else "",
+                f"{row.stored_bytes:,}",
+                *([f"{row.relative_error:.2%}" if row.relative_error else ""] if inexact else []),
+            )
+        return table
 
 
 def save_sparse(

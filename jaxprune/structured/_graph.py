@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._printing import Printable, some
+from jaxprune._printing import Printable, many, some
 from jaxprune._tree._given import require_instance
 from jaxprune.structured._axes._program import Program, Value
 from jaxprune.structured._blocks import Block
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxprune._tables import Tables
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Graph(Printable):
     """What `trace` found; prints as tables of coupled groups, of blocks, and of frozen axes.
 
@@ -40,11 +40,11 @@ class Graph(Printable):
     frozen: tuple[FrozenAxis, ...]
     paths: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    program: Program = dataclasses.field(repr=False)
+    program: Program
     inputs: Any
-    prunable_inputs: Mapping[str, Value] = dataclasses.field(repr=False)
+    prunable_inputs: Mapping[str, Value]
     outputs: Any
-    retrace: Callable[..., "Graph"] = dataclasses.field(repr=False)
+    retrace: Callable[..., "Graph"]
 
     @property
     def params(self) -> list[Value]:
@@ -97,6 +97,11 @@ class Graph(Printable):
             if group.name == name:
                 return group
         raise KeyError(f"{name!r} is no group; there are {some(group.name for group in self.groups)}.")
+
+    def _in_short(self) -> str:
+        found = {"parameter": self.paths, "group": self.groups, "block": self.blocks}
+        counted = ", ".join(many(len(items), what) for what, items in found.items())
+        return f"{counted}, {len(self.frozen):,} frozen axes"
 
     def table(self, *, full: bool = False) -> "Tables":
         """Return the tables that are printed; a row for each layer if they are to be `full`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxprune._printing import Printable
+from jaxprune._printing import Printable, many
 from jaxprune._tree._given import require_instance
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.structured._axes._dims import Var, leaves, resolve, split_kept
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxprune._tables import Table
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan(Printable):
     """The elements that stay along each axis that is cut, and the parameters that go; what it does not name stays whole.
 
@@ -105,13 +105,22 @@ class Plan(Printable):
         wanted = self.shapes[path]
         return len(wanted) == len(shape) and all(n in (None, found) for n, found in zip(wanted, shape, strict=True))
 
-    def table(self, *, full: bool = False) -> "Table":
-        """Return the table that is printed: how many stay of each axis that is cut; in full a row for each layer."""
+    def _stay(self) -> str:
         before = sum(math.prod(shape) for shape in self.shapes.values())
         gone = sum(math.prod(self.shapes[path]) for path in self.dropped)
         gone += sum(math.prod(self.shapes[path]) - math.prod(self.shrunk_shape(path)) for path in self.kept)
+        return f"{before - gone:,} of {before:,}"
+
+    def _in_short(self) -> str:
+        arrays = f"{many(len(self.kept), 'array')} cut, {len(self.dropped):,} dropped, of {len(self.shapes):,}"
+        if any(None in shape for shape in self.shapes.values()):  # of inputs, of any batch and length
+            return arrays
+        return f"{self._stay()} parameters stay; {arrays}"
+
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed: how many stay of each axis that is cut; in full a row for each layer."""
         rows = [*self._rows(), *(() if self.inputs is None else self.inputs._rows("inputs/"))]
-        return plan_table(f"What stays: {before - gone:,} of {before:,} parameters", rows, full=full)
+        return plan_table(f"What stays: {self._stay()} parameters", rows, full=full)
 
     def _rows(self, above: str = "") -> Iterator[tuple[str, str, str, str]]:
         for path in self.shapes:

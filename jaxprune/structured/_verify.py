@@ -45,7 +45,7 @@ class OutputError:
         return self.difference <= self.tolerance
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Verification(Printable):
     """What `verify` or `verify_module` found; prints as a table, and is true if it passed.
 
@@ -68,12 +68,14 @@ class Verification(Printable):
         """Whether it passed."""
         return self.passed
 
+    def _in_short(self) -> str:
+        return f"{self.found} {'equals' if self.passed else 'does NOT equal'} {self.expected}"
+
     def table(self, *, full: bool = False) -> "Table":
         """Return the table that is printed; a row for each layer if it is to be `full`."""
         from jaxprune._tables import Table
 
-        verdict = "equals" if self.passed else "does NOT equal"
-        table = Table(full=full, title=f"{self.found} {verdict} {self.expected}")
+        table = Table(full=full, title=self._in_short())
         both = any(output.zeroed is not None for output in self.outputs)
         table.add_column("output")
         for column in ("tolerance", *(("from masked channels", "from masked parameters") if both else ("difference",))):

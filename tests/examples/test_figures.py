@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import pytest
-from _support import figures
+from _support import curves, figures, report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -182,3 +182,41 @@ def test_drawing_touches_no_pyplot_state(tmp_path: Path) -> None:
     saved(figures.histograms(WEIGHTS, THRESHOLDS), tmp_path / "h.png")
     saved(figures.accuracy_against_sparsity(SPARSITY, BEFORE, AFTER, DENSE), tmp_path / "a.png")
     assert dict(mpl.rcParams) == before
+
+
+# Curves in panels, and the README's figure
+
+
+def test_ticks_of_a_logarithmic_panel_are_round_numbers_and_counts_are_whole() -> None:
+    x = [0, 10, 20]
+    panels = [
+        curves.Panel("changed (%)", {"a": (x, [0.71, 0.8, 1.04])}, log=True),
+        curves.Panel("changed (%)", {"a": (x, [0.002, 0.3, 90.0])}, log=True),
+        curves.Panel("units", {"": (x, [0, 0, 0])}, stairs=True),
+    ]
+    figure = curves.draw("title", "updates", panels)
+    figure.draw_without_rendering()
+    narrow, wide, counts = (
+        [
+            label.get_text()
+            for label in axes.get_yticklabels()
+            if np.prod(np.subtract(axes.get_ylim(), label.get_position()[1])) <= 0
+        ]
+        for axes in figure.axes
+    )
+    assert narrow == ["0.7", "0.8", "0.9", "1"]
+    assert wide == ["0.001", "0.01", "0.1", "1", "10", "100"]
+    assert counts == ["0"]
+
+
+def test_the_small_figure_draws_the_accuracy_after_fine_tuning_and_is_the_same_each_time(tmp_path: Path) -> None:
+    sweep = report.Sweep(["0.5", "1", "2"], SPARSITY, BEFORE, AFTER, DENSE)
+    for name in ("a.svg", "b.svg"):
+        report.save_small_curve(sweep, tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text()
+    assert "dense 90" in text
+    assert "fine-tuned" in text
+    assert "only pruned" not in text
+    assert "fill: #ffffff" not in text  # no background
+    assert "#000000" not in text
