@@ -114,7 +114,7 @@ def test_a_mask_that_is_given_stays_whatever_is_rounded(act_order, symmetric):
     found = oneshot.gptq(
         params,
         grams,
-        {"a": {"kernel": jnp.asarray(mask)}},
+        masks={"a": {"kernel": jnp.asarray(mask)}},
         bits=3,
         group_size=16,
         symmetric=symmetric,
