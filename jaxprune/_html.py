@@ -74,7 +74,7 @@ def table(
             + "".join(f"<td{_style([side])}>{escaped(text)}</td>" for side, text in cells)
             + "</tr>"
         )
-    above = "" if title is None else f'<p style="margin:.5em 0"><b>{escaped(title)}</b></p>'
+    above = "" if title is None else f'<p style="margin:.5em 0;font-weight:bold">{escaped(title)}</p>'
     said = "" if below is None else f'<p style="margin:.5em 0">{escaped(below)}</p>'
     return (
         f'{above}<div style="overflow-x:auto"><table style="border-collapse:collapse;font-variant-numeric:tabular-nums">'

@@ -231,6 +231,7 @@ def test_solvers_and_scores_of_data_refuse_it():
         lambda: scores.obs(PARAMS, grams),
         lambda: oneshot.sparsegpt(PARAMS, grams, 0.5),
         lambda: oneshot.gptq(PARAMS, grams),
+        lambda: oneshot.prune_and_quantize(PARAMS, grams, 0.5),
         lambda: oneshot.admm(PARAMS, grams, 0.5),
         lambda: oneshot.reconstruct(PARAMS, MASKS, grams),
         lambda: oneshot.sequential(fn, PARAMS, [X], functools.partial(oneshot.sparsegpt, k=0.5)),

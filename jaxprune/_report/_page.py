@@ -18,7 +18,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; }
 .tile { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
-.tile b { display: block; font-size: 1.4rem; line-height: 1.3; }
+.tile strong { display: block; font-size: 1.4rem; line-height: 1.3; }
 .tile span, .note { color: var(--soft); font-size: .9rem; }
 .box { max-height: 40rem; overflow: auto; border: 1px solid var(--line); }
 table { font-size: .9rem; white-space: nowrap; overflow-wrap: normal; } td { border-bottom: 1px solid var(--line); }
@@ -65,7 +65,8 @@ def paragraph(text: str, kind: str = "") -> str:
 def tiles(found: Sequence[tuple[str, str]]) -> str:
     """Return a few figures with what they are, side by side."""
     inside = "".join(
-        f'<div class="tile"><b>{escaped(value)}</b><span>{escaped(what)}</span></div>' for value, what in found
+        f'<div class="tile"><strong>{escaped(value)}</strong><span>{escaped(what)}</span></div>'
+        for value, what in found
     )
     return f'<div class="tiles">{inside}</div>'
 

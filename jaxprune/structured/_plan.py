@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxprune._printing import Printable, many
+from jaxprune._printing import Printable, many, some
 from jaxprune._tree._given import require_instance
 from jaxprune._tree._shapes import require_shapes
 from jaxprune.structured._axes._dims import Var, leaves, resolve, split_kept
@@ -113,6 +113,8 @@ class Plan(Printable):
 
     def _in_short(self) -> str:
         arrays = f"{many(len(self.kept), 'array')} cut, {len(self.dropped):,} dropped, of {len(self.shapes):,}"
+        if self.to_repair:
+            arrays += f"; counts on repair of {some(self.to_repair)}"
         if any(None in shape for shape in self.shapes.values()):  # of inputs, of any batch and length
             return arrays
         return f"{self._stay()} parameters stay; {arrays}"
