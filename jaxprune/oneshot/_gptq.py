@@ -61,7 +61,7 @@ def gptq(
         group_size: how many inputs of an output share a scale at most, >= 2; None for all (static). A group's scale is found when
             its turn comes, from the weights that stay, as the errors before have left them. Groups lie along the last axis of
             inputs in memory, over the one before as well where that is shorter.
-        symmetric: whether zero lies in the middle of the codes; otherwise they are spread between the smallest and the largest
+        symmetric: whether zero has the code 0, in the middle; otherwise the codes are spread between the smallest and the largest
             weight of a group, zero among them (static).
         act_order: whether to begin with the inputs of the largest mean square, in place of the order in which they stand. Scales
             are then found from the weights as they were; which weights share one does not change (static).
@@ -85,9 +85,9 @@ def gptq(
     >>> params = {"kernel": jnp.array([[1.25], [3.0]])}
     >>> data = jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     >>> grams = jaxprune.calibrate_grams(lambda params, x: x @ params["kernel"], params, [data])  # [[2, 1], [1, 2]]
-    >>> found = gptq(params, grams, bits=3, damping=0.0)
+    >>> found = gptq(params, grams, bits=2, symmetric=False, damping=0.0)
     >>> found.params["kernel"].ravel().tolist(), found.codes["kernel"].codes.ravel().tolist()
-    ([1.0, 3.0], [1, 3])
+    ([1.0, 3.0], [-1, 1])
 
     Reference: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers", 2022, algorithm 1.
@@ -148,14 +148,14 @@ def prune_and_quantize(
         TypeError: as in `sparsegpt`.
 
     >>> import jax.numpy as jnp, jaxprune
-    >>> params = {"kernel": jnp.array([[1.0], [2.25], [127 / 32]])}
+    >>> params = {"kernel": jnp.array([[1.0], [2.25], [255 / 64]])}
     >>> data = jnp.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     >>> grams = jaxprune.calibrate_grams(lambda params, x: x @ params["kernel"], params, [data])
-    >>> found = prune_and_quantize(params, grams, 1 / 3, bits=8, damping=0.0)
+    >>> found = prune_and_quantize(params, grams, 1 / 3, bits=8, symmetric=False, damping=0.0)
     >>> found.params["kernel"].ravel().tolist()  # the second makes up for the first: 2.25 + 1 * 1/2
-    [0.0, 2.75, 3.96875]
+    [0.0, 2.75, 3.984375]
     >>> found.codes["kernel"].codes.ravel().tolist(), found.codes["kernel"].scale.item()
-    ([0, 88, 127], 0.03125)
+    ([-128, 48, 127], 0.015625)
 
     Reference: Frantar, Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023, section
     3.5 (joint sparsification and quantization).

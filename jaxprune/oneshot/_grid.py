@@ -12,8 +12,8 @@ class Grid(NamedTuple):
 
     Attributes:
         bits: of a code, 2 to 8.
-        symmetric: whether zero has the code 0 and as many codes lie on either side; otherwise the codes are spread between the
-            smallest and the largest weight.
+        symmetric: whether zero has the code 0, and the codes reach as far as the largest magnitude; otherwise they are spread
+            between the smallest and the largest weight.
     """
 
     bits: int
@@ -22,7 +22,7 @@ class Grid(NamedTuple):
     @property
     def least(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1)) + self.symmetric
+        return -(2 ** (self.bits - 1))
 
     @property
     def most(self) -> int:
@@ -35,11 +35,12 @@ class Grid(NamedTuple):
         """Find the scale and the code of zero by which the weights that stay have codes, for each output.
 
         The scale is rounded up to 8 significant bits, so that it is a number of bfloat16 and compresses well. Zero always has
-        a code, whether or not a weight is near it. A group of zeros has the scale 1.
+        a code, whether or not a weight is near it. Symmetric codes are one more below zero than above: the largest magnitude lies
+        half a step beyond the largest code, and all others are nearer to theirs than if it had one. A group of zeros has the scale 1.
         """
         kept = jnp.where(keep, weights, 0.0)
         low, high = jnp.min(kept, axis=0, initial=0.0), jnp.max(kept, axis=0, initial=0.0)
-        widest = jnp.maximum(-low, high) / self.most if self.symmetric else (high - low) / (self.most - self.least)
+        widest = (2 * jnp.maximum(-low, high) if self.symmetric else high - low) / (self.most - self.least)
         scale = jnp.where(widest > 0, _round_up(widest), 1.0)
         if self.symmetric:
             return scale, jnp.zeros(scale.shape, jnp.int8)

@@ -63,11 +63,10 @@ def fit(weights: np.ndarray, mask: np.ndarray, bits: int, *, symmetric: bool) ->
     """The scale, rounded up to 8 significant bits, and the code of zero for each output of a group."""
     kept = np.where(mask, np.asarray(weights, np.float64), 0)
     low, high = np.minimum(kept.min(0), 0), np.maximum(kept.max(0), 0)
-    most = 2 ** (bits - 1) - 1
-    widest = np.maximum(-low, high) / most if symmetric else (high - low) / (2**bits - 1)
+    widest = (2 * np.maximum(-low, high) if symmetric else high - low) / (2**bits - 1)
     mantissa, exponent = np.frexp(widest)
     scale = np.where(widest > 0, np.ldexp(np.ceil(mantissa * 256) / 256, exponent), 1.0)
-    return scale, np.zeros(scale.shape) if symmetric else -most - 1 - np.rint(low / scale)
+    return scale, np.zeros(scale.shape) if symmetric else -(2 ** (bits - 1)) - np.rint(low / scale)
 
 
 def gptq(
@@ -102,8 +101,7 @@ def gptq(
             if choose is not None:
                 mask[block] = choose(weights[block] ** 2 / np.diagonal(inverse)[block, None] ** 2, j)
             scale, zero = fit(weights[block], mask[block], bits, symmetric=symmetric)
-        least = -(2 ** (bits - 1)) + symmetric
-        rounded = np.clip(np.rint(weights[j] / scale) + zero, least, 2 ** (bits - 1) - 1)
+        rounded = np.clip(np.rint(weights[j] / scale) + zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         codes[row] = np.where(mask[row], rounded, zero)
         found[row] = (codes[row] - zero) * scale
         weights[j:] -= inverse[j, j:, None] * (weights[j] - found[row]) / inverse[j, j]
