@@ -40,7 +40,9 @@ class Grid(NamedTuple):
         """
         kept = jnp.where(keep, weights, 0.0)
         low, high = jnp.min(kept, axis=0, initial=0.0), jnp.max(kept, axis=0, initial=0.0)
-        widest = (2 * jnp.maximum(-low, high) if self.symmetric else high - low) / (self.most - self.least)
+        span = self.most - self.least
+        # Each bound by itself: the distance of two large numbers may not be a number.
+        widest = jnp.maximum(-low, high) / (span / 2) if self.symmetric else high / span - low / span
         scale = jnp.where(widest > 0, _round_up(widest), 1.0)
         if self.symmetric:
             return scale, jnp.zeros(scale.shape, jnp.int8)

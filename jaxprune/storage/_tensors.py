@@ -116,7 +116,12 @@ def _read_codes(
         raise ValueError(f"codes has for {title} integers of shape {values.shape}; the leaf has {shape}.")
     if mask is not None and (values != _quantize.spread(zero, shape))[~mask].any():
         raise ValueError(f"codes of {title} keep weights that masks prune. Give the masks that they were found with.")
-    return values, scale.astype(dtype), zero if zero.any() else None
+    narrow = scale.astype(dtype)
+    if (narrow.astype(scale.dtype) != scale).any():
+        raise ValueError(
+            f"codes of {title} have scales that {dtype} cannot hold, as which the leaf is stored. Cast it to bfloat16 or float32."
+        )
+    return values, narrow, zero if zero.any() else None
 
 
 def _rounded(values: np.ndarray, dtype: np.dtype[Any], title: str) -> tuple[np.ndarray, float, float]:

@@ -150,6 +150,16 @@ def test_weights_of_dead_inputs_are_rounded_to_the_nearest_and_pruned_first():
     assert not mask[dead].any()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [2.0**125, 2.0**-100])
+def test_codes_do_not_depend_on_how_large_the_weights_are(size, symmetric):
+    weights, gram = oracles.problem(16, 8, seed=6)
+    plain = oneshot.gptq(*one(weights, gram), symmetric=symmetric)
+    found = oneshot.gptq(*one(weights * np.float32(size), gram), symmetric=symmetric)
+    np.testing.assert_array_equal(found.codes["a/kernel"].codes, plain.codes["a/kernel"].codes)
+    np.testing.assert_array_equal(found.codes["a/kernel"].scale, plain.codes["a/kernel"].scale * size)
+
+
 def test_each_matrix_of_a_stack_is_rounded_by_itself():
     problems = [oracles.problem(24, 16, seed) for seed in range(3)]
     weights, grams = (np.stack(each) for each in zip(*problems, strict=True))

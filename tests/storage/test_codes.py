@@ -110,3 +110,10 @@ def test_codes_that_do_not_fit_are_refused(tmp_path):
     refused({"a/kernel": short}, r"integers of shape \(16, 20\); the leaf has \(32, 20\)", tmp_path, found)
     other = jax.tree.map(jnp.zeros_like, found.masks)
     refused(found.codes, r"codes of params\['a'\]\['kernel'\] keep weights that masks prune", tmp_path, found, other)
+
+
+def test_scales_that_the_dtype_of_the_leaf_cannot_hold_are_refused(tmp_path):
+    found = oneshot.gptq(*problem(jnp.float8_e4m3fn), group_size=8)
+    refused(
+        found.codes, r"codes of params\['a'\]\['kernel'\] have scales that float8_e4m3fn cannot hold", tmp_path, found
+    )
