@@ -180,7 +180,7 @@ def _chooser(pattern: Pattern, strength: jax.Array, dead: jax.Array) -> Decide:
 
     def choose(rows: jax.Array, pivots: jax.Array, _: Any, first: Any) -> jax.Array:
         at = first + jnp.arange(len(rows))
-        scores = jnp.where(dead[jnp.minimum(at, inputs - 1), None], 0.0, (rows / pivots[:, None]) ** 2)
+        scores = jnp.where(dead[jnp.minimum(at, inputs - 1), None], 0.0, jnp.abs(rows / pivots[:, None]))
         return pattern.choose(jnp.where((at < inputs)[:, None], scores, jnp.inf), strength, first, inputs)
 
     return choose

@@ -161,8 +161,8 @@ def prune_matrix(
 
     def choose(rows: jax.Array, pivots: jax.Array, _: jax.Array, first: Any) -> jax.Array:
         real = (first + jnp.arange(rows.shape[0]) < inputs)[:, None]
-        # Equation 3 of the paper: the squared weight over the diagonal of the inverse.
-        return pattern.choose(jnp.where(real, (rows / pivots[:, None]) ** 2, jnp.inf), strength, first, inputs)
+        # The root of equation 3 of the paper, which ranks alike: squares of large and small weights may not be numbers.
+        return pattern.choose(jnp.where(real, jnp.abs(rows / pivots[:, None]), jnp.inf), strength, first, inputs)
 
     pruned, _, mask = eliminate(
         weights,

@@ -84,6 +84,15 @@ def test_counts_are_exact_whatever_the_blocks(k):
     np.testing.assert_array_equal((~mask).sum(0), round(k * 70))
 
 
+@pytest.mark.parametrize("size", [2.0**100, 2.0**-100])
+def test_masks_do_not_depend_on_how_large_the_weights_are(size):
+    weights, gram = oracles.problem(32, 16, seed=1)
+    _, expected = solved(weights, gram, 0.5)
+    found, mask = solved(weights * np.float32(size), gram, 0.5)
+    np.testing.assert_array_equal(mask, expected)
+    assert np.isfinite(found).all()
+
+
 @pytest.mark.slow
 def test_the_default_mask_block_loses_less_than_one_choice_for_all():
     weights, gram = oracles.problem(256, 64, seed=4)
