@@ -6,6 +6,7 @@ import jaxprune._interrupt as _interrupt  # noqa: F401, first, since what follow
 from jaxprune import algebra as algebra
 from jaxprune import choose as choose
 from jaxprune import distill as distill
+from jaxprune import export as export
 from jaxprune import oneshot as oneshot
 from jaxprune import plot as plot
 from jaxprune import rules as rules

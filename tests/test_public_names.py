@@ -16,6 +16,7 @@ NAMESPACES = (
     "algebra",
     "choose",
     "distill",
+    "export",
     "oneshot",
     "plot",
     "rules",
