@@ -20,7 +20,9 @@ from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
 from jaxprune._tree._paths import read_arrays
 from jaxprune._tree._prunable import Prunable
-from jaxprune.oneshot._sequential import Method, aim, prune_leaf, require_target
+from jaxprune.oneshot._codes import Codes
+from jaxprune.oneshot._method import Found, Method, call, together
+from jaxprune.oneshot._sequential import aim, require_target
 from jaxprune.oneshot._stream import Stream
 from jaxprune.sites._accumulate import cross_products, grams
 from jaxprune.sites._calibrate import Grams, inputs_of, require_alike, require_finite, warn_of_unresolved
@@ -34,12 +36,12 @@ def block_by_block(
     fn: Callable[..., Any],
     blocks: Iterable[Any],
     batches: Iterable[Any],
-    method: Method,
+    method: Method[Found],
     *,
     target: Literal["dense", "current"] = "dense",
     prunable: Prunable = None,
     folder: str | os.PathLike[str] | None = None,
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[Found]:
     """Prune block after block of a deep model, and yield each with its masks as soon as it is finished.
 
     What `sequential` does, for a model that is one function again and again: every parameter is calibrated on what the
@@ -69,7 +71,7 @@ def block_by_block(
         folder: where to keep activations on disk, in files that are gone at the end; None keeps them as arrays.
 
     Yields:
-        The pruned parameters and the masks of each block, of its treedef; True = keep.
+        The pruned parameters and the masks of each block, of its treedef, True = keep; a `Quantized` where the method returns one.
 
     Raises:
         ValueError: target is neither of both; and when the first block is asked for: there is no batch, a batch has another
@@ -101,11 +103,11 @@ def _walk(
     fn: Callable[..., Any],
     blocks: Iterable[Any],
     batches: Iterable[Any],
-    method: Method,
+    method: Method[Found],
     imitate_dense: bool,
     prunable: Prunable,
     folder: str | os.PathLike[str] | None,
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[Found]:
     with contextlib.ExitStack() as stack:
         here = None
         if folder is not None:
@@ -126,7 +128,7 @@ def _walk(
                 key = jax.tree.structure(params), tuple(map(jax.typeof, jax.tree.leaves(params)))
                 if key not in plans:
                     plans[key] = _plan(fn, params, data.inputs(0), prunable)
-                leaves, masks = _prune(plans[key], params, data, dense, method, imitate_dense)
+                leaves, masks, codes = _prune(plans[key], params, data, dense, method, imitate_dense)
                 pruned = jax.tree.unflatten(key[0], leaves)
                 if imitate_dense:
                     after = _Data(Stream(here, "dense"), dense.constants) if dense is data else dense
@@ -136,8 +138,8 @@ def _walk(
             except Exception as error:
                 error.add_note(f"This is about block {number}.")
                 raise
-            finished = pruned, jax.tree.unflatten(key[0], masks)
-            del given, params, leaves, masks, pruned  # while it is stored, nothing of it is held here
+            finished: Found = together(pruned, jax.tree.unflatten(key[0], masks), codes)
+            del given, params, leaves, masks, codes, pruned  # while it is stored, nothing of it is held here
             yield finished
             del finished
 
@@ -262,11 +264,12 @@ def _flat(array: jax.Array, kept: int) -> jax.Array:
 
 
 def _prune(
-    plan: _Plan, params: Any, data: _Data, dense: _Data, method: Method, imitate_dense: bool
-) -> tuple[list[Any], list[jax.Array]]:
-    """Prune one block, stage by stage; return its leaves and their masks."""
+    plan: _Plan, params: Any, data: _Data, dense: _Data, method: Method[Any], imitate_dense: bool
+) -> tuple[list[Any], list[jax.Array], dict[str, Codes]]:
+    """Prune one block, stage by stage; return its leaves, their masks, and the codes of those that were rounded."""
     flat = read_arrays(params, "params")
     leaves, masks = list(flat.leaves), [all_true(leaf) for leaf in flat.leaves]
+    codes: dict[str, Codes] = {}
     for stage in plan.stages:
         moved = dense is not data or any(new is not old for new, old in zip(leaves, flat.leaves, strict=True))
         both = imitate_dense and moved and stage.contraction is not None
@@ -292,8 +295,9 @@ def _prune(
             leaf = leaves[place]
             for site in only.sites if cross is not None else ():
                 leaf = aim(site, leaf, only.of(site), cross)
-            leaves[place], masks[place] = prune_leaf(method, flat, path, leaf, only)
-    return [own(new) if new is old else new for new, old in zip(leaves, flat.leaves, strict=True)], masks
+            leaves[place], masks[place], found_codes = call(method, flat, path, leaf, only)
+            codes |= {} if found_codes is None else {path: found_codes}
+    return [own(new) if new is old else new for new, old in zip(leaves, flat.leaves, strict=True)], masks, codes
 
 
 def _zeros(shape: Any) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,20 @@ def _spread(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             array = jnp.repeat(array, -(-many // few), axis=axis, total_repeat_length=None)
             array = jax.lax.slice_in_dim(array, 0, many, axis=axis)
     return array
+
+
+class Quantized(NamedTuple):
+    """Parameters on a grid of integers.
+
+    Attributes:
+        params: of the treedef and dtypes of the parameters given; rounded leaves are ``codes[path].values()``.
+        masks: of the same treedef; True = keep.
+        codes: the integers of each rounded leaf, by its path.
+    """
+
+    params: Any
+    masks: Any
+    codes: dict[str, Codes]
 
 
 class Layout(NamedTuple):

@@ -1,6 +1,6 @@
 """Weights rounded to integers, input by input, while the inputs to come make up for the error of each; pruned on the way."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxprune import rules
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._prunable import Prunable
-from jaxprune.oneshot._codes import Codes, Layout
+from jaxprune.oneshot._codes import Layout, Quantized
 from jaxprune.oneshot._grid import read_grid
 from jaxprune.oneshot._pattern import read_pattern
 from jaxprune.oneshot._rounding import Options, round_sites
@@ -17,20 +17,6 @@ from jaxprune.rules._rule import AnyRule
 from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.sites._factorise import check_damping
 from jaxprune.sites._sites import Site, Sites
-
-
-class Quantized(NamedTuple):
-    """Parameters on a grid of integers.
-
-    Attributes:
-        params: of the treedef and dtypes of the parameters given; rounded leaves are ``codes[path].values()``.
-        masks: of the same treedef; True = keep.
-        codes: the integers of each rounded leaf, by its path.
-    """
-
-    params: Any
-    masks: Any
-    codes: dict[str, Codes]
 
 
 def gptq(

@@ -99,8 +99,8 @@ def _round_leaf(
 ) -> tuple[jax.Array, jax.Array, Codes]:
     if sum(math.prod(site.matrix_shape) for site in sites) != leaf.size:
         raise ValueError(
-            f"Of {sites[0].name} only a part multiplies data: the rest would have no codes. Leave it as it is with "
-            "prunable=..."
+            f"Of {sites[0].name} only a part multiplies the data measured here: the rest would have no codes. Leave it as it is "
+            "with prunable=..."
         )
     mask = all_true(leaf)
     codes, zero = jnp.zeros_like(leaf, dtype=jnp.int8), jnp.zeros_like(leaf, dtype=jnp.int8)

@@ -5,17 +5,18 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree._leaves import is_floating, own, require_real
+from jaxprune._tree._leaves import own, require_real
 from jaxprune._tree._masks import all_true
 from jaxprune._tree._params import read_params
-from jaxprune._tree._paths import Tree
-from jaxprune._tree._prunable import Predicate, Prunable
+from jaxprune._tree._prunable import Prunable
 from jaxprune._tree._sharding import through_compiler, without_explicit_axes
+from jaxprune.oneshot._codes import Codes
+from jaxprune.oneshot._method import Found, Method, call, stack, together
 from jaxprune.sites._accumulate import cross_products, grams
 from jaxprune.sites._calibrate import Grams, all_inputs, calibrate_grams
 from jaxprune.sites._contractions import Contraction
@@ -30,17 +31,6 @@ from jaxprune.sites._views import Each
 _DAMPING = 0.01
 
 
-class Method(Protocol):
-    """A method that prunes a tree of parameters, as `sparsegpt` and `admm` do once their strength is given.
-
-    Called ``method(params, grams, prunable=predicate)``, it returns the pruned parameters and their masks:
-    ``functools.partial(oneshot.admm, k=0.5)`` is one.
-    """
-
-    def __call__(self, params: Any, grams: Grams, /, *, prunable: Predicate) -> tuple[Any, Any]:
-        """Return the pruned parameters and their masks."""
-
-
 # (path, index of the layer within the leaf, its weights, its mask) -> nothing.
 OnLayer = Callable[[str, tuple[int, ...], jax.Array, jax.Array], None]
 
@@ -49,13 +39,13 @@ def sequential(
     fn: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
-    method: Method,
+    method: Method[Found],
     *,
     target: Literal["dense", "current"] = "dense",
     prunable: Prunable = None,
     sites: Sites | None = None,
     on_layer: OnLayer = lambda path, index, weights, mask: None,
-) -> tuple[Any, Any]:
+) -> Found:
     """Prune layer by layer, in the order in which the function uses them, each on what the pruned layers before give.
 
     Evaluates the function once for all batches in lockstep. Where data meets a prunable parameter, its Gram matrix is
@@ -77,6 +67,7 @@ def sequential(
         method: ``(params, grams, prunable=...) -> (params, masks)``, for example
             ``functools.partial(jaxprune.oneshot.sparsegpt, k=0.5)``. It is called for one parameter, or one layer of a stack, at
             a time (then without the axis of layers): a tree prefix k reaches it whole, but k cannot differ within a stack.
+            One that rounds, as ``functools.partial(jaxprune.oneshot.prune_and_quantize, k=0.5)``, returns a `Quantized`.
         target: what the pruned layer imitates: the outputs of the dense model, or (as published) its own outputs
             before it was pruned, given the pruned model's inputs.
         prunable: which leaves are pruned, as in `make_masks`; recipes as published keep the head of a language model
@@ -87,7 +78,8 @@ def sequential(
             for a leaf that is no stack.
 
     Returns:
-        The pruned parameters and their masks, of the treedef of params; True = keep.
+        What the method returns: the pruned parameters and their masks, of the treedef of params, True = keep; a `Quantized` where
+        the method returns one.
 
     Raises:
         ValueError: there is no batch, a batch has another shape than the first, a prunable parameter multiplies no data
@@ -127,7 +119,8 @@ def sequential(
     if planned:
         pruner.run(held, planned)
     leaves = [own(new) if new is old else new for new, old in zip(pruner.leaves, flat.leaves, strict=True)]
-    return flat.build(leaves), flat.build(pruner.masks)
+    codes = {path: stack(layers) for path, layers in pruner.codes.items()}
+    return together(flat.build(leaves), flat.build(pruner.masks), codes)
 
 
 def require_target(target: str, title: str) -> None:
@@ -142,7 +135,7 @@ class _Pruner:
     def __init__(
         self,
         reading: Reading,
-        method: Method,
+        method: Method[Any],
         target: str,
         leaves: list[Any],
         masks: list[jax.Array],
@@ -150,6 +143,8 @@ class _Pruner:
     ) -> None:
         self.leaves = leaves
         self.masks = masks
+        # By path and index of a layer within its stack.
+        self.codes: collections.defaultdict[str, dict[tuple[int, ...], Codes]] = collections.defaultdict(dict)
         self._reading = reading
         self._method = method
         self._target = target
@@ -160,7 +155,7 @@ class _Pruner:
         flat = self._reading.flat
         position = flat.paths.index(path)
         only = Grams(found.sites.select(lambda site: site.path == path), found.sums, found.counts)
-        weights, mask = prune_leaf(self._method, flat, path, jnp.asarray(self.leaves[position]), only)
+        weights, mask = self._call(path, (), jnp.asarray(self.leaves[position]), only)
         self.leaves[position], self.masks[position] = weights, self.masks[position] & mask
         self._on_layer(path, (), weights, self.masks[position])
 
@@ -200,7 +195,7 @@ class _Pruner:
             leaf = aim(site, leaf, gram, _sum(_cross_products(contraction, x, y) for x, y in pairs))
         group = site.groups[0]
         found = Grams(Sites((site,)), {group: gram}, {group: counts})
-        leaf, mask = prune_leaf(self._method, flat, site.path, leaf, found)
+        leaf, mask = self._call(site.path, index, leaf, found)
         if not index:
             self.leaves[position], self.masks[position] = leaf, self.masks[position] & mask
             return leaf, self.masks[position]
@@ -210,6 +205,13 @@ class _Pruner:
         self.leaves[position] = _put_layer(whole, leaf, index)
         self.masks[position] = _put_layer(self.masks[position], mask, index)
         return leaf, mask
+
+    def _call(self, path: str, index: tuple[int, ...], leaf: jax.Array, found: Grams) -> tuple[jax.Array, jax.Array]:
+        """Call the method for a leaf, or one layer of it, and keep the codes that it finds."""
+        weights, mask, codes = call(self._method, self._reading.flat, path, leaf, found)
+        if codes is not None:
+            self.codes[path][index] = codes
+        return weights, mask
 
 
 def _visits(planned: Planned) -> collections.Counter[tuple[str, tuple[int, ...]]]:
@@ -231,14 +233,6 @@ def _put_layer(stack: jax.Array, layer: jax.Array, index: tuple[int, ...]) -> ja
         return jax.lax.dynamic_update_slice(stack, layer, (*index, *(0,) * (stack.ndim - len(index))))
 
     return without_explicit_axes(put, stack)(stack, layer)
-
-
-def prune_leaf(method: Method, flat: Tree, path: str, leaf: jax.Array, grams: Grams) -> tuple[jax.Array, jax.Array]:
-    """Call a method for one leaf, or one layer of it; return its weights and its mask."""
-    # Other leaves are here only for the sake of tree prefixes.
-    tree = {other: jnp.zeros(()) for other, other_leaf in flat.by_path.items() if is_floating(other_leaf)}
-    weights, masks = method({**tree, path: leaf}, grams, prunable=lambda other, _: other == path)
-    return weights[path], masks[path]
 
 
 def aim(site: Site, leaf: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from jaxprune.storage._bcsr import multiply_bcsr as multiply_bcsr
 from jaxprune.storage._bcsr import to_bcsr as to_bcsr
 from jaxprune.storage._blocks import prune_blocks as prune_blocks
+from jaxprune.storage._codes import load_codes as load_codes
 from jaxprune.storage._container import StorageError as StorageError
 from jaxprune.storage._files import convert_file as convert_file
 from jaxprune.storage._files import prune_file as prune_file

@@ -8,11 +8,13 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from jaxprune._tree._paths import Tree, flatten
+from jaxprune.oneshot import Codes
 from jaxprune.storage._checkpoint import Checkpoint, plan
 from jaxprune.storage._coding import read_coding
 from jaxprune.storage._files import encode_tensor
@@ -21,8 +23,8 @@ from jaxprune.storage._trees import Saved, check_metadata, save_sparse
 
 NUMBER = "{}"
 
-# The blocks' parameters, one after the other -> for each block its pruned parameters and its masks.
-Prune = Callable[[Iterator[Any]], Iterable[tuple[Any, Any]]]
+# The blocks' parameters, one after the other -> for each block its pruned parameters and its masks, or a `Quantized`.
+Prune = Callable[[Iterator[Any]], Iterable[tuple[Any, ...]]]
 
 
 def prune_blocks(
@@ -51,8 +53,9 @@ def prune_blocks(
         names: the parameters of a block, a pytree as its function takes them, with the name of a tensor for each leaf, in
             which ``{}`` stands for the number of the block: ``{"query": "model.layers.{}.self_attn.q_proj.weight"}``.
             Blocks are numbered from 0 and end where there is no more tensor.
-        prune: takes an iterator of the blocks' parameters and returns an iterable of their pruned parameters and masks:
-            ``lambda blocks: oneshot.block_by_block(fn, blocks, batches, method)``.
+        prune: takes an iterator of the blocks' parameters and returns an iterable of their pruned parameters and masks, or of a
+            `Quantized` for each: ``lambda blocks: oneshot.block_by_block(fn, blocks, batches, method)``. Codes are stored as
+            they are.
         dense: as in `prune_file`: zeros for pruned weights, in a plain file; otherwise the masks are stored.
         metadata: as in `prune_file`.
         force: as in `prune_file`.
@@ -95,7 +98,8 @@ def prune_blocks(
                 found = next(results, None)
                 if found is None:
                     raise ValueError(f"prune returned {number} of {len(blocks)} blocks; let it return all, in order.")
-                save_sparse(parts / f"{number}.safetensors", *_checked(checkpoint, block, *found))
+                arrays, kept, codes = _checked(checkpoint, block, *found)
+                save_sparse(parts / f"{number}.safetensors", arrays, kept, codes=codes)
                 del found
                 done(number)
             pruned = stack.enter_context(Checkpoint(parts))
@@ -150,9 +154,12 @@ def _load(checkpoint: Checkpoint, block: Tree) -> Any:
     return block.build([checkpoint.tensors[name].load()[0] for name in block.leaves])
 
 
-def _checked(checkpoint: Checkpoint, block: Tree, params: Any, masks: Any) -> tuple[Any, Any]:
-    """Return a pruned block's parameters and masks by the names of the tensors, on the host."""
+def _checked(
+    checkpoint: Checkpoint, block: Tree, params: Any, masks: Any, codes: Mapping[str, Codes] = MappingProxyType({})
+) -> tuple[Any, Any, dict[str, Codes]]:
+    """Return a pruned block's parameters, masks and codes by the names of the tensors, on the host."""
     arrays, kept = {}, {}
+    names = dict(zip(block.paths, block.leaves, strict=True))
     leaves, fitting = (block.aligned(flatten(*named)) for named in ((params, "params"), (masks, "masks")))
     for name, leaf, mask in zip(block.leaves, leaves, fitting, strict=True):
         tensor, array = checkpoint.tensors[name], np.asarray(leaf)
@@ -164,4 +171,4 @@ def _checked(checkpoint: Checkpoint, block: Tree, params: Any, masks: Any) -> tu
         before = tensor.load()[1] if tensor.encoded else None
         arrays[name] = array
         kept[name] = np.asarray(mask) if before is None else np.asarray(mask) & before
-    return arrays, kept
+    return arrays, kept, {names[path]: found for path, found in codes.items()}

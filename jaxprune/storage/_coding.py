@@ -35,6 +35,11 @@ class Coding:
     dtype: np.dtype[Any] | None = None
     exchange: bool = True
 
+    @property
+    def changes_codes(self) -> bool:
+        """Whether what is stored as integers already is to be rounded anew."""
+        return not (self.quantize is None and self.quantize_tables is None and self.dtype is None)
+
     def encode(
         self,
         path: str,

@@ -59,7 +59,8 @@ def prune_file(
         prunable: ``(path, leaf) -> bool``, or glob patterns of paths or of modules above the tensor; the path has slashes
             for the dots of a name, the leaf a shape and a dtype. None prunes what `is_kernel` names.
         dense: whether to write zeros for pruned weights, a plain file that anything reads.
-        quantize: as in `save_sparse`, with `dense=False`.
+        quantize: as in `save_sparse`, with `dense=False`. What the source holds as integers stays what it is, unless `quantize`,
+            `quantize_tables` or `dtype` ask for something.
         quantize_tables: as in `save_sparse`, with `dense=False`.
         group_size: as in `save_sparse`.
         dtype: as in `save_sparse`; masks are made before values are rounded.
@@ -276,6 +277,7 @@ def encode_tensor(mask_of: MaskOf, dense: bool, coding: Coding, tensor: Stored) 
     # Whether or not its mask is stored, the zeros of a kernel count as pruned, as in `summarize_file`.
     known = nonzero(tensor, values) if mask is None else mask
     kept = math.prod(values.shape) if known is None else int(np.count_nonzero(known))
+    codes = None if dense or coding.changes_codes else tensor.codes(mask)
     if dense and mask is not None:
         values, mask = np.where(mask, values, np.zeros_like(values)), None
-    return coding.encode(tensor.name, values, mask)._replace(kept=kept)
+    return coding.encode(tensor.name, values, mask, codes=codes)._replace(kept=kept)

@@ -222,6 +222,33 @@ class Stored:
         """Return its values, zero where they are pruned, and its mask (None where everything is kept)."""
         if not self.encoded:
             return self._read(""), None
+        held, mask = self._held()
+        if "scale" in self.members:
+            zero = self._zero_point()
+            held = _quantize.dequantize(held, self._read("scale"), zero)
+            if mask is not None and zero is not None:
+                held = np.where(mask, held, np.zeros_like(held))  # nothing is stored of what is pruned
+        return held, mask
+
+    def codes(self, mask: np.ndarray | None) -> Codes | None:
+        """Return the integers that stand for its values, where it has any: NumPy arrays, scales of its dtype.
+
+        Args:
+            mask: what its own mask keeps, or less; None where it keeps everything.
+        """
+        if "scale" not in self.members:
+            return None
+        codes: Any = self._held()[0]
+        scale: Any = self._read("scale")
+        zero: Any = self._zero_point()
+        if zero is None:
+            zero = np.zeros(scale.shape, np.int8)
+        if mask is not None:
+            codes = np.where(mask, codes, _quantize.spread(zero, self.shape))
+        return Codes(codes, scale, zero, self.bits)
+
+    def _held(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Its values, or the codes of them, with zeros where nothing is stored, and its mask."""
         mask = self._mask()
         kept = math.prod(self.shape) if mask is None else int(np.count_nonzero(mask))
         values = self.file.entries[self.members["compressed"]]
@@ -231,13 +258,10 @@ class Stored:
         held = self._read("compressed").reshape(-1)
         if packed:
             held = _quantize.unpack(held, kept, self.bits)
-        dense = held.reshape(self.shape) if mask is None else _bitmask.decode(held, mask)
-        if "scale" in self.members:
-            zero = self._read("zero_point") if "zero_point" in self.members else None
-            dense = _quantize.dequantize(dense, self._read("scale"), zero)
-            if mask is not None and zero is not None:
-                dense = np.where(mask, dense, np.zeros_like(dense))  # nothing is stored of what is pruned
-        return dense, mask
+        return held.reshape(self.shape) if mask is None else _bitmask.decode(held, mask), mask
+
+    def _zero_point(self) -> np.ndarray | None:
+        return self._read("zero_point") if "zero_point" in self.members else None
 
     def _mask(self) -> np.ndarray | None:
         if "bitmask" not in self.members:

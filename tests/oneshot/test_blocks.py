@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from jaxprune import sites
-from jaxprune.oneshot import admm, block_by_block, sequential, sparsegpt
+from jaxprune.oneshot import admm, block_by_block, prune_and_quantize, sequential, sparsegpt
 from tests.support import oracles_oneshot as oracles
 from tests.support.graph_zoo import normal
 
@@ -90,6 +90,16 @@ def test_equals_the_whole_model_in_sequence(target: Any) -> None:
     for (mine, kept), theirs, also_kept in zip(found, params, masks, strict=True):
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), kept, also_kept))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), mine, theirs)
+
+
+@pytest.mark.slow
+def test_a_method_that_rounds_gives_codes_by_block() -> None:
+    method = functools.partial(prune_and_quantize, k=1 / 3, bits=4)
+    whole_model = sequential(whole, BLOCKS, BATCHES, method, target="current")
+    for number, found in enumerate(block_by_block(block, BLOCKS, BATCHES, method, target="current")):
+        assert found.codes.keys() == {"left/kernel", "right/kernel", "down/weight"}
+        for path, codes in found.codes.items():
+            np.testing.assert_array_equal(codes.codes, whole_model.codes[f"{number}/{path}"].codes)
 
 
 def test_activations_on_disk_change_nothing_and_leave_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxprune.oneshot._gptq import gptq, prune_and_quantize
 from jaxprune.oneshot._sequential import sequential
 from jaxprune.oneshot._sparsegpt import sparsegpt
 from jaxprune.sites._calibrate import Grams, calibrate_grams
@@ -253,6 +254,54 @@ def test_stops_behind_the_last_layer_and_keeps_what_is_not_pruned() -> None:
     assert seen == ["b/kernel"]
     assert jax.tree.all(jax.tree.map(lambda new, old: bool((new == old).all()), found, params))
     assert jax.tree.structure(found) == jax.tree.structure(masks) == jax.tree.structure(params)
+
+
+ROUND = functools.partial(prune_and_quantize, k=0.5, bits=4, group_size=3, symmetric=False)
+
+
+@pytest.mark.slow
+def test_a_method_that_rounds_gives_codes_each_layer_behind_rounded_ones() -> None:
+    found = sequential(perceptron, weights(), BATCHES, ROUND, target="current")
+    params = weights()
+    for name in "abc":
+        grams = calibrate_grams(perceptron, params, BATCHES)
+        alone = ROUND(params, grams, prunable=f"{name}/kernel")
+        params = alone.params
+        codes, expected = found.codes[f"{name}/kernel"], alone.codes[f"{name}/kernel"]
+        np.testing.assert_array_equal(codes.codes, expected.codes)
+        np.testing.assert_array_equal(codes.values(), found.params[name]["kernel"])
+        np.testing.assert_array_equal(found.masks[name]["kernel"], alone.masks[name]["kernel"])
+    assert found.codes.keys() == {f"{name}/kernel" for name in "abc"}
+
+
+@pytest.mark.slow
+def test_the_codes_of_a_stack_are_those_of_its_layers() -> None:
+    stack = {"kernel": normal(2, 3, 6, 6) / 2}
+
+    def step(h: Any, kernel: Any) -> Any:
+        return jnp.tanh(h @ kernel), None
+
+    def fn(params: Any, x: Any) -> Any:
+        return lax.scan(lambda h, kernels: (lax.scan(step, h, kernels)[0], None), x, params["kernel"])[0]
+
+    found = sequential(fn, stack, BATCHES, ROUND)
+    codes = found.codes["kernel"]
+    assert codes.codes.shape == (2, 3, 6, 6)
+    assert codes.scale.shape == codes.zero_point.shape == (2, 3, 2, 6)
+    np.testing.assert_array_equal(codes.values(), found.params["kernel"])
+    assert (found.masks["kernel"].sum((-1, -2)) == 18).all()
+
+
+def test_what_a_method_finds_is_rounded_by_the_next() -> None:
+    def method(params: Any, grams: Grams, *, prunable: Any) -> Any:
+        pruned, masks = sparsegpt(params, grams, 0.5, prunable=prunable)
+        return gptq(pruned, grams, masks=masks, bits=4, prunable=prunable)
+
+    found = sequential(perceptron, weights(), BATCHES, method, prunable="a/kernel")
+    pruned, masks = sequential(perceptron, weights(), BATCHES, HALF, prunable="a/kernel")
+    np.testing.assert_array_equal(found.masks["a"]["kernel"], masks["a"]["kernel"])
+    error = np.abs(found.params["a"]["kernel"] - pruned["a"]["kernel"])
+    assert 0 < error.max() < 2 * found.codes["a/kernel"].scale.max()
 
 
 @pytest.mark.slow

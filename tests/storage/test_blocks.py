@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxprune import load_sparse, oneshot, save_sparse, storage
+from jaxprune import load_sparse, oneshot, rules, save_sparse, storage
 from tests.support.graph_zoo import normal
 
 WIDTH, INNER, BLOCKS = 6, 8, 3
@@ -110,6 +110,36 @@ def test_masks_are_stored_and_add_up(tmp_path: Path) -> None:
     less = load_sparse(tmp_path / "less")[1]
     even = np.arange(masks[name].size).reshape(masks[name].shape) % 2 == 0
     np.testing.assert_array_equal(less[name], masks[name] & even)
+
+
+@pytest.mark.slow
+def test_codes_are_stored_as_they_are_and_stay(folder: Path, tmp_path: Path) -> None:
+    method = functools.partial(oneshot.prune_and_quantize, k=0.5, bits=3, symmetric=False)
+
+    def rounded(blocks: Iterator[Any]) -> Iterator[Any]:
+        return oneshot.block_by_block(block, blocks, DATA, method)
+
+    storage.prune_blocks(folder, tmp_path / "int3", NAMES, rounded)
+    codes = storage.load_codes(tmp_path / "int3")
+    tensors = model()
+    blocks = [jax.tree.map(lambda name, i=i: tensors[name.replace("{}", str(i))], NAMES) for i in range(BLOCKS)]
+    for i, found in enumerate(rounded(iter(blocks))):
+        for path, expected in found.codes.items():
+            stored = codes.pop(NAMES[path].replace("{}", str(i)))
+            for mine, theirs in zip(jax.tree.leaves(stored), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+            assert stored.bits == 3
+    assert not codes
+    # They outlive a conversion that asks for nothing else, and more pruning, which takes them to the code of zero.
+    storage.convert_file(tmp_path / "int3", tmp_path / "copy")
+    storage.prune_file(tmp_path / "int3", tmp_path / "less", 0.75, rule=rules.layer_sparsity)
+    once, twice = storage.load_codes(tmp_path / "copy"), storage.load_codes(tmp_path / "less")
+    for name, codes_of_one in storage.load_codes(tmp_path / "int3").items():
+        np.testing.assert_array_equal(codes_of_one.codes, once[name].codes)
+        moved = np.asarray(twice[name].codes != codes_of_one.codes)
+        assert (np.asarray(twice[name].values())[moved] == 0).all()
+        assert (np.asarray(twice[name].values()) != 0).sum() <= INNER * WIDTH // 4
+        assert twice[name].bits == 3
 
 
 def test_bad_input_leaves_everything_as_it_was(folder: Path, tmp_path: Path) -> None:

@@ -298,6 +298,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.scores.wanda": lambda p: scores.wanda(p.params, p.norms),
     "jaxprune.storage.convert_file": lambda p: storage.convert_file(*_files(p), dense=True, force=True).bytes,
     "jaxprune.storage.diff_files": lambda p: storage.diff_files(p.file, p.file),
+    "jaxprune.storage.load_codes": lambda p: list(storage.load_codes(p.file)),
     "jaxprune.storage.multiply_bcsr": lambda p: storage.multiply_bcsr(
         p.x, storage.to_bcsr(p.params, p.masks)["a"]["kernel"]
     ),
