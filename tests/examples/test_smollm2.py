@@ -254,6 +254,16 @@ def test_a_small_run_prunes_saves_reopens_and_goes_on(tmp_path, capsys, monkeypa
     assert "bits per byte" in capsys.readouterr().out
     with pytest.raises(UsageError, match="another --bits"):
         smollm2.run([*options, "--resume", "--bits", "16"])
+    # Pruned and rounded in one pass: the file holds the integers that were found.
+    options = [*options[:-1], str(tmp_path / "rounded"), "--methods", "sparsegpt-with-gptq", "--patterns", "60 %"]
+    smollm2.run([*options, "--bits", "4"])
+    _, rounded = json.loads((tmp_path / "rounded" / "results.json").read_text())["rows"]
+    assert dense["bits_per_byte"] < rounded["bits_per_byte"] < magnitude["bits_per_byte"]
+    codes = jaxprune.storage.load_codes(tmp_path / "rounded" / "SparseGPT-with-GPTQ-60-0.safetensors")
+    assert codes["layers/down_proj/kernel"].bits == 4
+    assert codes["layers/down_proj/kernel"].scale.shape == (2, 1, 32)  # of 64 inputs
+    with pytest.raises(UsageError, match="add --bits 8 or --bits 4"):
+        smollm2.run([*options, "--bits", "16"])
 
 
 @needs_weights
