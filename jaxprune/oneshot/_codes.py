@@ -115,9 +115,12 @@ def read_layout(site: Site, group_size: int | None, m: int) -> Layout:
             "Leave it as it is with prunable=..."
         )
     boxes, room = [1] * len(shape), math.prod(shape) if group_size is None else group_size
+    several = sum(shape[axis] > 1 for axis in inputs) > 1
     for axis in sorted(inputs, reverse=True):
         scales = -(-shape[axis] // room)
         boxes[axis] = -(-shape[axis] // scales)
+        if several:  # a shorter group at the end of this axis would come again along the next
+            boxes[axis] = _even(shape[axis], boxes[axis])
         room = max(1, room // shape[axis])
     alone, cut = site.slice(), site.leading
     with jax.ensure_compile_time_eval():
@@ -144,6 +147,12 @@ def read_layout(site: Site, group_size: int | None, m: int) -> Layout:
             f"{m} that divides them as group_size, or leave this parameter as it is with prunable=..."
         )
     return Layout(None if (order == np.arange(len(order))).all() else order, int(lengths[0]), len(order), tuple(boxes))
+
+
+def _even(entries: int, most: int) -> int:
+    """Return the largest length that divides an axis, unless that is less than a quarter of the most allowed."""
+    length = max(length for length in range(1, most + 1) if entries % length == 0)
+    return length if 4 * length >= most else most
 
 
 def _numbered(coordinates: list[np.ndarray], like: np.ndarray | None = None) -> np.ndarray:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import oneshot, rules
+from jaxprune.oneshot._codes import read_layout
 from tests.support import oracles_oneshot as oracles
 from tests.support.oneshot_problems import grams_of, one, params_of
 from tests.support.slow import slow_but
@@ -269,6 +270,29 @@ def test_errors_say_what_was_asked(name, function):
         getattr(oneshot, function)(*arguments, **options)
 
 
+# The shape of a convolution's kernel, group_size, that of the scales
+WINDOWS = {
+    "two channels' worth do not divide a window of three": ((3, 3, 4, 2), 8, (3, 3, 1, 2)),
+    "a window of three does": ((3, 3, 4, 2), 12, (3, 1, 1, 2)),
+    "no half of ten has more than four": ((3, 3, 10, 2), 4, (3, 3, 5, 2)),
+    "the whole": ((3, 3, 4, 2), None, (1, 1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_groups_divide_a_window_evenly(name):
+    shape, group_size, scales = WINDOWS[name]
+    params = {"kernel": jax.random.normal(jax.random.key(0), shape)}
+    kinds = ("NHWC", "HWIO", "NHWC")
+
+    def apply(params, x):
+        return lax.conv_general_dilated(x, params["kernel"], (1, 1), "VALID", dimension_numbers=kinds)
+
+    (site,) = jaxprune.find_sites(apply, params, jax.ShapeDtypeStruct((1, 5, 5, shape[2]), jnp.float32))
+    boxes = read_layout(site, group_size, 1).boxes
+    assert tuple(-(-n // box) for n, box in zip(shape, boxes, strict=True)) == scales
+
+
 def test_groups_that_cut_a_pattern_are_refused():
     params, grams = one(*oracles.problem(48, 8, 16))
     with pytest.raises(
@@ -280,7 +304,7 @@ def test_groups_that_cut_a_pattern_are_refused():
 def test_a_part_of_a_leaf_that_multiplies_nothing_is_refused():
     params = {"kernel": jnp.ones((4, 6))}
     grams = jaxprune.calibrate_grams(lambda p, x: x @ p["kernel"][:, :3], params, [jnp.eye(4)])
-    with pytest.raises(ValueError, match=r"Of params\['kernel'\] only a part multiplies data"):
+    with pytest.raises(ValueError, match=r"Of params\['kernel'\] only a part multiplies the data"):
         oneshot.gptq(params, grams)
 
 
