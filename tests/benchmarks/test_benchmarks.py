@@ -11,7 +11,19 @@ import pytest
 from rich.console import Console
 
 import jaxprune
-from benchmarks import accelerator, imports, masks, n_m, one_shot, scale, selection, sparsegpt, timing, training_step
+from benchmarks import (
+    accelerator,
+    imports,
+    masks,
+    n_m,
+    one_shot,
+    pruned_and_rounded,
+    scale,
+    selection,
+    sparsegpt,
+    timing,
+    training_step,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +79,19 @@ def test_masks_keep_as_many_weights_in_every_way(tmp_path):
     )
     assert 1.0 <= result["memory"]["jit, masks"] < 1.1
     assert result["memory"]["jit, temporaries"] >= 0
+
+
+def test_what_is_rounded_takes_fewer_bytes_and_what_is_found_in_one_pass_is_no_worse_than_nothing(tmp_path):
+    chosen = ("--subjects", "digits", "--ways", "one pass", "round, prune", "--sparsities", "0.5", "--bits", "16", "4")
+    found = results(pruned_and_rounded.main, tmp_path, *chosen, "--epochs", "5")
+    ((run,),) = found.values()
+    sixteen, four, sixteen_masked, four_masked = run["rows"]
+    assert [(row["way"], row["bits"]) for row in run["rows"][1:3]] == [("one pass", 4), ("round, prune", 16)]
+    # Half the weights of 4 bits and a bit for each weight, beside half of 16 bits and as many more: 3 to 9.
+    assert 1 / 3 < four["bytes"] / sixteen["bytes"] < 0.6
+    assert four_masked["bytes"] < sixteen_masked["bytes"]
+    assert run["dense"] > 85
+    assert min(row["quality"] for row in run["rows"]) > run["dense"] - 10
 
 
 def test_training_steps_hold_the_zeros_they_are_asked_to_hold(tmp_path):
