@@ -87,7 +87,7 @@ class Replay:
     def _cut(self, array: Any, dims: Sequence[Dim], first: int = 0) -> Any:
         for axis, dim in enumerate(dims, first):
             if is_cut(dim, self.kept):
-                array = jnp.take(array, jnp.asarray(kept_indices(dim, self.kept)), axis)
+                array = jnp.take(array, jnp.asarray(kept_indices(dim, self.kept)), axis=axis)
         return array
 
     def _size(self, dim: Dim) -> Any:
