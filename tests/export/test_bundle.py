@@ -118,7 +118,9 @@ def test_a_rebuilt_function_and_its_plan(tmp_path: Path):
 
 
 MASKS = jaxprune.make_masks(PARAMS, 0.9, rule=rules.layer_sparsity)
-CODES = oneshot.Codes(jnp.asarray(RNG.integers(-4, 4, (16, 64)), jnp.int8), jnp.ones((1, 64)), jnp.zeros((1, 64), jnp.int8), 3)
+CODES = oneshot.Codes(
+    jnp.asarray(RNG.integers(-4, 4, (16, 64)), jnp.int8), jnp.ones((1, 64)), jnp.zeros((1, 64), jnp.int8), 3
+)
 
 
 def stored(**options: Any) -> Any:
