@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import algebra, choose, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import algebra, choose, export, oneshot, plot, rules, scores, storage, structured, transforms
 
 RNG = np.random.default_rng(0)
 W = (RNG.normal(size=(8, 4)) + 1j * RNG.normal(size=(8, 4)) * 3 + 0.5j).astype(np.complex64)
@@ -325,6 +325,13 @@ def test_files(tmp_path):
     assert row.kept == int(np.count_nonzero(expected["spectral.weight"]))
     assert row.threshold == pytest.approx(np.abs(W)[np.asarray(expected["spectral.weight"])].min(), rel=1e-6)
     assert storage.stored_bytes(PARAMS, MASKS, bits=8) < storage.stored_bytes(PARAMS, MASKS)
+
+
+def test_a_bundle(tmp_path):
+    export.save(tmp_path / "bundle", fn, PRUNED, X, masks=MASKS)
+    bundle = export.load(tmp_path / "bundle")
+    np.testing.assert_array_equal(spectral(bundle.params), spectral(PRUNED))
+    np.testing.assert_allclose(bundle(X), fn(PRUNED, X), rtol=1e-5)
 
 
 def test_rows_compressed():

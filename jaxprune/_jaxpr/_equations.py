@@ -178,6 +178,20 @@ def branches(equation: Equation) -> list[Body] | None:
     return [_body(branch) for branch in equation.eqn.params["branches"]] if equation.name == "cond" else None
 
 
+def everywhere(jaxpr: Any, caller: Equation | None = None) -> Iterator[Equation]:
+    """Yield the equations of a jaxpr, as ``jax.jit(fn).trace(...)`` has it, and those of every jaxpr inside of one."""
+    for eqn in _body(jaxpr).jaxpr.eqns:
+        equation = Equation(eqn, jaxpr, caller)
+        yield equation
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from everywhere(value, equation)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")
+
+
 def _is_dropped(var: Any) -> bool:
     return type(var).__name__ == "DropVar"
 

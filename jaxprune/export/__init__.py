@@ -1,1 +1,7 @@
 """Files that other programs run or read: a function with its parameters, and the formats of other libraries."""
+
+from jaxprune.export._load import Bundle as Bundle
+from jaxprune.export._load import load as load
+from jaxprune.export._save import save as save
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_ZIP = b"PK\x03\x04"
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MOST_AXES = 32
 DEEPEST_NAME = 64
@@ -66,15 +67,24 @@ class TensorFile:
         stored: its size on disk, in bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open a file and check its header; raise a StorageError if it is not a whole safetensors file."""
+    def __init__(self, path: str | os.PathLike[str], source: BinaryIO | None = None) -> None:
+        """Open a file and check its header; raise a StorageError if it is not a whole safetensors file.
+
+        Args:
+            path: the file.
+            source: its bytes, where they are a part of the file at `path` that is open already.
+        """
         self.path = Path(path)
-        self._source: BinaryIO = open(self.path, "rb")  # noqa: SIM115, closed by close()
+        self._source: BinaryIO = open(self.path, "rb") if source is None else source  # noqa: SIM115, closed by close()
         self._file: IO[bytes] = self._source
         try:
-            self.stored = os.fstat(self._source.fileno()).st_size
+            self.stored = self._source.seek(0, os.SEEK_END)
             self._opened = _version(self._source)
-            if self._source.read(4) == _zstd.MAGIC:
+            self._source.seek(0)
+            magic = self._source.read(4)
+            if magic == _ZIP:
+                self.fail("is a zip, no safetensors file; what export.save wrote is opened by export.load")
+            if magic == _zstd.MAGIC:
                 self._file = self._expand(self._source)
             self.metadata, self.entries = self._read_header()
         except BaseException:

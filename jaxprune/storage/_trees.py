@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune.oneshot import Codes
 from jaxprune.storage import _atomic, _writer
-from jaxprune.storage._coding import read_coding
+from jaxprune.storage._coding import Coding, read_coding
 from jaxprune.storage._container import NAMES, TensorFile, bad_name
 from jaxprune.storage._tensors import OWN_METADATA, own_metadata, tensors
 
@@ -176,6 +176,15 @@ def save_sparse(
     strings = check_metadata(metadata)
     _atomic.require_file(Path(path))
     _atomic.require_new(Path(path), force)
+    chunks, header, rows = encode_tree(params, masks, codes=codes, stacked=stacked, coding=coding)
+    size = _writer.write(Path(path), chunks, strings | header, compress=compress)
+    return Saved(Path(path), size, sum(row.dense_bytes for row in rows), tuple(rows))
+
+
+def encode_tree(
+    params: Any, masks: Any, *, codes: Mapping[str, Codes] | None, stacked: Stacked, coding: Coding
+) -> tuple[list[_writer.Chunk], dict[str, str], list[TensorRow]]:
+    """Encode a tree as `save_sparse` does; return what to write, the header's own strings, and a row for each leaf."""
     flat = flatten(params, "params")
     flat.require_arrays()
     stacks = [axes.stack for axes in read_axes(flat, stacked)]
@@ -210,9 +219,7 @@ def save_sparse(
                 relative_error=encoded.relative_error,
             )
         )
-    header = strings | own_metadata(version(), members)
-    size = _writer.write(Path(path), chunks, header, compress=compress)
-    return Saved(Path(path), size, sum(row.dense_bytes for row in rows), tuple(rows))
+    return chunks, own_metadata(version(), members), rows
 
 
 def load_sparse(path: str | os.PathLike[str], *, like: Any = None) -> tuple[Any, Any]:
@@ -351,14 +358,22 @@ def _some(names: Any) -> str:
 
 def _check_nesting(file: TensorFile, names: list[str]) -> None:
     """Raise a StorageError where one name is a module of another: a dict cannot hold both."""
+    clash = inside_of(names)
+    if clash is not None:
+        file.fail(f"lies inside another tensor, {clash[1]!r}", clash[0])
+    if "" in names and len(names) > 1:
+        file.fail("has no name, which only the one tensor of a file may be", "")
+
+
+def inside_of(names: Sequence[str]) -> tuple[str, str] | None:
+    """Return a name of which another is a module, and that other, if there are such."""
     known = set(names)
     for name in names:
         parts = name.split("/")
-        for depth in range(1, len(parts)):
-            if "/".join(parts[:depth]) in known:
-                file.fail(f"lies inside another tensor, {'/'.join(parts[:depth])!r}", name)
-    if "" in known and len(known) > 1:
-        file.fail("has no name, which only the one tensor of a file may be", "")
+        for above in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
+            if above in known:
+                return name, above
+    return None
 
 
 def _nest(flat: Mapping[str, Any]) -> Any:

@@ -79,6 +79,15 @@ def write(
         return file.tell()
 
 
+def write_through(stream: BinaryIO, chunks: Sequence[Chunk], metadata: Mapping[str, str]) -> None:
+    """Write what would be an uncompressed file to a stream that need not seek; all chunks are made before the first goes out."""
+    offsets = _place(chunks, aligned=True)
+    stream.write(_header(chunks, offsets, metadata))
+    arrays = {name: array for chunk in chunks for name, array in _make(chunk).items()}
+    for name in sorted(offsets, key=offsets.__getitem__):
+        stream.write(as_bytes(arrays[name]).data)
+
+
 def as_bytes(array: np.ndarray) -> np.ndarray:
     """View an array as its bytes in row-major, little-endian order."""
     return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).reshape(-1).view(np.uint8)

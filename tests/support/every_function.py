@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import jaxprune
-from jaxprune import algebra, choose, distill, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import algebra, choose, distill, export, oneshot, plot, rules, scores, storage, structured, transforms
 
 _RNG = np.random.default_rng(0)
 # Two layers and a table; inputs of rank two, so that no Gram matrix is singular.
@@ -193,6 +193,11 @@ def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
 
+def _bundle(p: Problem) -> tuple[storage.Saved, Any]:
+    saved = export.save(p.folder / "bundle", apply, p.params, p.x, masks=p.masks, plan=p.plan, force=True)
+    return saved, export.load(saved.path)
+
+
 def _prune_blocks(p: Problem) -> Any:
     data = [np.asarray(apply(p.params, p.x))]
     source = jaxprune.save_sparse(p.folder / "blocks.safetensors", [p.params["b"]["kernel"]] * 2).path
@@ -244,6 +249,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.choose.allocate_by_loss": lambda p: choose.allocate_by_loss(p.params, 0.5, scores=scores.magnitude(p.params)),
     "jaxprune.distill.hidden_loss": lambda p: jax.grad(lambda x: distill.hidden_loss({"x": x}, {"x": 2 * x}))(p.x),
     "jaxprune.distill.logit_loss": _distil,
+    "jaxprune.export.load": lambda p: [_bundle(p)[1](p.x), _bundle(p)[1].params],
+    "jaxprune.export.save": lambda p: [row.stored_bytes for row in _bundle(p)[0].tensors],
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
     "jaxprune.oneshot.block_by_block": lambda p: list(
         oneshot.block_by_block(
