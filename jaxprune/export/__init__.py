@@ -2,6 +2,7 @@
 
 from jaxprune.export._load import Bundle as Bundle
 from jaxprune.export._load import load as load
+from jaxprune.export._onnx._save import save_onnx as save_onnx
 from jaxprune.export._save import save as save
 
 __all__ = [name for name in dir() if not name.startswith("_")]

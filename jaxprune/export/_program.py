@@ -45,7 +45,7 @@ def specs(flat: Tree) -> list[jax.ShapeDtypeStruct]:
             dims = [jax.export.symbolic_shape(d, scope=scope)[0] if isinstance(d, str) else d for d in shape]
         except ValueError as error:
             raise ValueError(
-                f"{name} has the shape {shape}, whose names of axes cannot be read: {_first_line(error)} Name an axis by a "
+                f"{name} has the shape {shape}, whose names of axes cannot be read: {first_line(error)} Name an axis by a "
                 'word, as in jax.ShapeDtypeStruct(("batch", 16), jnp.float32).'
             ) from error
         found.append(jax.ShapeDtypeStruct(tuple(dims), dtype_of(leaf)))
@@ -71,7 +71,7 @@ def export(fn: Callable[..., Any], params: Tree, inputs: Sequence[Any], platform
     except jax.errors.InconclusiveDimensionOperation as error:
         sizes = sorted({str(n) for leaf in jax.tree.leaves(shaped) for n in leaf.shape if not isinstance(n, int)})
         raise ValueError(
-            f"fn cannot be exported for every {' and '.join(sizes)}: {_first_line(error)} Give an axis that it depends on a number."
+            f"fn cannot be exported for every {' and '.join(sizes)}: {first_line(error)} Give an axis that it depends on a number."
         ) from error
     for equation in everywhere(traced.jaxpr):
         if equation.name in _CALLBACKS:
@@ -94,7 +94,7 @@ def export(fn: Callable[..., Any], params: Tree, inputs: Sequence[Any], platform
         raise ModuleNotFoundError(_FLATBUFFERS, name="flatbuffers") from error
     except ValueError as error:
         raise ValueError(
-            f"fn takes or gives what no program in a file does: {_first_line(error)} Inputs and results may be arrays in "
+            f"fn takes or gives what no program in a file does: {first_line(error)} Inputs and results may be arrays in "
             "dicts, lists and tuples; parameters may be any tree."
         ) from error
 
@@ -106,7 +106,7 @@ def _refused(error: Exception, platforms: Sequence[str]) -> str:
             f"fn makes the custom call{'s' if len(calls) > 1 else ''} {', '.join(calls)}, and JAX does not promise that a later "
             "version of it, or another machine, has it. Write that in JAX's own operations."
         )
-    return f"fn cannot be exported for {', '.join(platforms)}: {_first_line(error)} Name other platforms=, or write it otherwise."
+    return f"fn cannot be exported for {', '.join(platforms)}: {first_line(error)} Name other platforms=, or write it otherwise."
 
 
 def read(blob: bytes) -> jax.export.Exported:
@@ -143,5 +143,5 @@ def _spec(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."

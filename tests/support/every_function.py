@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
@@ -193,6 +194,13 @@ def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
 
+def _onnx(p: Problem) -> Any:
+    """Where its library is missing, it says so: `tests/interop/onnx` calls it where there is one."""
+    with pytest.raises(ModuleNotFoundError, match="pip install jaxprune jax2onnx"):
+        export.save_onnx(p.folder / "model.onnx", apply, p.params, p.x)
+    return 0
+
+
 def _bundle(p: Problem) -> tuple[storage.Saved, Any]:
     saved = export.save(p.folder / "bundle", apply, p.params, p.x, masks=p.masks, plan=p.plan, force=True)
     return saved, export.load(saved.path)
@@ -250,6 +258,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.distill.hidden_loss": lambda p: jax.grad(lambda x: distill.hidden_loss({"x": x}, {"x": 2 * x}))(p.x),
     "jaxprune.distill.logit_loss": _distil,
     "jaxprune.export.load": lambda p: [_bundle(p)[1](p.x), _bundle(p)[1].params],
+    "jaxprune.export.save_onnx": _onnx,
     "jaxprune.export.save": lambda p: [row.stored_bytes for row in _bundle(p)[0].tensors],
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
     "jaxprune.oneshot.block_by_block": lambda p: list(
