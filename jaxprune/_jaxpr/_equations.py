@@ -61,6 +61,11 @@ class Equation:
         return [var.aval.dtype for var in self.eqn.outvars]
 
     @property
+    def in_dtypes(self) -> list[Any]:
+        """The dtypes of its operands."""
+        return [atom.aval.dtype for atom in self.eqn.invars]
+
+    @property
     def used(self) -> list[bool]:
         """Of each result whether it is used."""
         return [not _is_dropped(var) for var in self.eqn.outvars]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._jaxpr import _equations
@@ -52,7 +53,7 @@ def _expand(body: Body, arguments: Sequence[Value], nodes: list[Node]) -> list[V
         inner = _equations.call(equation)
         if inner is not None:
             return _expand(inner, operands, nodes)
-        run = functools.partial(_equations.evaluate, equation)
+        run = functools.partial(_run, equation)
         nodes.append(Node(equation.name, operands, run, equation.out_shapes, equation))
         return nodes[-1].results
 
@@ -156,10 +157,24 @@ def _scaled(product: Node, at: int, axes: dict[int, int], scale: Any, shift: np.
     equation = product.equation
 
     def run(values: list[Any]) -> list[Any]:
-        return [_equations.evaluate(equation, values)[0] + total]
+        return [_run(equation, values)[0] + total]
 
     shapes = [value.shape for value in product.results]
     return Node(product.name, operands, run, shapes, equation, shift=total)
+
+
+def _run(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluate an equation; a product of rows with a kernel as a product of matrices, which runtimes and quantisers know."""
+    if equation.name != "dot_general" or equation.in_dtypes != equation.out_dtypes * 2:
+        return _equations.evaluate(equation, values)
+    (left, right), batch = equation.eqn.params["dimension_numbers"]
+    x, kernel = values
+    first = x.ndim - len(left)
+    if any(batch) or list(left) != list(range(first, x.ndim)) or list(right) != list(range(len(right))):
+        return _equations.evaluate(equation, values)
+    inputs, outputs = math.prod(kernel.shape[: len(right)]), kernel.shape[len(right) :]
+    found = jnp.matmul(x.reshape(*x.shape[:first], inputs), kernel.reshape(inputs, math.prod(outputs)))
+    return [found.reshape(*x.shape[:first], *outputs)]
 
 
 def _evaluate(results: Sequence[Value]) -> list[Any]:
