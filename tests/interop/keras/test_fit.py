@@ -206,6 +206,23 @@ def test_in_words():
         prune_in_keras(make, 0.5, every=0)
 
 
+def test_two_variables_of_one_path():
+    class Twice(keras.Model):
+        def __init__(self) -> None:
+            super().__init__(name="twice")
+            self.parts = [keras.layers.Dense(2, name="dense"), keras.layers.Dense(2, name="dense")]
+
+        def call(self, x: Any) -> Any:
+            return self.parts[1](self.parts[0](x))
+
+    model = Twice()
+    model.compile("sgd", "mse")
+    with pytest.raises(
+        ValueError, match="two variables of the model are called 'twice/dense/kernel'; give their layers other"
+    ):
+        model.fit(X, Y, verbose=0, callbacks=[prune_in_keras(make, 0.5)])
+
+
 def test_on_another_backend():
     code = "import jaxprune; jaxprune.transforms.keep_pruned_in_keras({})"
     run = subprocess.run(
