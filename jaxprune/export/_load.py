@@ -28,7 +28,7 @@ class Bundle(Printable):
     Attributes:
         path: the file.
         fn: ``(params, *inputs) -> results``, compiled when it is called; `params` may be others of the same paths, shapes and
-            dtypes, in a tree of any classes. It has no derivative.
+            dtypes, in a tree of any classes. It has no derivative and cannot be vmapped.
         params: the parameters, in nested dicts by the parts of their paths.
         inputs: what the function takes besides, a tuple of trees of ``jax.ShapeDtypeStruct``; a symbol in a shape is any size.
         outputs: what it gives.

@@ -42,7 +42,7 @@ class _Hashing(io.RawIOBase):
 class _Window(io.RawIOBase):
     """A part of an open file as a file of its own."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+    def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
         self.file, self.start, self.size, self.at = file, start, size, 0
 
     def readable(self) -> bool:
@@ -63,10 +63,9 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self.file.seek(self.start + self.at)
-        data = self.file.read(max(0, min(len(buffer), self.size - self.at)))
-        buffer[: len(data)] = data
-        self.at += len(data)
-        return len(data)
+        found = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.at)])
+        self.at += found
+        return found
 
 
 def write_parts(file: BinaryIO, about: Mapping[str, Any], parts: Mapping[str, Write]) -> None:
@@ -90,7 +89,7 @@ class Parts:
         about: what is written in it of the others.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path, self._file = path, file
         magic = file.read(4)
         if magic != b"PK\x03\x04":

@@ -6,6 +6,8 @@
 from jaxprune.transforms._decay_pruned import decay_pruned as decay_pruned
 from jaxprune.transforms._keep_pruned import KeepPrunedState as KeepPrunedState
 from jaxprune.transforms._keep_pruned import keep_zeros as keep_zeros
+from jaxprune.transforms._keras import keep_pruned_in_keras as keep_pruned_in_keras
+from jaxprune.transforms._keras import prune_in_keras as prune_in_keras
 from jaxprune.transforms._merge_lora import merge_lora as merge_lora
 from jaxprune.transforms._prune import PruneState as PruneState
 from jaxprune.transforms._prune import ac_dc_schedule as ac_dc_schedule

@@ -199,17 +199,11 @@ def _scheduled(
     steps: Steps,
     log: Log | None,
 ) -> optax.GradientTransformationExtraArgs:
-    require_make(make, f"{title}(make, schedule)")
-    if callable(schedule) and not takes(schedule, 0):
-        raise TypeError(
-            f"{title}(make, schedule) was given {described(schedule)} for schedule, which is a number or a function of the "
-            "update's number alone; make, which takes params and k, comes first."
-        )
-    steps.check(title)
+    require_scheduled(title, make, schedule, steps)
 
     def init_fn(params: Any) -> PruneState:
         if jax.tree.leaves(params):  # optax.tree.map_params initialises with a placeholder that has none
-            _try_out(make, params, steps.range_of(title, schedule))
+            try_out(make, params, steps.range_of(title, schedule))
         masks = jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params)
         return PruneState(jnp.zeros([], jnp.int32), masks)
 
@@ -230,7 +224,18 @@ def _scheduled(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _try_out(make: Make, params: Any, bounds: tuple[float, float] | None) -> None:
+def require_scheduled(title: str, make: Make, schedule: optax.ScalarOrSchedule, steps: Steps) -> None:
+    """Raise a TypeError or a ValueError unless these can be the arguments of `prune`."""
+    require_make(make, f"{title}(make, schedule)")
+    if callable(schedule) and not takes(schedule, 0):
+        raise TypeError(
+            f"{title}(make, schedule) was given {described(schedule)} for schedule, which is a number or a function of the "
+            "update's number alone; make, which takes params and k, comes first."
+        )
+    steps.check(title)
+
+
+def try_out(make: Make, params: Any, bounds: tuple[float, float] | None) -> None:
     """Let `make` see the tree and the extremes of k without computing, so that its errors come before training."""
     flat = flatten(params, "params")
     if bounds is None:

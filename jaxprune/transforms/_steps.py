@@ -40,6 +40,14 @@ class Steps(NamedTuple):
         regular = ((count - self.begin) % self.every == 0) & (count >= self.begin)
         return regular if self.until is None else (regular & (count < self.until)) | (count == self.until)
 
+    def latest(self, count: int) -> int | None:
+        """Return the number of the last update up to this one that changes masks; None where there was none."""
+        if count < self.begin:
+            return None
+        if self.until is not None and count >= self.until:
+            return self.until
+        return count - (count - self.begin) % self.every
+
     def when_due(self, count: jax.Array, change: Callable[..., Any], masks: Any, *read: Any) -> Any:
         """Return ``change(masks, *read)`` if masks change at this update, else the masks.
 

@@ -201,6 +201,14 @@ def _onnx(p: Problem) -> Any:
     return 0
 
 
+def _keras(make: Callable[[], Any]) -> str:
+    """What needs Keras says so; with it the tests of tests/interop/keras run it."""
+    try:
+        return make().__class__.__name__
+    except ModuleNotFoundError as error:
+        return str(error)
+
+
 def _bundle(p: Problem) -> tuple[storage.Saved, Any]:
     saved = export.save(p.folder / "bundle", apply, p.params, p.x, masks=p.masks, plan=p.plan, force=True)
     return saved, export.load(saved.path)
@@ -367,6 +375,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.transforms.decay_pruned": lambda p: trained(
         p, optax.chain(SGD, transforms.decay_pruned(make_layer, 0.75, rate=0.5))
     ),
+    "jaxprune.transforms.keep_pruned_in_keras": lambda p: _keras(lambda: transforms.keep_pruned_in_keras(p.masks)),
     "jaxprune.transforms.keep_zeros": lambda p: trained(p, optax.chain(SGD, transforms.keep_zeros())),
     "jaxprune.transforms.merge_lora": lambda p: transforms.merge_lora(
         p.params["b"]["kernel"],
@@ -374,6 +383,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
         jnp.ones((2, 8), jnp.float32),
         p.masks["b"]["kernel"],
     ),
+    "jaxprune.transforms.prune_in_keras": lambda p: _keras(lambda: transforms.prune_in_keras(make_layer, 0.5)),
     "jaxprune.transforms.prune_and_regrow": lambda p: trained(
         p, optax.chain(SGD, transforms.prune_and_regrow(make_layer, 0.75, every=1, until=1))
     ),
