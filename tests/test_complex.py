@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import algebra, choose, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import algebra, choose, export, oneshot, plot, rules, scores, storage, structured, transforms
 
 RNG = np.random.default_rng(0)
 W = (RNG.normal(size=(8, 4)) + 1j * RNG.normal(size=(8, 4)) * 3 + 0.5j).astype(np.complex64)
@@ -327,6 +327,12 @@ def test_files(tmp_path):
     assert storage.stored_bytes(PARAMS, MASKS, bits=8) < storage.stored_bytes(PARAMS, MASKS)
 
 
+def test_language_models_are_real(tmp_path):
+    params = {"embed": {"embedding": W}, "layer_0": {}, "norm": {"scale": W[0]}}
+    with pytest.raises(ValueError, match=r"params\['embed'\]\['embedding'\] is complex64, not real"):
+        export.write_hugging_face(tmp_path / "m", params, {"model_type": "llama", "head_dim": 2})
+
+
 def test_rows_compressed():
     sparse = storage.to_bcsr(PARAMS, MASKS)["spectral"]["kernel"]
     x = jnp.ones((3, 8), jnp.complex64)
@@ -348,7 +354,7 @@ HANDED_ON = {"iterate", "verify_module", "select_blocks"}
 
 
 def test_every_public_function_of_parameters_is_tested_here():
-    namespaces = (jaxprune, algebra, choose, oneshot, plot, rules, scores, storage, structured, transforms)
+    namespaces = (jaxprune, algebra, choose, export, oneshot, plot, rules, scores, storage, structured, transforms)
     names = {
         name
         for namespace in namespaces

@@ -1,1 +1,6 @@
 """Files that other programs run or read: a function with its parameters, and the formats of other libraries."""
+
+from jaxprune.export._hugging_face import read_hugging_face as read_hugging_face
+from jaxprune.export._hugging_face import write_hugging_face as write_hugging_face
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import jaxprune
-from jaxprune import algebra, choose, distill, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import algebra, choose, distill, export, oneshot, plot, rules, scores, storage, structured, transforms
 
 _RNG = np.random.default_rng(0)
 # Two layers and a table; inputs of rank two, so that no Gram matrix is singular.
@@ -193,6 +193,25 @@ def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
 
+LLAMA = {"model_type": "llama", "head_dim": 2}
+
+
+def _llama(p: Problem) -> Any:
+    """A Llama of one layer, all of whose kernels are the same."""
+    kernel, scale = p.params["b"]["kernel"], p.params["b"]["bias"]
+    modules = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    layer = {name: {"kernel": kernel} for name in modules} | {
+        f"{name}_norm": {"scale": scale} for name in ("attention", "mlp")
+    }
+    return {"embed": {"embedding": kernel}, "layer_0": layer, "norm": {"scale": scale}}
+
+
+def _hugging_face(p: Problem) -> Any:
+    folder = p.folder / "hugging_face"
+    written = export.write_hugging_face(folder, _llama(p), LLAMA, force=True)
+    return written, export.read_hugging_face(folder)
+
+
 def _prune_blocks(p: Problem) -> Any:
     data = [np.asarray(apply(p.params, p.x))]
     source = jaxprune.save_sparse(p.folder / "blocks.safetensors", [p.params["b"]["kernel"]] * 2).path
@@ -212,6 +231,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.apply_masks": lambda p: jaxprune.apply_masks(p.params, p.masks),
     "jaxprune.calibrate_grams": lambda p: p.grams.sums,
     "jaxprune.calibrate_norms": lambda p: [p.norms.sums, p.grams.norms().sums],
+    "jaxprune.export.read_hugging_face": lambda p: _hugging_face(p)[1],
+    "jaxprune.export.write_hugging_face": lambda p: _hugging_face(p)[0],
     "jaxprune.find_sites": lambda p: [site.path for site in jaxprune.find_sites(apply, p.params, p.x)],
     "jaxprune.is_kernel": lambda p: [jaxprune.is_kernel(f"a/{name}", leaf) for name, leaf in p.params["a"].items()],
     "jaxprune.iterate": _iterate,
