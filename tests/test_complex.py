@@ -329,8 +329,9 @@ def test_files(tmp_path):
 
 def test_language_models_are_real(tmp_path):
     params = {"embed": {"embedding": W}, "layer_0": {}, "norm": {"scale": W[0]}}
-    with pytest.raises(ValueError, match=r"params\['embed'\]\['embedding'\] is complex64, not real"):
-        export.write_hugging_face(tmp_path / "m", params, {"model_type": "llama", "head_dim": 2})
+    for write in (export.write_hugging_face, export.write_gguf):
+        with pytest.raises(ValueError, match=r"params\['embed'\]\['embedding'\] is complex64, not real"):
+            write(tmp_path / "m", params, {"model_type": "llama", "head_dim": 2})
 
 
 def test_rows_compressed():

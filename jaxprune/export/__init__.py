@@ -1,5 +1,7 @@
 """Files that other programs run or read: a function with its parameters, and the formats of other libraries."""
 
+from jaxprune.export._gguf import read_gguf as read_gguf
+from jaxprune.export._gguf import write_gguf as write_gguf
 from jaxprune.export._hugging_face import read_hugging_face as read_hugging_face
 from jaxprune.export._hugging_face import write_hugging_face as write_hugging_face
 

@@ -240,3 +240,21 @@ def nearest(number: int, fits: Callable[[int], bool]) -> list[int]:
     below = next((n for n in range(number - 1, 0, -1) if fits(n)), None)
     above = next((n for n in range(number + 1, 4 * number + 1) if fits(n)), None)
     return [n for n in (below, above) if n is not None]
+
+
+def to_pairs(values: np.ndarray, head_dim: int) -> np.ndarray:
+    """Bring the features of each head [..., heads * head_dim] from halves that are turned together to pairs side by side.
+
+    >>> to_pairs(np.arange(8), 4).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return values.reshape(*values.shape[:-1], -1, 2, head_dim // 2).swapaxes(-1, -2).reshape(values.shape)
+
+
+def from_pairs(values: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undo `to_pairs`.
+
+    >>> from_pairs(to_pairs(np.arange(8), 4), 4).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    return values.reshape(*values.shape[:-1], -1, head_dim // 2, 2).swapaxes(-1, -2).reshape(values.shape)

