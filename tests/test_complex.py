@@ -329,9 +329,14 @@ def test_files(tmp_path):
 
 def test_language_models_are_real(tmp_path):
     params = {"embed": {"embedding": W}, "layer_0": {}, "norm": {"scale": W[0]}}
-    for write in (export.write_hugging_face, export.write_gguf):
+    config = {"model_type": "llama", "head_dim": 2}
+    for write in (
+        lambda: export.write_hugging_face(tmp_path / "m", params, config),
+        lambda: export.write_gguf(tmp_path / "m", params, config),
+        lambda: export.to_maxtext(params, config),
+    ):
         with pytest.raises(ValueError, match=r"params\['embed'\]\['embedding'\] is complex64, not real"):
-            write(tmp_path / "m", params, {"model_type": "llama", "head_dim": 2})
+            write()
 
 
 def test_rows_compressed():

@@ -90,20 +90,14 @@ def fitted(config: Mapping[str, Any], model: Llama) -> Config:
     Raises:
         ValueError: its class cannot express it.
     """
-    try:
-        family = family_of(config)
-    except ValueError as error:
-        raise ValueError(f"config: {error}.") from None
     sizes = model.sizes
+    family = family_like(config, sizes)
     found = {**config, "architectures": [family.architecture], "head_dim": sizes.head_dim}
     found |= {"vocab_size": sizes.vocabulary, "hidden_size": sizes.width, "num_hidden_layers": len(sizes.heads)}
     for size, field in _LAYER_FIELDS.items():
-        found[field] = _one_for_all(getattr(sizes, size), field, family)
+        found[field] = one_for_all(getattr(sizes, size), field, family.architecture)
     found["tie_word_embeddings"] = sizes.tied
     found |= _biases(sizes, family)
-    if sizes.head_norms != family.head_norms:
-        has, lacks = ("q_norm and k_norm", "none") if sizes.head_norms else ("no q_norm and k_norm", "them")
-        raise ValueError(f"params has {has}; {family.architecture} has {lacks}. Is config['model_type'] right?")
     if family.divides and sizes.width % sizes.heads[0]:
         raise ValueError(_refuses_heads(sizes, family))
     _check_tokens(config, sizes.vocabulary)
@@ -111,11 +105,29 @@ def fitted(config: Mapping[str, Any], model: Llama) -> Config:
     return found | _of_layers(config, model) | {"dtype": str(model.dtype)}
 
 
-def _one_for_all(numbers: Sequence[int], field: str, family: Family) -> int:
+def require_family(config: Mapping[str, Any]) -> Family:
+    """Return what the `model_type` of an argument `config` has."""
+    try:
+        return family_of(config)
+    except ValueError as error:
+        raise ValueError(f"config: {error}.") from None
+
+
+def family_like(config: Mapping[str, Any], sizes: Sizes) -> Family:
+    """Return what a configuration's `model_type` has; raise a ValueError where norms of heads say that it is another one."""
+    family = require_family(config)
+    if sizes.head_norms != family.head_norms:
+        has, lacks = ("q_norm and k_norm", "none") if sizes.head_norms else ("no q_norm and k_norm", "them")
+        raise ValueError(f"params has {has}; {family.architecture} has {lacks}. Is config['model_type'] right?")
+    return family
+
+
+def one_for_all(numbers: Sequence[int], field: str, owner: str) -> int:
+    """Return the number that all layers have; raise a ValueError where they differ, which `owner` cannot express."""
     if len(set(numbers)) > 1:
         first = next(i for i, number in enumerate(numbers) if number != numbers[0])
         raise ValueError(
-            f"layer 0 has {field} {numbers[0]} and layer {first} {numbers[first]}, counted anew; {family.architecture} has one for all "
+            f"layer 0 has {field} {numbers[0]} and layer {first} {numbers[first]}, counted anew; {owner} has one for all "
             f"layers. Nearest are {min(numbers)}, cut from every layer, or {max(numbers)}, where fewer were cut; "
             "write_gguf writes each layer's own."
         )

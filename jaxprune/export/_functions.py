@@ -11,13 +11,11 @@ class Function(NamedTuple):
 
     Attributes:
         epsilon: of the norms.
-        context: the most tokens it was made for.
         base: of the wavelengths of rotations.
         scaling: what the configuration says of how they are stretched; empty if they are not.
     """
 
     epsilon: float
-    context: int
     base: float
     scaling: dict[str, Any]
 
@@ -36,8 +34,7 @@ def read_function(config: Mapping[str, Any], target: str) -> Function:
     base = scaling.pop("rope_theta", config.get("rope_theta", 10_000.0))
     scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "default"))
     return Function(
-        epsilon=float(_number(config, "rms_norm_eps", float)),
-        context=int(_number(config, "max_position_embeddings", int)),
+        epsilon=float(number(config, "rms_norm_eps", float)),
         base=float(base),
         scaling={} if scaling["rope_type"] == "default" else scaling,
     )
@@ -56,7 +53,8 @@ def stretched(scaling: Mapping[str, Any], base: float, head_dim: int) -> np.ndar
     return 1 / ((1 - short) / scaling["factor"] + short)
 
 
-def _number(config: Mapping[str, Any], field: str, kind: type) -> Any:
+def number(config: Mapping[str, Any], field: str, kind: type) -> Any:
+    """Return a positive number of a configuration; raise a ValueError where there is none."""
     found = config.get(field)
     if not isinstance(found, int | float) or not isinstance(found, int | kind) or found <= 0:
         raise ValueError(

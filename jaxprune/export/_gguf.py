@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxprune._printing import some
 from jaxprune._tree._paths import as_prefix
-from jaxprune.export._classes import family_of
-from jaxprune.export._functions import Function, read_function, stretched
+from jaxprune.export._classes import family_like
+from jaxprune.export._functions import Function, number, read_function, stretched
 from jaxprune.export._llama import ATTENTION, PERCEPTRON, Leaf, Llama, Sizes, from_pairs, read_llama, to_pairs
 from jaxprune.storage import StorageError, _atomic
 
@@ -119,6 +119,7 @@ def write_gguf(
     model = read_llama(params, config)
     architecture = _architecture(model.sizes, config)
     function = read_function(config, "a GGUF file")
+    context = number(config, "max_position_embeddings", int)
     copied = {} if source is None else _copied(gguf, Path(source), model.sizes)
     _atomic.require_file(Path(path))
     _atomic.require_new(Path(path), force)
@@ -127,6 +128,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(file.name, architecture)
         try:
             _add_fields(gguf, writer, model.sizes, config, function, kind, copied)
+            writer.add_context_length(context)
             for tensor in tensors:
                 of_type = gguf.GGMLQuantizationType[tensor.kind]
                 size = gguf.quants.quant_shape_to_byte_shape(tensor.shape, of_type)
@@ -182,12 +184,8 @@ def _is_turned(path: str) -> bool:
 
 
 def _architecture(sizes: Sizes, config: Mapping[str, Any]) -> str:
-    family = family_of(config)
+    family_like(config, sizes)
     found = _ARCHITECTURES[config["model_type"]]
-    if family.head_norms != sizes.head_norms:
-        raise ValueError(
-            f"params has {'' if sizes.head_norms else 'no '}q_norm; is config['model_type'] right ({config['model_type']!r})?"
-        )
     if any(len(set(numbers)) > 1 for numbers in (sizes.heads, sizes.kv_heads, sizes.inner)):
         if sizes.head_norms:
             raise ValueError(
@@ -255,7 +253,6 @@ def _add_fields(
     if kind.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(sizes.vocabulary)
-    writer.add_context_length(function.context)
     writer.add_embedding_length(sizes.width)
     writer.add_block_count(len(sizes.heads))
     writer.add_feed_forward_length(_one_or_all(sizes.inner))

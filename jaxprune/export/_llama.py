@@ -112,7 +112,7 @@ def read_llama(params: Any, config: Mapping[str, Any]) -> Llama:
         ValueError: a leaf is missing, has the shape of another model, is traced or not floating-point, or there is one too many.
     """
     head_dim = read_head_dim(config)
-    leaves, numbers = _count_layers(_read_leaves(params))
+    leaves, numbers = _count_layers(read_leaves(params, "params"))
     sizes = _read_sizes(leaves, head_dim)
     for path, shape in sizes.shapes().items():
         leaf = _take(leaves, path)
@@ -137,8 +137,9 @@ def read_head_dim(config: Mapping[str, Any]) -> int:
     return head_dim
 
 
-def _read_leaves(params: Any) -> dict[str, Leaf]:
-    flat = flatten(params, "params")
+def read_leaves(tree: Any, what: str) -> dict[str, Leaf]:
+    """Read the leaves of a tree, which messages call `what`, by path; raise where one is no array of real numbers."""
+    flat = flatten(tree, what)
     flat.require_arrays()
     found = {}
     for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):

@@ -259,8 +259,8 @@ def test_a_tokenizer_is_copied_from_another_file(tmp_path):
         (LLAMA | {"max_position_embeddings": 0.5}, {}, "max_position_embeddings'] is 0.5"),
         (LLAMA | {"model_type": "mistral", "sliding_window": 8}, {}, "sliding window, .* Up to 8 tokens the model is the same"),
         (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, {}, "rotations of the type 'yarn'; known are linear and llama3"),
-        (LLAMA | {"model_type": "qwen3"}, {}, "params has no q_norm; is config"),
-        (LLAMA | {"model_type": "gpt2"}, {}, "model_type is 'gpt2'"),
+        (LLAMA | {"model_type": "qwen3"}, {}, "params has no q_norm and k_norm; Qwen3ForCausalLM has them"),
+        (LLAMA | {"model_type": "gpt2"}, {}, "config: model_type is 'gpt2'; known are"),
     ],
 )  # fmt: skip
 def test_what_a_file_has_no_field_for_is_refused(config, arguments, message, tmp_path):
