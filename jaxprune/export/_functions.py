@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# What all models of Llama 3.1 to 3.3 have, beside a factor.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
 
 class Function(NamedTuple):
     """What a Llama computes with its leaves.

@@ -1,161 +1,23 @@
-"""Llama-type models to and from GGUF files, by the library gguf, which is imported when it is needed."""
+"""What reading and writing GGUF files share: the library, which is imported when it is needed, and its names."""
 
-import functools
-import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
+from jaxprune.storage import StorageError
 
-from jaxprune._printing import some
-from jaxprune._tree._paths import as_prefix
-from jaxprune.export._classes import family_like
-from jaxprune.export._functions import Function, number, read_function, stretched
-from jaxprune.export._llama import ATTENTION, PERCEPTRON, Leaf, Llama, Sizes, from_pairs, read_llama, to_pairs
-from jaxprune.storage import StorageError, _atomic
-
-KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
-_MODULES = {
+MODULES = {
     "embed": "token_embd", "norm": "output_norm", "head": "output", "attention_norm": "attn_norm", "mlp_norm": "ffn_norm",
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
 }  # fmt: skip
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-# The one whose layers llama.cpp gives sizes of their own; apart from that it is llama.
-_OWN_SIZES = "deci"
-_PAIRED = ("llama", _OWN_SIZES)  # features that are turned together lie side by side
-_TYPES = {"llama": "llama", _OWN_SIZES: "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_QWEN2 = frozenset({"q_proj", "k_proj", "v_proj"})  # the biases that tell it from a Llama
-_STRETCHES = "rope_freqs.weight"
-# The file says these of itself, whatever the one that its tokenizer comes from says.
-_OF_ONE_FILE = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "general.size_label")  # fmt: skip
-_TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-_BLOCK = 32
-_LARGEST = {"F16": float(np.finfo(np.float16).max), "BF16": 3.38e38}
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+OWN_SIZES = "deci"  # the architecture whose layers llama.cpp gives sizes of their own; apart from that it is llama
+PAIRED = ("llama", OWN_SIZES)  # features that are turned together lie side by side
+STRETCHES = "rope_freqs.weight"
 
 
-def read_gguf(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
-    """Read a model of the type of Llama from a GGUF file, one tensor at a time; it needs the library gguf.
-
-    Args:
-        path: a file of the architectures llama (which Mistral's have, too), deci with attention and perceptron in every layer, qwen2 or
-            qwen3, in any type that the library dequantises.
-
-    Returns:
-        The parameters as from `read_hugging_face`, all of them float32, and a configuration in the words of Hugging Face's library. Where
-        layers have sizes of their own, the sizes in the configuration are lists.
-
-    Raises:
-        StorageError: the file is no such model, or damaged, or its rotations are scaled; a tensor is missing or misshapen.
-        ModuleNotFoundError: gguf is not installed.
-    """
-    gguf = _library()
-    fields, tensors = _open(gguf, Path(path))
-    config, sizes = _read_fields(Path(path), fields, tensors)
-    architecture = fields["general.architecture"]
-    leaves: dict[str, jax.Array] = {}
-    for leaf, shape in sizes.shapes().items():
-        name = _name(leaf)
-        tensor = tensors.pop(name, None)
-        if tensor is None:
-            raise StorageError(f"{path} has no tensor {name!r}, which a {architecture} of its sizes has.")
-        is_kernel = leaf.endswith("/kernel")
-        theirs = shape[::-1] if is_kernel else shape
-        if tuple(tensor.shape[::-1].tolist()) != theirs:
-            raise StorageError(
-                f"{path}: tensor {name!r} has shape {tensor.shape[::-1].tolist()}; by its sizes it should be {list(theirs)}."
-            )
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        values = values.T if is_kernel else values
-        if architecture in _PAIRED and _is_turned(leaf):
-            values = from_pairs(values, sizes.head_dim)
-        leaves[leaf] = jax.device_put(np.array(values, np.float32, order="C"))  # not a view of the file
-    if tensors:
-        raise StorageError(f"{path} has {some(sorted(tensors))}, which a {architecture} of its sizes has not.")
-    return as_prefix(leaves), config
-
-
-def write_gguf(
-    path: str | os.PathLike[str],
-    params: Any,
-    config: Mapping[str, Any],
-    *,
-    kind: str = "Q8_0",
-    source: str | os.PathLike[str] | None = None,
-    force: bool = False,
-) -> dict[str, str]:
-    """Write a model of the type of Llama as a GGUF file, one tensor at a time; it needs the library gguf.
-
-    Widths, heads and layers are those of the parameters. Where layers differ, ``head_count``, ``head_count_kv`` and
-    ``feed_forward_length`` are arrays with an entry for each, and the architecture is deci, the one of those computing the same whose
-    layers llama.cpp gives sizes of their own. Zeros stay zeros in every kind. The file appears whole or not at all.
-
-    Args:
-        path: the file.
-        params: as `write_hugging_face` takes them.
-        config: as `read_hugging_face` and `read_gguf` return it; with `head_dim`, `rms_norm_eps`, `max_position_embeddings`.
-        kind: "F16", "BF16", "Q8_0" (8 bits, a scale for 32 inputs) or "Q4_0" (4 bits, the same). Norms and biases stay float32. With Q4_0 the
-            tables of tokens and of the head are Q8_0. A matrix whose inputs are no multiple of 32 is F16 where integers were asked for.
-        source: a GGUF file whose tokenizer and general remarks are copied, as they are. Without, the file has no tokenizer.
-        force: whether to replace a file that is there.
-
-    Returns:
-        The kind that each tensor was written in, by its name in the file.
-
-    Raises:
-        ValueError: a `kind` that there is not; layers of different sizes with biases or norms of heads; what the configuration says
-            has no field (a sliding window, other ways to scale rotations than linear and llama3); a weight is not finite or too large; the
-            tokenizer of `source` has another number of tokens; or as in `write_hugging_face`.
-        TypeError: a leaf is no array.
-        StorageError: `source` is no GGUF file; a subclass of ValueError.
-        FileExistsError: the file is there already, and `force` is False.
-        ModuleNotFoundError: gguf is not installed.
-    """
-    gguf = _library()
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; known are {', '.join(KINDS)}.")
-    model = read_llama(params, config)
-    architecture = _architecture(model.sizes, config)
-    function = read_function(config, "a GGUF file")
-    context = number(config, "max_position_embeddings", int)
-    copied = {} if source is None else _copied(gguf, Path(source), model.sizes)
-    _atomic.require_file(Path(path))
-    _atomic.require_new(Path(path), force)
-    tensors = _tensors(model, function, architecture, kind)
-    with _atomic.replacing(Path(path)) as file:
-        writer = gguf.GGUFWriter(file.name, architecture)
-        try:
-            _add_fields(gguf, writer, model.sizes, config, function, kind, copied)
-            writer.add_context_length(context)
-            for tensor in tensors:
-                of_type = gguf.GGMLQuantizationType[tensor.kind]
-                size = gguf.quants.quant_shape_to_byte_shape(tensor.shape, of_type)
-                count = int(np.prod(size))
-                writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), count, of_type)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor in tensors:
-                values = np.ascontiguousarray(_checked(tensor), np.float32)
-                writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.kind]))
-        finally:
-            writer.close()
-    return {tensor.name: tensor.kind for tensor in tensors}
-
-
-class _Tensor(NamedTuple):
-    """A tensor to write: its name, shape and kind in the file, what messages call it, and the function that makes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    title: str
-    make: Callable[[], np.ndarray]
-
-
-def _library() -> Any:
+def library() -> Any:
+    """Import gguf, or say how to install it."""
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -165,220 +27,36 @@ def _library() -> Any:
     return gguf
 
 
-def _name(path: str) -> str:
+def open_reader(gguf: Any, path: Path) -> Any:
+    """Open a file; raise a StorageError of what is no whole GGUF file, or one of several parts."""
+    if not path.is_file():
+        raise StorageError(f"{path} is no file.")
+    try:
+        reader = gguf.GGUFReader(path)
+        parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
+    except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
+        raise StorageError(f"{path} is no whole GGUF file ({str(error)[:100] or type(error).__name__}).") from error
+    if parts > 1:
+        raise StorageError(f"{path} is one of {parts} parts; llama-gguf-split --merge makes one file of them.")
+    return reader
+
+
+def tensor_name(path: str) -> str:
     """What a leaf is called there.
 
-    >>> _name("layer_3/q_proj/kernel"), _name("norm/scale")
+    >>> tensor_name("layer_3/q_proj/kernel"), tensor_name("norm/scale")
     ('blk.3.attn_q.weight', 'output_norm.weight')
     """
     *layer, module, leaf = path.split("/")
     within = "".join(name.replace("layer_", "blk.") + "." for name in layer)
-    return f"{within}{_MODULES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    return f"{within}{MODULES[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
-def _is_turned(path: str) -> bool:
+def is_turned(path: str) -> bool:
+    """Whether a leaf makes queries or keys, whose features are rotated."""
     return path.split("/")[-2] in ("q_proj", "k_proj")
 
 
-# Writing
-
-
-def _architecture(sizes: Sizes, config: Mapping[str, Any]) -> str:
-    family_like(config, sizes)
-    found = _ARCHITECTURES[config["model_type"]]
-    if any(len(set(numbers)) > 1 for numbers in (sizes.heads, sizes.kv_heads, sizes.inner)):
-        if sizes.head_norms:
-            raise ValueError(
-                "params has layers of different sizes, which llama.cpp does not know of models with norms of heads. Cut the same number from "
-                "every layer."
-            )
-        return _OWN_SIZES
-    # There a Qwen2 has as many features in its heads as in its stream; a Llama with biases computes the same.
-    return "llama" if found == "qwen2" and sizes.heads[0] * sizes.head_dim != sizes.width else found
-
-
-def _tensors(model: Llama, function: Function, architecture: str, kind: str) -> list[_Tensor]:
-    head_dim = model.sizes.head_dim
-    found = []
-    for path in model.sizes.shapes():
-        leaf, is_kernel = model.leaves[path], path.endswith("/kernel")
-        paired = architecture in _PAIRED and _is_turned(path)
-        shape = leaf.shape[::-1] if is_kernel else leaf.shape
-        make = functools.partial(_values, leaf, is_kernel, head_dim if paired else None)
-        found.append(_Tensor(_name(path), shape, _kind(path, shape, kind), leaf.name, make))
-    if function.scaling.get("rope_type") == "llama3":
-        factors = stretched(function.scaling, function.base, head_dim).astype(np.float32)
-        found.append(_Tensor(_STRETCHES, factors.shape, "F32", "rope_parameters", lambda: factors))
-    return found
-
-
-def _values(leaf: Leaf, is_kernel: bool, head_dim: int | None) -> np.ndarray:
-    values = leaf.read()
-    values = values if head_dim is None else to_pairs(values, head_dim)
-    return values.T if is_kernel else values
-
-
-def _kind(path: str, shape: tuple[int, ...], kind: str) -> str:
-    if len(shape) < 2:
-        return "F32"
-    if kind not in ("Q8_0", "Q4_0"):
-        return kind
-    if shape[-1] % _BLOCK:
-        return "F16"
-    return "Q8_0" if path in ("embed/embedding", "head/kernel") else kind
-
-
-def _checked(tensor: _Tensor) -> np.ndarray:
-    """Make a tensor; raise a ValueError where its kind cannot hold it."""
-    values = tensor.make()
-    largest = float(np.max(np.abs(values.astype(np.float32)), initial=0.0))
-    if not largest <= _LARGEST.get(tensor.kind, np.finfo(np.float32).max):
-        what = f"{largest:.4g}, which is too large for {tensor.kind}" if np.isfinite(largest) else "NaN or infinity"
-        raise ValueError(f"{tensor.title} holds {what}.")
-    return values
-
-
-def _add_fields(
-    gguf: Any,
-    writer: Any,
-    sizes: Sizes,
-    config: Mapping[str, Any],
-    function: Function,
-    kind: str,
-    copied: Mapping[str, Any],
-) -> None:
-    for name, field in copied.items():
-        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
-    if kind.startswith("Q"):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(sizes.vocabulary)
-    writer.add_embedding_length(sizes.width)
-    writer.add_block_count(len(sizes.heads))
-    writer.add_feed_forward_length(_one_or_all(sizes.inner))
-    writer.add_head_count(_one_or_all(sizes.heads))
-    writer.add_head_count_kv(_one_or_all(sizes.kv_heads))
-    writer.add_key_length(sizes.head_dim)
-    writer.add_value_length(sizes.head_dim)
-    writer.add_layer_norm_rms_eps(function.epsilon)
-    writer.add_rope_dimension_count(sizes.head_dim)
-    writer.add_rope_freq_base(function.base)
-    if function.scaling.get("rope_type", "llama3") != "llama3":
-        if function.scaling["rope_type"] != "linear":
-            raise ValueError(
-                f"config has rotations of the type {function.scaling['rope_type']!r}; known are linear and llama3."
-            )
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(function.scaling["factor"])
-    if not copied:
-        writer.add_tokenizer_model("none")
-        for ours, theirs in _TOKENS.items():
-            if isinstance(config.get(ours), int):
-                writer.add_uint32(f"tokenizer.ggml.{theirs}", config[ours])
-
-
-def _one_or_all(numbers: tuple[int, ...]) -> int | list[int]:
+def one_or_all(numbers: tuple[int, ...]) -> int | list[int]:
+    """Return the number that all layers have, or the number of each."""
     return numbers[0] if len(set(numbers)) == 1 else list(numbers)
-
-
-def _copied(gguf: Any, source: Path, sizes: Sizes) -> dict[str, Any]:
-    """The fields of a file that say something of its tokenizer, or something general."""
-    fields = _reader(gguf, source).fields
-    found = {name: field for name, field in fields.items() if name.startswith(("tokenizer.", "general."))}
-    tokens = found.get("tokenizer.ggml.tokens")
-    if tokens is None:
-        raise StorageError(f"{source} has no tokenizer.")
-    if len(tokens.data) != sizes.vocabulary:
-        raise ValueError(f"{source} has a tokenizer of {len(tokens.data):,} tokens, and params {sizes.vocabulary:,}.")
-    return {name: field for name, field in found.items() if name not in _OF_ONE_FILE}
-
-
-# Reading
-
-
-def _reader(gguf: Any, path: Path) -> Any:
-    if not path.is_file():
-        raise StorageError(f"{path} is no file.")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, LookupError, TypeError, OverflowError, MemoryError) as error:
-        raise StorageError(f"{path} is no whole GGUF file ({str(error)[:100] or type(error).__name__}).") from error
-
-
-def _open(gguf: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a file says, by name, and its tensors, by name."""
-    reader = _reader(gguf, path)
-    long = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
-    fields = {name: field.contents() for name, field in reader.fields.items() if name not in long}
-    return fields, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def _read_fields(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Any], Sizes]:
-    architecture = fields.get("general.architecture")
-    if architecture not in _TYPES:
-        raise StorageError(f"{path} has the architecture {architecture!r}; known are {', '.join(_TYPES)}.")
-
-    def of(field: str, default: Any = None) -> Any:
-        found = fields.get(f"{architecture}.{field}", default)
-        if found is None:
-            raise StorageError(f"{path} does not say its {architecture}.{field}.")
-        return found
-
-    layers = of("block_count")
-
-    def sizes_of(field: str, default: Any = None) -> tuple[int, ...]:
-        found = of(field, default)
-        numbers = tuple(found) if isinstance(found, list) else (found,) * layers
-        if len(numbers) != layers or not all(isinstance(number, int) and number > 0 for number in numbers):
-            raise StorageError(
-                f"{path} has {field} {found}; a positive number for each of {layers} layers is what can be read."
-            )
-        return numbers
-
-    heads = sizes_of("attention.head_count")
-    head_dim = of("attention.key_length", of("embedding_length") // heads[0])
-    for field in ("attention.value_length", "rope.dimension_count"):
-        if of(field, head_dim) != head_dim:
-            raise StorageError(
-                f"{path} has {field} {of(field)}, other than the {head_dim} features of a head, which cannot be read."
-            )
-    scaling = of("rope.scaling.type", "none")
-    if _STRETCHES in tensors or scaling not in ("none", "linear"):
-        raise StorageError(
-            f"{path} has scaled rotations ({scaling}), which cannot be read; read the folder that it was made of."
-        )
-    sizes = Sizes(
-        vocabulary=int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else 0,
-        width=of("embedding_length"),
-        head_dim=head_dim,
-        heads=heads,
-        kv_heads=sizes_of("attention.head_count_kv", fields.get(f"{architecture}.attention.head_count")),
-        inner=sizes_of("feed_forward_length"),
-        tied="output.weight" not in tensors,
-        biases=frozenset(name for name in ATTENTION + PERCEPTRON if f"blk.0.{_MODULES[name]}.bias" in tensors),
-        head_norms=architecture == "qwen3",
-    )
-    config = {
-        "model_type": "qwen2" if sizes.biases == _QWEN2 and architecture in _PAIRED else _TYPES[architecture],
-        "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": _one_or_all(heads),
-        "num_key_value_heads": _one_or_all(sizes.kv_heads),
-        "intermediate_size": _one_or_all(sizes.inner),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": of("context_length"),
-        "rms_norm_eps": _shortest(of("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(of("rope.freq_base", 10_000.0)),
-        "tie_word_embeddings": sizes.tied,
-    }
-    if scaling == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": _shortest(of("rope.scaling.factor"))}
-    tokens = {ours: fields.get(f"tokenizer.ggml.{theirs}") for ours, theirs in _TOKENS.items()}
-    return config | {name: token for name, token in tokens.items() if token is not None}, sizes
-
-
-def _shortest(number: float) -> float:
-    """The shortest decimal number that is the same in float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(number)))

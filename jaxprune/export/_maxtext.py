@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune._printing import some
 from jaxprune._tree._paths import as_prefix
 from jaxprune.export._classes import family_like, one_for_all, require_family
-from jaxprune.export._functions import read_function
+from jaxprune.export._functions import LLAMA3, read_function
 from jaxprune.export._llama import ATTENTION, Leaf, Sizes, from_pairs, read_head_dim, read_leaves, read_llama, to_pairs
 
 _OUTSIDE = {
@@ -37,7 +37,7 @@ _OUTER = re.compile(r"^(params/)*")
 _LAYER = re.compile(r"decoder/layers(_(?P<number>\d+))?/(?P<module>.+)/(?P<kind>\w+)")
 _AXIS = 1  # of the layers of a scan
 # The one stretching of wavelengths that it knows, and with it the other order of features.
-_LLAMA3 = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_LLAMA3 = {"factor": 8.0, **LLAMA3}
 
 
 def to_maxtext(params: Any, config: Mapping[str, Any], *, scan_layers: bool = True) -> tuple[Any, dict[str, Any]]:

@@ -192,8 +192,16 @@ def test_long_waves_are_stretched_and_short_ones_stay(tmp_path):
     export.write_gguf(tmp_path / "m.gguf", make(config), config)
     np.testing.assert_array_equal(tensors(tmp_path / "m.gguf")["rope_freqs.weight"], np.float32([1, between, 8, 8]))
     assert fields(tmp_path / "m.gguf")["llama.rope.freq_base"] == 10_000.0
-    with pytest.raises(storage.StorageError, match="scaled rotations .* read the folder that it was made of"):
-        export.read_gguf(tmp_path / "m.gguf")
+    with pytest.raises(storage.StorageError, match="stretched by rope_freqs.weight, other than in Llama 3.1"):
+        export.read_gguf(tmp_path / "m.gguf")  # for a context of 64, which no factor says
+
+
+def test_the_rotations_of_llama_3_come_back(tmp_path):
+    rotations = LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}
+    config = LLAMA | {"rope_theta": 500_000.0, "rope_scaling": rotations, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    export.write_gguf(tmp_path / "m.gguf", make(config), config)
+    found = export.read_gguf(tmp_path / "m.gguf")[1]
+    assert (found["rope_theta"], found["rope_scaling"]) == (500_000.0, rotations)
 
 
 def test_positions_that_are_divided_stay_divided(tmp_path):
@@ -291,7 +299,7 @@ def test_a_file_is_replaced_only_if_it_is_said(tmp_path):
         export.write_gguf(tmp_path / "m.gguf", make(LLAMA), LLAMA)
 
 
-def rewritten(path, target, *, drop=(), reshape=(), change=None, arch=None) -> None:
+def rewritten(path, target, *, drop=(), reshape=(), change=None, add=None, arch=None) -> None:
     """A file anew, without some tensors, with others misshapen, and with other fields."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(target, arch or "llama")
@@ -301,6 +309,9 @@ def rewritten(path, target, *, drop=(), reshape=(), change=None, arch=None) -> N
             writer.add_key_value(
                 name, value, field.types[0] if not isinstance(value, list) else gguf.GGUFValueType.ARRAY
             )
+    if add:
+        name, value = add
+        writer.add_uint16(name, value) if isinstance(value, int) else writer.add_string(name, value)
     for tensor in reader.tensors:
         if tensor.name not in drop:
             data = tensor.data[:-1] if tensor.name in reshape else tensor.data
@@ -318,8 +329,12 @@ def rewritten(path, target, *, drop=(), reshape=(), change=None, arch=None) -> N
         ({"drop": ["token_embd.weight"]}, "has no tensor 'token_embd.weight'"),
         ({"reshape": ["blk.1.ffn_up.weight"]}, r"'blk.1.ffn_up.weight' has shape \[19, 16\]; by its sizes it should be \[20, 16\]"),
         ({"change": {"llama.block_count": 2}}, r"has blk.2.attn_k.weight, .* and 5 more, which a llama of its sizes has not"),
-        ({"change": {"llama.attention.head_count": [4, 0, 4]}}, r"has attention.head_count \[4, 0, 4\]; a positive number for each of 3"),
+        ({"change": {"llama.attention.head_count": [4, 0, 4]}}, r"has attention.head_count \[4, 0, 4\], not a positive number"),
+        ({"change": {"llama.attention.head_count": [4, 4]}}, "has attention.head_count for 2 of 3 layers"),
+        ({"change": {"llama.rope.freq_base": -1.0}}, "has rope.freq_base -1.0, not a positive number"),
         ({"change": {"llama.rope.dimension_count": 2}}, "has rope.dimension_count 2, other than the 4 features"),
+        ({"add": ("split.count", 3)}, "is one of 3 parts; llama-gguf-split --merge"),
+        ({"add": ("llama.rope.scaling.type", "yarn")}, "has rotations scaled as 'yarn'; known are linear"),
         ({"arch": "gemma"}, "has the architecture 'gemma'; known are llama, deci, qwen2, qwen3"),
         ({"arch": "qwen2"}, "does not say its qwen2.block_count"),
     ],
