@@ -5,6 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune._printing import some
+
+# By the ways to stretch wavelengths, the fields that say how much.
+_FIELDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 # What all models of Llama 3.1 to 3.3 have, beside a factor.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -35,11 +42,16 @@ def read_function(config: Mapping[str, Any], target: str) -> Function:
         )
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = scaling.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "default"))
+    kind = scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type", "default"))
+    if kind not in ("default", *_FIELDS):
+        raise ValueError(f"config has rotations of the type {kind!r}; known are {', '.join(_FIELDS)}.")
+    missing = [field for field in _FIELDS.get(kind, ()) if not isinstance(scaling.get(field), int | float)]
+    if missing:
+        raise ValueError(f"config has rotations of the type {kind!r} without {some(missing)}.")
     return Function(
         epsilon=float(number(config, "rms_norm_eps", float)),
         base=float(base),
-        scaling={} if scaling["rope_type"] == "default" else scaling,
+        scaling={} if kind == "default" else scaling,
     )
 
 

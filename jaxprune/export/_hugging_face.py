@@ -121,7 +121,7 @@ def write_hugging_face(
         force: whether to replace a folder that is there.
 
     Returns:
-        The configuration as it was written.
+        The configuration as it was written; its `dtype` is that of the table of tokens.
 
     Raises:
         ValueError: the class cannot express the model: layers of different widths, heads that do not go into the width

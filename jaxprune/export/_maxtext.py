@@ -43,8 +43,8 @@ _LLAMA3 = {"factor": 8.0, **LLAMA3}
 def to_maxtext(params: Any, config: Mapping[str, Any], *, scan_layers: bool = True) -> tuple[Any, dict[str, Any]]:
     """Return a model of the type of Llama in the names and layouts of MaxText, with the configuration that builds it there.
 
-    MaxText trains on from what is returned once it is saved as the parameters of its `TrainState`. Pass the configuration to it as a file
-    of a model, or one by one; with `model_name` set, it takes them only with ``override_model_config=True``.
+    MaxText trains on from what is returned once it is saved as the parameters of its `TrainState`. Pass the configuration to it as a
+    file of a model, or field by field, and leave its `model_name` at ``default``: other names choose rotations of their own.
 
     Args:
         params: as `write_hugging_face` takes them.
@@ -129,7 +129,7 @@ def from_maxtext(tree: Any, config: Mapping[str, Any]) -> Any:
             raise ValueError(f"{leaf.name} has no place in a model of the type of Llama.")
         else:
             ours, number = f"{modules[inside['module']]}/{inside['kind']}", inside["number"]
-            _check_axes(leaf, ours, stacked=number is None)
+            layout.check(leaf, ours, stacked=number is None)
             if number is not None:
                 found[f"layer_{number}/{ours}"] = _put(layout.ours(ours, leaf.read()))
             else:
@@ -171,6 +171,16 @@ class _Layout(NamedTuple):
         if module == "q_proj":
             values = _multiplied(values, self.divided)
         return from_pairs(values, self.head_dim) if module != "v_proj" and self.pairs else values
+
+    def check(self, leaf: Leaf, path: str, *, stacked: bool) -> None:
+        """Raise a ValueError where a leaf of theirs, one of `ours` by its path, has other axes than it should."""
+        module, _, kind = path.partition("/")
+        axes = 1 + (kind == "kernel") + (module in ATTENTION) + stacked
+        if len(leaf.shape) != axes:
+            raise ValueError(f"{leaf.name} has shape {leaf.shape}; it should have {axes} axes.")
+        features = leaf.shape[-2 if module == "o_proj" else -1]
+        if module in ATTENTION and features != self.head_dim:
+            raise ValueError(f"{leaf.name} has heads of {features} features, config['head_dim'] is {self.head_dim}.")
 
 
 def _layout(config: Mapping[str, Any]) -> _Layout:
@@ -215,16 +225,9 @@ def _overrides(sizes: Sizes, config: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"rope_type": "llama3.1", "rope_use_scale": True}
     elif kind is not None:
         raise ValueError(
-            f"config has rotations scaled by {function.scaling}; MaxText knows linear, and llama3 with {_LLAMA3}."
+            f"config has rotations scaled by {function.scaling}; MaxText knows those of llama3 with {_LLAMA3}."
         )
     return found
-
-
-def _check_axes(leaf: Leaf, path: str, *, stacked: bool) -> None:
-    module, _, kind = path.partition("/")
-    axes = 1 + (kind == "kernel") + (module in ATTENTION) + stacked
-    if len(leaf.shape) != axes:
-        raise ValueError(f"{leaf.name} has shape {leaf.shape}; it should have {axes} axes.")
 
 
 def _multiplied(values: np.ndarray, factor: float) -> np.ndarray:

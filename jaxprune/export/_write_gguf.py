@@ -60,7 +60,7 @@ def write_gguf(
         The kind that each tensor was written in, by its name in the file.
 
     Raises:
-        ValueError: a `kind` that there is not; layers of different sizes with biases or norms of heads; what the configuration says
+        ValueError: a `kind` that there is not; layers of different sizes with norms of heads; what the configuration says
             has no field (a sliding window, other ways to scale rotations than linear and llama3); a weight is not finite or too large; the
             tokenizer of `source` has another number of tokens; or as in `write_hugging_face`.
         TypeError: a leaf is no array.
@@ -190,11 +190,7 @@ def _add_fields(
     writer.add_layer_norm_rms_eps(function.epsilon)
     writer.add_rope_dimension_count(sizes.head_dim)
     writer.add_rope_freq_base(function.base)
-    if function.scaling.get("rope_type", "llama3") != "llama3":
-        if function.scaling["rope_type"] != "linear":
-            raise ValueError(
-                f"config has rotations of the type {function.scaling['rope_type']!r}; known are linear and llama3."
-            )
+    if function.scaling.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(function.scaling["factor"])
     if not copied:

@@ -105,7 +105,7 @@ def test_rotations_that_it_knows_and_that_it_does_not():
     assert {name: of(ROTATED)[name] for name in ("rope_type", "rope_use_scale", "rope_max_timescale")} == {"rope_type": "llama3.1", "rope_use_scale": True, "rope_max_timescale": 500_000}  # fmt: skip
     linear = of(CONFIGS["llama"] | {"rope_scaling": {"type": "linear", "factor": 4.0}})
     assert (linear["rope_type"], linear["rope_linear_scaling_factor"]) == ("default", 4.0)
-    with pytest.raises(ValueError, match=r"scaled by \{.*'factor': 32.0.*MaxText knows linear, and llama3 with"):
+    with pytest.raises(ValueError, match=r"scaled by \{.*'factor': 32.0.*MaxText knows those of llama3 with"):
         of(CONFIGS["llama"] | {"rope_scaling": LLAMA3 | {"factor": 32.0}})
     with pytest.raises(ValueError, match="the base 100.5 of rotations; MaxText takes a whole number"):
         of(CONFIGS["llama"] | {"rope_theta": 100.5})
@@ -145,6 +145,9 @@ def test_a_tree_of_another_model_is_refused():
     tree = export.to_maxtext(make(config), config, scan_layers=False)[0]["params"]
     with pytest.raises(ValueError, match=r"tree\['moe'\]\['kernel'\] has no place in a model of the type of Llama"):
         export.from_maxtext(tree | {"moe": {"kernel": jnp.ones((2, 2))}}, config)
+    for wrong in (2, 8):
+        with pytest.raises(ValueError, match=rf"has heads of 4 features, config\['head_dim'\] is {wrong}"):
+            export.from_maxtext(tree, config | {"head_dim": wrong})
     attention = tree["decoder"]["layers_0"]["self_attention"]
     attention["out"] = {"kernel": jnp.ones((16, 16))}
     with pytest.raises(ValueError, match=r"\['out'\]\['kernel'\] has shape \(16, 16\); it should have 3 axes"):
