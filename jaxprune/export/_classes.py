@@ -171,28 +171,24 @@ def _of_layers(config: Mapping[str, Any], model: Llama) -> Config:
     """What the configuration says of single layers, for those that are left."""
     count, before = len(model.sizes.heads), config.get("num_hidden_layers")
     numbers = tuple(range(count)) if model.numbers is None and count == before else model.numbers
-    found: Config = {}
-    for field in _PER_LAYER:
-        of_layers = config.get(field)
-        if of_layers is None:
-            continue
-        if numbers is None and len(set(of_layers)) == 1:
-            found[field] = [of_layers[0]] * count
-        elif numbers is None:
-            raise ValueError(
-                f"config has {field} for each layer, and {count} stacked layers do not say which of {len(of_layers)} they are. "
-                "Name them layer_0, layer_2, ... by their places, or set it."
-            )
-        elif numbers and numbers[-1] >= len(of_layers):
+
+    def kept(field: str, of_layers: Sequence[Any]) -> list[Any]:
+        if numbers is None:
+            if len(set(of_layers)) > 1:
+                raise ValueError(
+                    f"config says with {field} how layers differ, and {count} stacked layers do not say which of {len(of_layers)} they "
+                    "are. Name them layer_0, layer_2, ... by their places, or set it."
+                )
+            return list(of_layers[:1]) * count
+        if numbers[-1] >= len(of_layers):
             raise ValueError(f"config has {field} for {len(of_layers)} layers, and params a layer_{numbers[-1]}.")
-        else:
-            found[field] = [of_layers[number] for number in numbers]
-    if config.get("max_window_layers") is not None:  # so many layers from the first see everything
-        found["max_window_layers"] = (
-            min(count, config["max_window_layers"])
-            if numbers is None
-            else sum(number < config["max_window_layers"] for number in numbers)
-        )
+        return [of_layers[number] for number in numbers]
+
+    found: Config = {field: kept(field, config[field]) for field in _PER_LAYER if config.get(field) is not None}
+    first = config.get("max_window_layers")  # so many layers from the first see everything
+    if first is not None and config.get("use_sliding_window"):
+        whole = [number < first for number in range(max(before or 0, 1 + max(numbers or [0])))]
+        found["max_window_layers"] = sum(kept("max_window_layers", whole))
     return found
 
 

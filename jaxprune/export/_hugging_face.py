@@ -74,10 +74,15 @@ def read_hugging_face(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, An
         raise
     except ValueError as error:
         raise StorageError(f"{folder / CONFIG}: {error}.") from None
-    architecture, sizes = family_of(config).architecture, sizes_of(config)
+    architecture = family_of(config).architecture
     single = folder / "model.safetensors"
     alone = single.is_file() and not any(folder.glob("*" + INDEX_ENDING))
     with Checkpoint(single if alone else folder) as checkpoint:
+        if config["num_hidden_layers"] > len(checkpoint.tensors):
+            raise StorageError(
+                f"{folder} has {len(checkpoint.tensors)} tensors, and its {CONFIG} says {config['num_hidden_layers']} layers."
+            )
+        sizes = sizes_of(config)
         wanted = {_name(path): (path, shape) for path, shape in sizes.shapes().items()}
         missing = sorted(wanted.keys() - checkpoint.tensors.keys())
         if missing:

@@ -13,7 +13,7 @@ from jaxprune._tree._paths import flatten
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PERCEPTRON = ("gate_proj", "up_proj", "down_proj")
-_LAYER = re.compile(r"layer_(\d+)/(.+)")
+_LAYER = re.compile(r"layer_(0|[1-9]\d*)/(.+)")
 _STACKED = "layers/"
 
 Shape = tuple[int, ...]

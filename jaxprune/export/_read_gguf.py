@@ -103,6 +103,8 @@ def _read_fields(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, An
         return found
 
     layers = of("block_count")
+    if layers > len(tensors):
+        raise StorageError(f"{path} has {len(tensors)} tensors, and says that it has {layers} layers.")
 
     def sizes_of(field: str, default: Any = None) -> tuple[int, ...]:
         found = of(field, default)

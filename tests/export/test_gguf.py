@@ -331,6 +331,7 @@ def rewritten(path, target, *, drop=(), reshape=(), change=None, add=None, arch=
         ({"reshape": ["blk.1.ffn_up.weight"]}, r"'blk.1.ffn_up.weight' has shape \[19, 16\]; by its sizes it should be \[20, 16\]"),
         ({"change": {"llama.block_count": 2}}, r"has blk.2.attn_k.weight, .* and 5 more, which a llama of its sizes has not"),
         ({"change": {"llama.attention.head_count": [4, 0, 4]}}, r"has attention.head_count \[4, 0, 4\], not a positive number"),
+        ({"change": {"llama.block_count": 2**32 - 1}}, "has 30 tensors, and says that it has 4294967295 layers"),
         ({"change": {"llama.attention.head_count": [4, 4]}}, "has attention.head_count for 2 of 3 layers"),
         ({"change": {"llama.rope.freq_base": -1.0}}, "has rope.freq_base -1.0, not a positive number"),
         ({"change": {"llama.rope.dimension_count": 2}}, "has rope.dimension_count 2, other than the 4 features"),

@@ -88,7 +88,6 @@ def test_a_smaller_model_has_a_smaller_configuration(name, tmp_path):
         "num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["full_attention"] * 2, "dtype": "bfloat16",
     }  # fmt: skip
     expected |= {"tie_word_embeddings": False} if "head" in smaller else {}
-    expected |= {"max_window_layers": 2} if name == "qwen2" else {}
     expected |= {} if name != "qwen3" else {"attention_bias": False}
     expected |= {} if name != "smollm2" else {"attention_bias": False, "mlp_bias": False}
     assert changed == expected
@@ -108,8 +107,10 @@ def test_stacked_layers_are_written_as_a_loop(tmp_path):
     )
     written = export.write_hugging_face(tmp_path / "shallower", shallower, alike)
     assert written["layer_types"] == ["full_attention"] * 2
-    with pytest.raises(ValueError, match="2 stacked layers do not say which of 3"):
-        export.write_hugging_face(tmp_path / "mixed", shallower, mixed)
+    windows = QWEN2 | {"use_sliding_window": True, "max_window_layers": 2}
+    for unclear in (mixed, windows):
+        with pytest.raises(ValueError, match="2 stacked layers do not say which of 3"):
+            export.write_hugging_face(tmp_path / "mixed", shallower, unclear)
 
 
 def test_layers_whose_leaves_are_gone_do_not_count(tmp_path):
@@ -202,6 +203,7 @@ def heads(count: int, kv: int, layers=(0, 1, 2)) -> dict[str, tuple[int, ...]]:
         (LLAMA, {"layer_1/mlp_norm/scale": None}, "params has no layer_1/mlp_norm/scale"),
         (LLAMA, {"norm/scale": None}, "params has no norm/scale, which every Llama has"),
         (LLAMA, {"norm/scale": (15,)}, r"params\['norm'\]\['scale'\] has shape \(15,\); beside the other leaves it should be \(16,\)"),
+        (LLAMA, {"layer_00/norm/scale": (2, 2)}, r"params\['layer_00'\]\['norm'\]\['scale'\] has no place"),
         (LLAMA, {"extra/kernel": (2, 2)}, r"params\['extra'\]\['kernel'\] has no place"),
         (LLAMA, {"layers/x": (2, 2)}, "layers should be layer_0, layer_1, ... or stacked"),
         (LLAMA, {"embed/embedding": (2, 16), "head/kernel": (16, 2)}, r"config\['eos_token_id'\] is 2, and params has 2 tokens"),
@@ -245,6 +247,7 @@ def edit(folder, **changes) -> None:
         (lambda m: edit(m, head_dim=3), "config.json: head_dim is 3, not an even number"),
         (lambda m: edit(m, quantization_config={}), "quantised"),
         (lambda m: edit(m, num_hidden_layers=4), "no tensor model.layers.3.input_layernorm.weight, .* and 5 more, which a Llama"),
+        (lambda m: edit(m, num_hidden_layers=10**12), "has 30 tensors, and its config.json says 1000000000000 layers"),
         (lambda m: edit(m, num_hidden_layers=2), "has model.layers.2.input_layernorm.weight, .* which a LlamaForCausalLM of its config.json has not"),
         (lambda m: edit(m, intermediate_size=21), r"tensor 'model.layers.0.mlp.gate_proj.weight' has shape \[20, 16\]; by config.json it should be \[21, 16\]"),
         (lambda m: edit(m, model_type="qwen3"), "no tensor model.layers.0.self_attn.k_norm.weight"),
