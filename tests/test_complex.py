@@ -334,6 +334,18 @@ def test_a_bundle(tmp_path):
     np.testing.assert_allclose(bundle(X), fn(PRUNED, X), rtol=1e-5)
 
 
+def test_language_models_are_real(tmp_path):
+    params = {"embed": {"embedding": W}, "layer_0": {}, "norm": {"scale": W[0]}}
+    config = {"model_type": "llama", "head_dim": 2}
+    for write in (
+        lambda: export.write_hugging_face(tmp_path / "m", params, config),
+        lambda: export.write_gguf(tmp_path / "m", params, config),
+        lambda: export.to_maxtext(params, config),
+    ):
+        with pytest.raises(ValueError, match=r"params\['embed'\]\['embedding'\] is complex64, not real"):
+            write()
+
+
 def test_rows_compressed():
     sparse = storage.to_bcsr(PARAMS, MASKS)["spectral"]["kernel"]
     x = jnp.ones((3, 8), jnp.complex64)
@@ -355,7 +367,7 @@ HANDED_ON = {"iterate", "verify_module", "select_blocks"}
 
 
 def test_every_public_function_of_parameters_is_tested_here():
-    namespaces = (jaxprune, algebra, choose, oneshot, plot, rules, scores, storage, structured, transforms)
+    namespaces = (jaxprune, algebra, choose, export, oneshot, plot, rules, scores, storage, structured, transforms)
     names = {
         name
         for namespace in namespaces

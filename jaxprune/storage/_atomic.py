@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import stat
 import tempfile
@@ -35,7 +36,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     try:
         with _before_termination(forget):
-            with os.fdopen(descriptor, "wb") as file:
+            os.close(descriptor)
+            with open(name, "wb") as file:
                 _adopt(file.fileno(), target)
                 yield file
                 file.flush()
@@ -45,6 +47,47 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         forget()
         raise
     _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Make a temporary folder beside `path`, to be filled by `replacing`, that takes its place when the block ends well.
+
+    What is there already goes, whole, once the new folder is complete: check first that nothing else lies in it. As with
+    `replacing`, an exception, SIGTERM or SIGHUP leave nothing behind; SIGKILL may leave ``.<name>.<random>.tmp``.
+
+    Raises:
+        ValueError: `path` is there and no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(
+            f"{path} is {_kind(path.stat().st_mode)}, which is not replaced by a folder; name another output."
+        )
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    old = made / "old"
+
+    def forget() -> None:
+        shutil.rmtree(made, ignore_errors=True)
+
+    try:
+        with _before_termination(forget):
+            new = made / "new"
+            new.mkdir()
+            yield new
+            _sync_folder(new)
+            if target.is_dir():
+                os.rename(target, old)
+            try:
+                os.rename(new, target)
+            except BaseException:
+                if old.is_dir():
+                    os.rename(old, target)
+                raise
+            _sync_folder(target.parent)
+    finally:
+        forget()
 
 
 def require_file(path: Path) -> None:
@@ -64,6 +107,8 @@ def require_new(path: Path, force: bool) -> None:
 
 
 def _kind(mode: int) -> str:
+    if stat.S_ISREG(mode):
+        return "a file"
     if stat.S_ISDIR(mode):
         return "a folder"
     if stat.S_ISFIFO(mode):

@@ -196,6 +196,27 @@ def test_a_signal_leaves_no_temporary(number, held, code, tmp_path):
     assert holding(tmp_path) == {"out": b"half" if held == "ignored" else b"old"}
 
 
+STOPPED_FOLDER = """
+import os, signal, sys
+from pathlib import Path
+from jaxprune.storage import _atomic
+with _atomic.replacing_folder(Path(sys.argv[1])) as folder:
+    with _atomic.replacing(folder / "one") as file:
+        file.write(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_no_temporary_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "one").write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", STOPPED_FOLDER, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert holding(tmp_path / "out") == {"one": b"old"}
+
+
 def test_another_thread_writes_too(tmp_path):
     import threading
 

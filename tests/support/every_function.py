@@ -214,6 +214,31 @@ def _bundle(p: Problem) -> tuple[storage.Saved, Any]:
     return saved, export.load(saved.path)
 
 
+LLAMA = {"model_type": "llama", "head_dim": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 8}
+
+
+def _llama(p: Problem) -> Any:
+    """A Llama of one layer, all of whose kernels are the same."""
+    kernel, scale = p.params["b"]["kernel"], p.params["b"]["bias"]
+    modules = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    layer = {name: {"kernel": kernel} for name in modules} | {
+        f"{name}_norm": {"scale": scale} for name in ("attention", "mlp")
+    }
+    return {"embed": {"embedding": kernel}, "layer_0": layer, "norm": {"scale": scale}}
+
+
+def _hugging_face(p: Problem) -> Any:
+    folder = p.folder / "hugging_face"
+    written = export.write_hugging_face(folder, _llama(p), LLAMA, force=True)
+    return written, export.read_hugging_face(folder)
+
+
+def _gguf(p: Problem) -> Any:
+    path = p.folder / "model.gguf"
+    written = export.write_gguf(path, _llama(p), LLAMA, kind="BF16", force=True)
+    return written, export.read_gguf(path)
+
+
 def _prune_blocks(p: Problem) -> Any:
     data = [np.asarray(apply(p.params, p.x))]
     source = jaxprune.save_sparse(p.folder / "blocks.safetensors", [p.params["b"]["kernel"]] * 2).path
@@ -233,6 +258,12 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.apply_masks": lambda p: jaxprune.apply_masks(p.params, p.masks),
     "jaxprune.calibrate_grams": lambda p: p.grams.sums,
     "jaxprune.calibrate_norms": lambda p: [p.norms.sums, p.grams.norms().sums],
+    "jaxprune.export.from_maxtext": lambda p: export.from_maxtext(export.to_maxtext(_llama(p), LLAMA)[0], LLAMA),
+    "jaxprune.export.read_gguf": lambda p: _gguf(p)[1],
+    "jaxprune.export.read_hugging_face": lambda p: _hugging_face(p)[1],
+    "jaxprune.export.to_maxtext": lambda p: export.to_maxtext(_llama(p), LLAMA),
+    "jaxprune.export.write_gguf": lambda p: _gguf(p)[0],
+    "jaxprune.export.write_hugging_face": lambda p: _hugging_face(p)[0],
     "jaxprune.find_sites": lambda p: [site.path for site in jaxprune.find_sites(apply, p.params, p.x)],
     "jaxprune.is_kernel": lambda p: [jaxprune.is_kernel(f"a/{name}", leaf) for name, leaf in p.params["a"].items()],
     "jaxprune.iterate": _iterate,
