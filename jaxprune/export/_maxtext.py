@@ -115,6 +115,17 @@ def from_maxtext(tree: Any, config: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: a leaf has a name that models of this type have not, or is missing, or has the shape of another model.
         TypeError: a leaf is no array.
+
+    >>> import jax.numpy as jnp
+    >>> layer = {f"{name}_proj": {"kernel": jnp.ones((4, 4))} for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    >>> layer |= {"attention_norm": {"scale": jnp.ones(4)}, "mlp_norm": {"scale": jnp.ones(4)}}
+    >>> params = {"embed": {"embedding": jnp.ones((9, 4))}, "layer_0": layer, "norm": {"scale": jnp.ones(4)}}
+    >>> config = {"model_type": "llama", "head_dim": 4, "rms_norm_eps": 1e-5}
+    >>> tree, _ = to_maxtext(params, config)
+    >>> float(tree["params"]["decoder"]["layers"]["self_attention"]["query"]["kernel"][0, 0, 0, 0])
+    0.5
+    >>> float(from_maxtext(tree, config)["layer_0"]["q_proj"]["kernel"][0, 0])
+    1.0
     """
     layout = _layout(config)
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}

@@ -45,6 +45,18 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         StorageError: the file is no such model, or damaged, or its rotations are scaled in other ways than linear and as in Llama 3.1; a tensor is missing or
             misshapen.
         ModuleNotFoundError: gguf is not installed.
+
+    >>> import jax.numpy as jnp, tempfile
+    >>> from jaxprune import export
+    >>> layer = {f"{name}_proj": {"kernel": jnp.ones((4, 4))} for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    >>> layer |= {"attention_norm": {"scale": jnp.ones(4)}, "mlp_norm": {"scale": jnp.ones(4)}}
+    >>> params = {"embed": {"embedding": jnp.ones((9, 4))}, "layer_0": layer, "norm": {"scale": jnp.ones(4)}}
+    >>> config = {"model_type": "llama", "head_dim": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 8}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = export.write_gguf(folder + "/model.gguf", params, config, kind="F16")
+    ...     params, config = read_gguf(folder + "/model.gguf")
+    >>> params["layer_0"]["up_proj"]["kernel"].dtype, config["num_attention_heads"], config["rms_norm_eps"]
+    (dtype('float32'), 2, 1e-05)
     """
     gguf = library()
     fields, tensors = _open(gguf, Path(path))

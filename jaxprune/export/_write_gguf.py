@@ -67,6 +67,16 @@ def write_gguf(
         StorageError: `source` is no GGUF file; a subclass of ValueError.
         FileExistsError: the file is there already, and `force` is False.
         ModuleNotFoundError: gguf is not installed.
+
+    >>> import jax.numpy as jnp, tempfile
+    >>> layer = {f"{name}_proj": {"kernel": jnp.ones((4, 4))} for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    >>> layer |= {"attention_norm": {"scale": jnp.ones(4)}, "mlp_norm": {"scale": jnp.ones(4)}}
+    >>> params = {"embed": {"embedding": jnp.ones((9, 4))}, "layer_0": layer, "norm": {"scale": jnp.ones(4)}}
+    >>> config = {"model_type": "llama", "head_dim": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 8}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     kinds = write_gguf(folder + "/model.gguf", params, config, kind="BF16")
+    >>> kinds["blk.0.ffn_up.weight"], kinds["blk.0.ffn_norm.weight"]
+    ('BF16', 'F32')
     """
     gguf = library()
     if kind not in KINDS:
