@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import jaxprune
-from jaxprune import algebra, choose, distill, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import algebra, choose, distill, export, oneshot, plot, rules, scores, storage, structured, transforms
 
 _RNG = np.random.default_rng(0)
 # Two layers and a table; inputs of rank two, so that no Gram matrix is singular.
@@ -189,6 +189,11 @@ def _distil(p: Problem) -> Any:
     return jax.value_and_grad(loss)(jnp.sin(hidden))
 
 
+def _packed(p: Problem) -> Path:
+    found = oneshot.gptq(p.params, p.grams, masks=p.masks)
+    return export.write_compressed_tensors(p.folder / "packed", found, force=True).path
+
+
 def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
@@ -244,6 +249,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.choose.allocate_by_loss": lambda p: choose.allocate_by_loss(p.params, 0.5, scores=scores.magnitude(p.params)),
     "jaxprune.distill.hidden_loss": lambda p: jax.grad(lambda x: distill.hidden_loss({"x": x}, {"x": 2 * x}))(p.x),
     "jaxprune.distill.logit_loss": _distil,
+    "jaxprune.export.read_compressed_tensors": lambda p: export.read_compressed_tensors(_packed(p)),
+    "jaxprune.export.write_compressed_tensors": lambda p: (_packed(p) / "model.safetensors").stat().st_size,
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
     "jaxprune.oneshot.block_by_block": lambda p: list(
         oneshot.block_by_block(
