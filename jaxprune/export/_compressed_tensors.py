@@ -1,4 +1,4 @@
-"""Integer weights to folders of compressed-tensors, which transformers and vLLM read; our masks beside them."""
+"""Integer weights to folders of compressed-tensors; our masks beside them."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune._printing import some
 from jaxprune._tree._axes import conventional
 from jaxprune._tree._given import described
 from jaxprune._tree._masks import align_masks
@@ -33,7 +34,7 @@ def write_compressed_tensors(
     config: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Saved:
-    """Write integer weights as compressed-tensors does, for transformers and vLLM, and their masks beside them.
+    """Write integer weights as compressed-tensors does, and their masks beside them.
 
     ``model.safetensors`` holds the codes of each leaf that has some, packed into words of 32 bits (``pack-quantized``), its scales,
     and its codes of zero where they are not all 0; other leaves are plain. ``config.json`` says which modules have integers
@@ -59,7 +60,8 @@ def write_compressed_tensors(
         ValueError: codes cannot be expressed so, are of no leaf, or keep what masks prune; a name is none of a module's
             weight. The message names the leaf.
         TypeError: `found` is no `Quantized`, or a leaf is no array.
-        FileExistsError: the folder holds something already, and `force` is False.
+        FileExistsError: the folder holds something already, and `force` is False; or tensors of another model, which readers
+            would take for this one's.
 
     >>> import jax.numpy as jnp, tempfile
     >>> from jaxprune import export
@@ -75,6 +77,7 @@ def write_compressed_tensors(
         raise TypeError(f"write_compressed_tensors(folder, found) takes an oneshot.Quantized; got {described(found)}.")
     folder = Path(folder)
     _atomic.require_new(folder, force)
+    _require_alone(folder)
     named = _like_torch if names is None else names
     flat = flatten(found.params, "params")
     flat.require_arrays()
@@ -131,6 +134,12 @@ def write_compressed_tensors(
     with _atomic.replacing(folder / CONFIG) as file:
         size += file.write(text.encode())
     return Saved(folder, size, sum(row.dense_bytes for row in rows), tuple(rows))
+
+
+def _require_alone(folder: Path) -> None:
+    others = [path.name for path in sorted(folder.glob("*.safetensors*")) if path.name != MODEL]
+    if others:
+        raise FileExistsError(f"{folder} holds {some(others)} beside {MODEL}, which readers take for the same model.")
 
 
 def _like_torch(path: str) -> str:

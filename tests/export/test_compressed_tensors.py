@@ -213,6 +213,11 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     write(found)
     with pytest.raises(FileExistsError, match=r"force=True replaces it"):
         write(found)
+    (tmp_path / "model" / "model.safetensors.index.json").touch()
+    with pytest.raises(
+        FileExistsError, match=r"holds model.safetensors.index.json beside model.safetensors, which readers take"
+    ):
+        export.write_compressed_tensors(tmp_path / "model", found, force=True)
 
 
 def changed(folder, **entries):
