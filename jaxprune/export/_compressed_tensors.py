@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,29 +85,19 @@ def write_compressed_tensors(
     for path, held in found.codes.items():
         if path not in flat.by_path or not isinstance(held, Codes):
             raise ValueError(f"codes has for {path!r} {described(held)}, which is no leaf's; codes are by path.")
-    chunks, bits, rows = [], [], []
-    schemes: dict[str, Scheme] = {}
-    leaves: dict[str, str] = {}
-    moved: list[str] = []
+    written: dict[str, _Leaf] = {}
+    bits, rows = [], []
     for path, title, leaf, given in zip(flat.paths, flat.names, flat.leaves, masks, strict=True):
         values, mask = as_numpy(title, path or WEIGHT, leaf, given)
-        name, codes = named(path), found.codes.get(path)
-        largest = relative = 0.0
-        if codes is None:
-            order = _to_torch(path, values.shape)
-            tensors = {name: values if order is None else np.transpose(values, order)}
-        else:
-            integers, module = read_integers(codes, mask, values, title), _module_of(name, title)
-            order = torch_order(2) if integers.inputs_first else None
-            tensors = (integers.transposed() if order else integers).tensors(module, round_inputs)
-            schemes[module[:-1]] = integers.scheme
-            exact = _quantize.dequantize(integers.codes, integers.scale, integers.zero)
-            largest, relative = _quantize.errors(values, exact)
-        leaves[name] = path
-        moved += [name] if order is not None else []
         if mask is not None and not mask.all():
-            bits.append(_writer.ready({name: np.packbits(mask.reshape(-1), bitorder="little")}))
-        chunks.append(_writer.ready(tensors))
+            values = np.where(mask, values, np.zeros_like(values))
+            bits.append(_writer.ready({named(path): np.packbits(mask.reshape(-1), bitorder="little")}))
+        codes = found.codes.get(path)
+        if codes is None:
+            stored = _plain(path, named(path), values)
+        else:
+            stored = _rounded(named(path), codes, mask, values, title, round_inputs)
+        written[path] = stored
         rows.append(
             TensorRow(
                 path=path,
@@ -117,23 +107,63 @@ def write_compressed_tensors(
                 size=values.size,
                 kept=values.size if mask is None else int(np.count_nonzero(mask)),
                 dense_bytes=values.nbytes,
-                stored_bytes=sum(array.nbytes for array in tensors.values()),
-                largest_error=largest,
-                relative_error=relative,
+                stored_bytes=sum(array.nbytes for array in stored.tensors.values()),
+                largest_error=stored.errors[0],
+                relative_error=stored.errors[1],
             )
         )
+    schemes = {
+        leaf.name.removesuffix("." + WEIGHT): leaf.scheme for leaf in written.values() if leaf.scheme is not None
+    }
     if not schemes:
         raise ValueError(
             "No leaf of params has codes; jaxprune.save_sparse(path, params, masks) stores them as they are."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    leaves, moved = (
+        {leaf.name: path for path, leaf in written.items()},
+        [leaf.name for leaf in written.values() if leaf.moved],
+    )
     record = json.dumps({"version": version(), "leaves": leaves, "moved": moved})
+    chunks = [_writer.ready(leaf.tensors) for leaf in written.values()]
     size = _writer.write(folder / MODEL, chunks, {"format": "pt"}, compress=False)
     size += _writer.write(folder / MASKS, bits, {OWN_METADATA: record}, compress=False)
     text = json.dumps({**(config or {}), "quantization_config": to_config(schemes, round_inputs)}, indent=2)
     with _atomic.replacing(folder / CONFIG) as file:
         size += file.write(text.encode())
     return Saved(folder, size, sum(row.dense_bytes for row in rows), tuple(rows))
+
+
+class _Leaf(NamedTuple):
+    """What one leaf becomes in a file.
+
+    Attributes:
+        name: the model's name for it.
+        tensors: by their names.
+        moved: whether its axes are in PyTorch's order, and not as we have them.
+        scheme: what its codes are, if it has some.
+        errors: the largest one of the codes, and the relative one.
+    """
+
+    name: str
+    tensors: dict[str, np.ndarray]
+    moved: bool
+    scheme: Scheme | None = None
+    errors: tuple[float, float] = (0.0, 0.0)
+
+
+def _plain(path: str, name: str, values: np.ndarray) -> _Leaf:
+    order = _to_torch(path, values.shape)
+    return _Leaf(name, {name: values if order is None else np.transpose(values, order)}, order is not None)
+
+
+def _rounded(
+    name: str, codes: Codes, mask: np.ndarray | None, values: np.ndarray, title: str, round_inputs: bool
+) -> _Leaf:
+    integers, module = read_integers(codes, mask, values, title), _module_of(name, title)
+    turned = integers.transposed() if integers.inputs_first else integers
+    errors = _quantize.errors(values, _quantize.dequantize(integers.codes, integers.scale, integers.zero))
+    return _Leaf(name, turned.tensors(module, round_inputs), integers.inputs_first, integers.scheme, errors)
 
 
 def _require_alone(folder: Path) -> None:

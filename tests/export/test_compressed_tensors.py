@@ -151,6 +151,14 @@ def test_what_is_read_is_what_was_written(tmp_path, dtype, round_inputs):
     np.testing.assert_array_equal(bare.params["a"]["kernel"], found.params["a/kernel"])
 
 
+def test_what_masks_prune_is_zero_whatever_the_tree_holds(tmp_path):
+    found = found_of({"a/kernel": codes_of(8, 4), "b/kernel": np.ones((2, 2), np.float32)})
+    found.masks["b/kernel"] = np.array([[True, False], [True, True]])
+    export.write_compressed_tensors(tmp_path, found)
+    plain, _ = load_sparse(tmp_path / "model.safetensors")
+    assert np.asarray(plain["b.weight"]).tolist() == [[1.0, 1.0], [0.0, 1.0]]
+
+
 def test_names_and_the_rest_of_the_configuration_are_given(tmp_path):
     found = found_of({"up/kernel": codes_of(8, 4), "table": np.ones((3, 2), np.float32)})
     names = {"up/kernel": "model.layers.0.up_proj.weight", "table": "model.embed_tokens.weight"}
