@@ -22,11 +22,14 @@ _NOT_NAMED = re.compile(
     "bias(es)?|b|scales?|offsets?|gamma|beta|alpha|g|gain|log|lora|mean|var|average|const(ant)?|noise"
     "|table|tokens?|logits|latents|queries|probe|prompts|codebook|codevectors|vector"
     "|rope|rotary|rotations|freqs|sin|cos"
+    "|hessian"
 )
 _EMBEDDING = re.compile("embed(ding|dings|der)?|emb|wte|wpe")
 _POSITION = re.compile("pos|positions?|positional|pe|cls")
 # In the name of the module that holds a weight, which make it a table.
 _TABLE = re.compile("bias|table|tokens?|queries|codebook|rope|rotary")
+# Parts of a quantised weight in qwix, which are no weights without each other: floats of 8 bits, too.
+_QUANTISED = ("qvalue", "zero_point")
 # What is no table, and what is one by its own name.
 _ADDED, _LOOKED_UP = re.compile("bias(es)?|b|scales?"), re.compile("tables?")
 _NORM = re.compile(r"\w*norms?|ln|bn|gn")
@@ -65,6 +68,8 @@ def is_kernel(path: str, leaf: Any) -> bool:
     *modules, name = parts or [""]
     if KERNEL.fullmatch(name):
         return True
+    if name in _QUANTISED:
+        return False
     weight = WEIGHT.fullmatch(name) is not None or name == "weights"
     # A layer of one unit has a matrix of one row; other leaves with a single long axis are vectors.
     if sum(n > 1 for n in shape) < 2 and not (weight and len(shape) == 2) and parts:

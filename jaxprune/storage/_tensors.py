@@ -76,7 +76,7 @@ def encode(
         values = np.where(mask, values, np.zeros_like(values))
     if codes is not None:
         bits, exact = codes.bits, values
-        values, scale, zero = _read_codes(codes, mask, dtype, exact.shape, title or name)
+        values, scale, zero = read_codes(codes, mask, dtype, exact.shape, title or name)
         largest_error, relative_error = _quantize.errors(exact, _quantize.dequantize(values, scale, zero))
     elif bits is not None:
         values, scale, largest_error, relative_error = _quantize.quantize(values, scales, bits, dtype)
@@ -107,7 +107,7 @@ def encode(
     return Encoded(arrays, dtype, kept, stored, largest_error, relative_error)
 
 
-def _read_codes(
+def read_codes(
     codes: Codes, mask: np.ndarray | None, dtype: np.dtype[Any], shape: tuple[int, ...], title: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The codes, their scales in the dtype that they are loaded in, and the codes of zero where any is not 0."""

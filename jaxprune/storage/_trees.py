@@ -201,7 +201,7 @@ def encode_tree(
     chunks, rows = [], []
     members: dict[str, Iterable[str]] = {}
     for path_, name, leaf, mask, stack in zip(flat.paths, flat.names, flat.leaves, fitting, stacks, strict=True):
-        values, kept = _as_numpy(name, path_, leaf, mask)
+        values, kept = as_numpy(name, path_, leaf, mask)
         encoded = coding.encode(path_, values, kept, stack=stack, codes=codes.get(path_), title=name)
         members[path_] = encoded.arrays
         chunks.append(_writer.ready(encoded.arrays))
@@ -252,14 +252,14 @@ def load_sparse(path: str | os.PathLike[str], *, like: Any = None) -> tuple[Any,
     with TensorFile(path) as file:
         stored = tensors(file)
         if like is None:
-            _check_nesting(file, list(stored))
-            pairs = {name: _to_arrays(*tensor.load()) for name, tensor in stored.items()}
-            return _nest({name: pair[0] for name, pair in pairs.items()}), _nest(
+            check_nesting(file, list(stored))
+            pairs = {name: to_arrays(*tensor.load()) for name, tensor in stored.items()}
+            return nest({name: pair[0] for name, pair in pairs.items()}), nest(
                 {name: pair[1] for name, pair in pairs.items()}
             )
         flat = flatten(like, "like")
-        _check_like(file.path, {name: (t.shape, t.dtype) for name, t in stored.items()}, flat)
-        loaded = [_to_arrays(*stored[name].load(), leaf) for name, leaf in zip(flat.paths, flat.leaves, strict=True)]
+        check_like(file.path, {name: (t.shape, t.dtype) for name, t in stored.items()}, flat)
+        loaded = [to_arrays(*stored[name].load(), leaf) for name, leaf in zip(flat.paths, flat.leaves, strict=True)]
     params, masks = zip(*loaded, strict=True) if loaded else ((), ())
     return flat.build(params), flat.build(masks)
 
@@ -307,7 +307,7 @@ def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return strings
 
 
-def _as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:
+def as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:
     problem = bad_name(path)
     if problem:
         raise ValueError(f"{name} {problem}; rename it.")
@@ -327,7 +327,7 @@ def _as_numpy(name: str, path: str, leaf: Any, mask: Any) -> tuple[np.ndarray, n
     return values, kept
 
 
-def _to_arrays(values: np.ndarray, mask: np.ndarray | None, like: Any = None) -> tuple[Any, jax.Array]:
+def to_arrays(values: np.ndarray, mask: np.ndarray | None, like: Any = None) -> tuple[Any, jax.Array]:
     """Put values and mask where `like` is, if it is an array; unlike jnp.asarray, this compiles nothing for a shape."""
     sharding = like.sharding if isinstance(like, jax.Array) else None
     kept = jax.device_put(np.ones(values.shape, bool) if mask is None else mask, sharding)
@@ -335,7 +335,7 @@ def _to_arrays(values: np.ndarray, mask: np.ndarray | None, like: Any = None) ->
     return (jax.device_put(values, sharding) if exact else values), kept
 
 
-def _check_like(path: Path, stored: Mapping[str, tuple[tuple[int, ...], Any]], flat: Tree) -> None:
+def check_like(path: Path, stored: Mapping[str, tuple[tuple[int, ...], Any]], flat: Tree) -> None:
     for name, leaf_path, leaf in zip(flat.names, flat.paths, flat.leaves, strict=True):
         if leaf_path not in stored:
             raise ValueError(f"{path} has no tensor {leaf_path!r} for {name}; it has {_some(stored)}.")
@@ -356,7 +356,7 @@ def _some(names: Any) -> str:
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "") if shown else "none"
 
 
-def _check_nesting(file: TensorFile, names: list[str]) -> None:
+def check_nesting(file: TensorFile, names: list[str]) -> None:
     """Raise a StorageError where one name is a module of another: a dict cannot hold both."""
     clash = inside_of(names)
     if clash is not None:
@@ -376,7 +376,7 @@ def inside_of(names: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
-def _nest(flat: Mapping[str, Any]) -> Any:
+def nest(flat: Mapping[str, Any]) -> Any:
     if "" in flat:
         return flat[""]
     tree: dict[str, Any] = {}

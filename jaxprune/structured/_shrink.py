@@ -19,6 +19,7 @@ from jaxprune.structured._axes._layered import spread
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._inputs import with_inputs
 from jaxprune.structured._plan import Plan, cut_shapes, is_nested, require_plan
+from jaxprune.structured._quantized import of_shared, parts_of
 
 
 class UnrepairedWarning(UserWarning):
@@ -94,6 +95,9 @@ def shrink(plan: Plan, tree: Any) -> Any:
     the plan names. What belongs to a parameter
     that the plan drops becomes None, so that the tree has no leaf there. Works under jit.
 
+    A parameter may be quantised, an array of integers ``qvalue`` with ``scale`` and ``zero_point`` as in qwix: scales are cut
+    along axes of which each entry has its own, and where neighbours share one, by whole groups.
+
     Inputs that the plan cuts (``plan.inputs``) are cut in the tuple of all of the function's inputs, or where a whole one of them
     stands, alone or in a tree: ``shrink(plan, caches)``, ``shrink(plan, (params, caches))`` (an input that is one array has no
     path to be told by: it is cut alone, or among all inputs). Their other axes may have any size: a cache may be longer than
@@ -109,7 +113,7 @@ def shrink(plan: Plan, tree: Any) -> Any:
     Raises:
         ValueError: nothing in the tree is of the plan; an array may be of either of two collections; or an array of a
             parameter's path has another shape, as where an optimizer keeps factored moments: make such state anew from the
-            smaller parameters.
+            smaller parameters; or of some neighbours that share a scale a part stays.
 
     Warns:
         UnrepairedWarning: the plan was chosen by what is lost after `repair`, and parameters have not been repaired: what it
@@ -148,7 +152,8 @@ def cut_out(plan: Plan, tree: Any) -> Any:
     cut = False
     # With what optax hides of a collection, which belongs to it all the same.
     every = flatten(tree, "tree", is_leaf=is_nothing).by_path
-    owners = _owners(plan, every)
+    parts = parts_of(every)
+    owners = _owners_of_parts(plan, every, parts)
     of_inputs = _inputs_among({path: leaf for path, leaf in every.items() if owners[path] is None}, plan.inputs)
     for path, name, leaf in zip(flat.paths, flat.names, flat.leaves, strict=True):
         shape, known = tuple(np.shape(leaf)), owners[path]
@@ -165,6 +170,10 @@ def cut_out(plan: Plan, tree: Any) -> Any:
             continue
         if known != path and int(np.prod(shape)) <= 1:
             leaves.append(own(leaf))
+            continue
+        if known != path and parts.get(path, ("", ""))[1] in ("scale", "zero_point"):
+            leaves.append(_cut(of_shared(plan, known, shape, name), known, leaf))
+            cut = True
             continue
         if not plan.fits(known, shape):
             raise ValueError(
@@ -187,6 +196,17 @@ def cut_inputs(graph: Graph, plan: Plan, inputs: tuple[Any, ...]) -> tuple[Any, 
         return inputs
     known = zip(flat.paths, flat.leaves, strict=True)
     return flat.build([_cut_input(planned, path, leaf) if path in planned.shapes else leaf for path, leaf in known])
+
+
+def _owners_of_parts(
+    plan: Plan, leaves: Mapping[str, Any], parts: Mapping[str, tuple[str, str]]
+) -> dict[str, str | None]:
+    """Return by path the planned one of which an array is, or is a part of what was quantised."""
+    parts = {path: part for path, part in parts.items() if owner(path, plan.shapes) is None}
+    whole = {path: leaf for path, leaf in leaves.items() if path not in parts}
+    whole |= {parameter: leaves[path] for path, (parameter, part) in parts.items() if part == "qvalue"}
+    found = _owners(plan, whole)
+    return {path: found[parts[path][0] if path in parts else path] for path in leaves}
 
 
 def _owners(plan: Plan, leaves: Mapping[str, Any]) -> dict[str, str | None]:

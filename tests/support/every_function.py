@@ -190,6 +190,18 @@ def _distil(p: Problem) -> Any:
     return jax.value_and_grad(loss)(jnp.sin(hidden))
 
 
+def _two_four(p: Problem, size: int) -> Any:
+    kernel = p.params["b"]["kernel"]
+    mask = jaxprune.make_masks({"kernel": kernel}, 2, rule=rules.n_m(4))["kernel"]
+    whole = (np.tile(np.asarray(array), (size // 8, size // 8)) for array in (kernel.astype(jnp.bfloat16), mask))
+    return export.to_two_four(*whole)
+
+
+def _packed(p: Problem) -> Path:
+    found = oneshot.gptq(p.params, p.grams, masks=p.masks)
+    return export.write_compressed_tensors(p.folder / "packed", found, force=True).path
+
+
 def _files(p: Problem) -> tuple[Path, Path]:
     return p.file, p.folder / "other.safetensors"
 
@@ -299,6 +311,19 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.export.load": lambda p: [_bundle(p)[1](p.x), _bundle(p)[1].params],
     "jaxprune.export.save_onnx": _onnx,
     "jaxprune.export.save": lambda p: [row.stored_bytes for row in _bundle(p)[0].tensors],
+
+
+    "jaxprune.export.pack_cutlass": lambda p: export.pack_cutlass(_two_four(p, 32)),
+    "jaxprune.export.pack_tcgen05": lambda p: export.pack_tcgen05(_two_four(p, 128)),
+    "jaxprune.export.read_compressed_tensors": lambda p: export.read_compressed_tensors(_packed(p)),
+    "jaxprune.export.to_two_four": lambda p: _two_four(p, 8).dense(),
+    "jaxprune.export.unpack_cutlass": lambda p: export.unpack_cutlass(
+        _two_four(p, 32).values, export.pack_cutlass(_two_four(p, 32))
+    ),
+    "jaxprune.export.unpack_tcgen05": lambda p: export.unpack_tcgen05(
+        _two_four(p, 128).values, export.pack_tcgen05(_two_four(p, 128))
+    ),
+    "jaxprune.export.write_compressed_tensors": lambda p: (_packed(p) / "model.safetensors").stat().st_size,
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
     "jaxprune.oneshot.block_by_block": lambda p: list(
         oneshot.block_by_block(

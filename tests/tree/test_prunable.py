@@ -215,7 +215,8 @@ def test_names_of_kernels(path: str) -> None:
         "bn1/weight",
         "norm2/weight",
     ]
-    + ["lora_a", "lora/lora_b", "relative_position_bias_table", "final_logits_bias", "A_log", "1/bias", "b_in"],
+    + ["lora_a", "lora/lora_b", "relative_position_bias_table", "final_logits_bias", "A_log", "1/bias", "b_in"]
+    + ["kernel/array/qvalue", "kernel/array/scale", "kernel/zero_point", "kernel_lora_a", "kernel_gptq/sum_of_hessian"],
 )
 def test_names_that_are_none(path: str) -> None:
     assert not is_kernel(path, np.ones((4, 3)))
