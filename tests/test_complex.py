@@ -363,7 +363,7 @@ def test_pictures(tmp_path):
 
 
 # What takes parameters only to hand them on to functions of the caller's or to those tested here.
-HANDED_ON = {"iterate", "verify_module", "select_blocks"}
+HANDED_ON = {"iterate", "verify_module", "select_blocks", "save_onnx"}
 
 
 def test_every_public_function_of_parameters_is_tested_here():
