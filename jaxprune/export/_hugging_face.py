@@ -14,7 +14,10 @@ from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import as_prefix
 from jaxprune.export._classes import family_of, fitted, sizes_of, with_head_dim
 from jaxprune.export._folders import CONFIG, find_tokenizer, read_config, write_folder
-from jaxprune.export._llama import Leaf, read_llama
+from jaxprune.export._integers import Integers, read_integers
+from jaxprune.export._llama import Leaf, Llama, read_llama
+from jaxprune.export._schemes import to_config
+from jaxprune.oneshot import Codes
 from jaxprune.storage import StorageError, _writer
 from jaxprune.storage._checkpoint import INDEX_ENDING, Checkpoint
 from jaxprune.storage._container import NAMES
@@ -106,6 +109,7 @@ def write_hugging_face(
     params: Any,
     config: Mapping[str, Any],
     *,
+    codes: Mapping[str, Codes] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
     force: bool = False,
@@ -121,6 +125,9 @@ def write_hugging_face(
             instead of ``layer_0``, ``layer_1``, ... Layers are written in the order of their numbers, which may have gaps where some
             were dropped: then of lists with an entry for each layer (`layer_types`) those entries go, too.
         config: what `read_hugging_face` returned, or a `config.json`. It needs `model_type` and `head_dim`.
+        codes: by path, the integers that kernels were rounded to by `oneshot.gptq` or `oneshot.prune_and_quantize`, with scales that the
+            dtypes of the kernels hold. They are packed as in `write_compressed_tensors`, and the configuration says so; a pruned weight is
+            the code of zero. Masks are kept by `save_sparse`.
         tokenizer: a folder whose tokenizer (and `generation_config.json`) is copied untouched.
         max_shard_bytes: a file takes so many bytes at most, unless one tensor takes more.
         force: whether to replace a folder that is there.
@@ -131,7 +138,7 @@ def write_hugging_face(
     Raises:
         ValueError: the class cannot express the model: layers of different widths, heads that do not go into the width
             (LlamaForCausalLM), biases or norms that it has not. The message says what is nearest. Or a leaf is missing, misshapen, traced
-            or not floating-point, or a token that the configuration names was cut.
+            or not floating-point, or a token that the configuration names was cut; or codes cannot be packed so, or are of no kernel.
         TypeError: a leaf is no array.
         StorageError: `tokenizer` has no tokenizer; a subclass of ValueError.
         FileExistsError: the folder is there already, and `force` is False.
@@ -150,7 +157,11 @@ def write_hugging_face(
     model = read_llama(params, config)
     smaller = fitted(config, model)
     beside = [] if tokenizer is None else find_tokenizer(tokenizer)
-    chunks = [_chunk(path, model.leaves[path]) for path in model.sizes.shapes()]
+    integers = {path: _integers(path, model.leaves, held) for path, held in _by_layer(codes or {}, model).items()}
+    chunks = [_chunk(path, model.leaves[path], integers.get(path)) for path in model.sizes.shapes()]
+    if integers:
+        schemes = {_name(path).removesuffix(".weight"): held.scheme for path, held in integers.items()}
+        smaller["quantization_config"] = to_config(schemes, round_inputs=False)
     write_folder(folder, smaller, chunks, beside=beside, max_shard_bytes=max_shard_bytes, force=force)
     return smaller
 
@@ -173,7 +184,29 @@ def _load(tensor: Stored, path: str) -> jax.Array:
     return jax.device_put(np.ascontiguousarray(values.T) if path.endswith("/kernel") else values)
 
 
-def _chunk(path: str, leaf: Leaf) -> _writer.Chunk:
+def _by_layer(codes: Mapping[str, Codes], model: Llama) -> dict[str, Codes]:
+    """The codes of each leaf, with layers counted as those of the model are."""
+    if model.numbers is not None:
+        now = {f"layer_{number}": f"layer_{place}" for place, number in enumerate(model.numbers)}
+        return {"/".join(now.get(part, part) for part in path.split("/")): held for path, held in codes.items()}
+    found = {path: held for path, held in codes.items() if not path.startswith("layers/")}
+    for path in codes.keys() - found.keys():
+        for number in range(len(model.sizes.heads)):
+            of_layer = jax.tree.map(lambda part, number=number: part[number], codes[path])
+            found[path.replace("layers/", f"layer_{number}/")] = of_layer
+    return found
+
+
+def _integers(path: str, leaves: Mapping[str, Leaf], codes: Codes) -> Integers:
+    if not path.endswith("_proj/kernel") or path not in leaves:
+        raise ValueError(f"codes has an entry for {path!r}, which is no kernel of a layer; take it out.")
+    leaf = leaves[path]
+    return read_integers(codes, None, leaf, leaf.name).transposed()
+
+
+def _chunk(path: str, leaf: Leaf, integers: Integers | None) -> _writer.Chunk:
+    if integers is not None:
+        return _writer.ready(integers.tensors(_name(path).removesuffix("weight"), round_inputs=False))
     if leaf.dtype not in NAMES:
         raise ValueError(f"{leaf.name} is {leaf.dtype}, which a safetensors file cannot hold; cast it.")
     name, is_kernel = _name(path), path.endswith("/kernel")

@@ -1,6 +1,6 @@
 """The integers of a module's weight as compressed-tensors keeps them: which tensors stand for them in a file."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Integers(NamedTuple):
         return {module + part: array for part, array in found.items()}
 
 
-def read_integers(codes: Codes, mask: np.ndarray | None, values: np.ndarray, title: str) -> Integers:
+def read_integers(codes: Codes, mask: np.ndarray | None, values: Any, title: str) -> Integers:
     """Check that codes are those of a leaf, and that the format can express them; raise a ValueError where not."""
     held, scale, zero = read_codes(codes, mask, values.dtype, values.shape, title)
     remedy = "ake its entry out of found.codes, and it is written as numbers."

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxprune import export, rules, storage
+from jaxprune import export, oneshot, rules, storage
+from jaxprune.export._words import unpack_words
 from tests.support.llama_models import CONFIGS, cut, make, stack
 
 LLAMA, QWEN2, MISTRAL = (CONFIGS[name] for name in ("llama", "qwen2", "mistral"))
@@ -324,3 +325,59 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert not (target / "model.safetensors").exists()  # of the model that was there nothing is left
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["m"]
     assert_same(tensors(target), oracle(params))
+
+
+def rounded(params, prefix: str) -> dict[str, oneshot.Codes]:
+    """Codes of 4 bits of the perceptrons' kernels, with a scale for each output, and what they stand for."""
+    rng = np.random.default_rng(0)
+    codes = {}
+    for name, layer in params.items():
+        for module in ("gate_proj", "down_proj") if name.startswith(prefix) else ():
+            shape = layer[module]["kernel"].shape
+            scale = jnp.full((*shape[:-2], 1, shape[-1]), 0.125)
+            values = jnp.asarray(rng.integers(-8, 8, shape, np.int8))
+            codes[f"{name}/{module}/kernel"] = oneshot.Codes(values, scale, jnp.zeros(scale.shape, jnp.int8), 4)
+            layer[module]["kernel"] = codes[f"{name}/{module}/kernel"].values()
+    return codes
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_integers_are_packed_and_the_configuration_says_so(stacked, tmp_path):
+    params = make(LLAMA)
+    if stacked:
+        params = stack(params)
+    else:
+        del params["layer_1"]  # those behind it are counted anew, their codes as well
+    codes = rounded(params, "layers" if stacked else "layer_")
+    config = export.write_hugging_face(tmp_path / "m", params, LLAMA, codes=codes)
+    held = tensors(tmp_path / "m")
+    for layer, path in ((1, "layers" if stacked else "layer_2"), (0, "layers" if stacked else "layer_0")):
+        expected = np.asarray(codes[f"{path}/down_proj/kernel"].codes)
+        expected = (expected[layer] if stacked else expected).T
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        assert name not in held
+        np.testing.assert_array_equal(unpack_words(held[f"{name}_packed"], 20, 4), expected)
+        assert held[f"{name}_scale"].shape == (16, 1)
+        assert f"model.layers.{layer}.mlp.up_proj.weight" in held
+    (group,) = config["quantization_config"]["config_groups"].values()
+    assert (group["weights"]["num_bits"], group["weights"]["strategy"]) == (4, "channel")
+    layers = range(3 if stacked else 2)
+    expected = {f"model.layers.{i}.mlp.{name}" for i in layers for name in ("gate_proj", "down_proj")}
+    assert set(group["targets"]) == expected
+    with pytest.raises(storage.StorageError, match="the model is quantised"):
+        export.read_hugging_face(tmp_path / "m")
+
+
+def test_codes_of_what_is_no_kernel_are_refused(tmp_path):
+    params = make(LLAMA)
+    codes = rounded(params, "layer_")
+    for path in ("layer_0/attention_norm/scale", "layer_7/up_proj/kernel"):
+        with pytest.raises(ValueError, match=f"codes has an entry for '{path}', which is no kernel of a layer"):
+            export.write_hugging_face(tmp_path / "m", params, LLAMA, codes={path: next(iter(codes.values()))})
+    with pytest.raises(
+        ValueError, match=r"params\['layer_0'\]\['gate_proj'\]\['kernel'\] integers of shape \(20, 16\)"
+    ):
+        export.write_hugging_face(
+            tmp_path / "m", params, LLAMA, codes={"layer_0/gate_proj/kernel": codes["layer_0/down_proj/kernel"]}
+        )
+    assert not (tmp_path / "m").exists()

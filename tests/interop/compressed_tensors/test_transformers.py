@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from jaxprune import export, oneshot
 from tests.interop.compressed_tensors.test_compressed_tensors import random_codes
+from tests.support.llama_models import CONFIGS, TOKENS, cut, logits, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and transformers' own
 
@@ -47,3 +48,21 @@ def test_transformers_opens_it_and_computes_the_same(tmp_path, bits, group_size)
     with torch.no_grad():
         expected, found = model(tokens).logits, opened.eval()(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_smaller_rounded_model_is_opened(tmp_path):
+    config = CONFIGS["smollm2"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    params = cut(make(config), config, drop=1, inner=64, groups=1)
+    codes = {}
+    for i, (name, layer) in enumerate(params.items()):
+        for module in ("q_proj", "up_proj", "down_proj") if name.startswith("layer_") else ():
+            inputs, outputs = layer[module]["kernel"].shape
+            found = random_codes(4, 32, True, seed=i, inputs=inputs, outputs=outputs)
+            codes[f"{name}/{module}/kernel"], layer[module] = found, {"kernel": found.values()}
+    export.write_hugging_face(tmp_path, params, config, codes=codes)
+    opened, about = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not about["missing_keys"]
+    assert not about["unexpected_keys"]
+    with torch.no_grad():
+        found = opened.eval()(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(found, logits(params, config, TOKENS), atol=1e-4 * np.abs(found).max())
