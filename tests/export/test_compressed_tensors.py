@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from jaxprune import export, load_sparse, oneshot, storage
-from jaxprune.export import _words
-from jaxprune.export._words import pack_words, unpack_words
+from jaxprune.export._compressed import _words
+from jaxprune.export._compressed._words import pack_words, unpack_words
 
 
 def test_four_bits_are_eight_codes_in_a_word_the_first_in_the_lowest():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxprune import export, storage
-from jaxprune.export._functions import stretched
+from jaxprune.export._language._functions import stretched
 from tests.support.llama_models import CONFIG, CONFIGS, cut, make
 
 LLAMA, QWEN2, QWEN3 = (CONFIGS[name] for name in ("llama", "qwen2", "qwen3"))

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from jaxprune import export, oneshot, rules, storage
-from jaxprune.export._words import unpack_words
+from jaxprune.export._compressed._words import unpack_words
 from tests.support.llama_models import CONFIGS, cut, make, stack
 
 LLAMA, QWEN2, MISTRAL = (CONFIGS[name] for name in ("llama", "qwen2", "mistral"))

@@ -10,7 +10,7 @@ import jax
 
 from jaxprune._jaxpr import _equations
 from jaxprune._tree._paths import flatten
-from jaxprune.export import _program
+from jaxprune.export._bundle import _program
 from jaxprune.export._onnx._graph import move_pooled_axes_last, nodes_of
 from jaxprune.export._onnx._simplify import simplified
 from jaxprune.storage import _atomic

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from jaxprune import export
-from jaxprune.export._functions import stretched
+from jaxprune.export._language._functions import stretched
 from tests.support.llama_models import CONFIGS, TOKENS, cut, logits, make, stack
 
 

@@ -14,8 +14,8 @@ from jaxprune._tree._given import described
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
 from jaxprune._tree._prunable import is_kernel
-from jaxprune.export._integers import WEIGHT, read_integers
-from jaxprune.export._schemes import Scheme, to_config
+from jaxprune.export._compressed._integers import WEIGHT, read_integers
+from jaxprune.export._compressed._schemes import Scheme, to_config
 from jaxprune.oneshot import Codes, Quantized
 from jaxprune.storage import _atomic, _quantize, _writer
 from jaxprune.storage._tensors import OWN_METADATA

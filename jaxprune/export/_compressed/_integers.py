@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.export._schemes import Scheme
-from jaxprune.export._words import pack_words, unpack_words, words_of
+from jaxprune.export._compressed._schemes import Scheme
+from jaxprune.export._compressed._words import pack_words, unpack_words, words_of
 from jaxprune.oneshot import Codes
 from jaxprune.storage._container import TensorFile
 from jaxprune.storage._tensors import read_codes

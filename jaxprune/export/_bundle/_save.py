@@ -14,8 +14,8 @@ import numpy as np
 from jaxprune._tree._axes import Stacked
 from jaxprune._tree._given import described
 from jaxprune._tree._paths import flatten
-from jaxprune.export import _program
-from jaxprune.export._parts import PARAMS, PROGRAM, write_parts
+from jaxprune.export._bundle import _program
+from jaxprune.export._bundle._parts import PARAMS, PROGRAM, write_parts
 from jaxprune.oneshot import Codes
 from jaxprune.storage import Saved, _atomic, _writer
 from jaxprune.storage._coding import read_coding

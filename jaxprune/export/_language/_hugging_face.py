@@ -12,11 +12,11 @@ import numpy as np
 from jaxprune._printing import some
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._paths import as_prefix
-from jaxprune.export._classes import family_of, fitted, sizes_of, with_head_dim
-from jaxprune.export._folders import CONFIG, find_tokenizer, read_config, write_folder
-from jaxprune.export._integers import Integers, read_integers
-from jaxprune.export._llama import Leaf, Llama, read_llama
-from jaxprune.export._schemes import to_config
+from jaxprune.export._compressed._integers import Integers, read_integers
+from jaxprune.export._compressed._schemes import to_config
+from jaxprune.export._language._classes import family_of, fitted, sizes_of, with_head_dim
+from jaxprune.export._language._folders import CONFIG, find_tokenizer, read_config, write_folder
+from jaxprune.export._language._llama import Leaf, Llama, read_llama
 from jaxprune.oneshot import Codes
 from jaxprune.storage import StorageError, _writer
 from jaxprune.storage._checkpoint import INDEX_ENDING, Checkpoint

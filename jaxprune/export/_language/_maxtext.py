@@ -9,9 +9,18 @@ import numpy as np
 
 from jaxprune._printing import some
 from jaxprune._tree._paths import as_prefix
-from jaxprune.export._classes import family_like, one_for_all, require_family
-from jaxprune.export._functions import LLAMA3, read_function
-from jaxprune.export._llama import ATTENTION, Leaf, Sizes, from_pairs, read_head_dim, read_leaves, read_llama, to_pairs
+from jaxprune.export._language._classes import family_like, one_for_all, require_family
+from jaxprune.export._language._functions import LLAMA3, read_function
+from jaxprune.export._language._llama import (
+    ATTENTION,
+    Leaf,
+    Sizes,
+    from_pairs,
+    read_head_dim,
+    read_leaves,
+    read_llama,
+    to_pairs,
+)
 
 _OUTSIDE = {
     "embed/embedding": "token_embedder/embedding",

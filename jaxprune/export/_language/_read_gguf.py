@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxprune._printing import some
 from jaxprune._tree._paths import as_prefix
-from jaxprune.export._functions import LLAMA3, stretched
-from jaxprune.export._gguf import (
+from jaxprune.export._language._functions import LLAMA3, stretched
+from jaxprune.export._language._gguf import (
     MODULES,
     OWN_SIZES,
     PAIRED,
@@ -23,7 +23,7 @@ from jaxprune.export._gguf import (
     open_reader,
     tensor_name,
 )
-from jaxprune.export._llama import ATTENTION, PERCEPTRON, Sizes, from_pairs
+from jaxprune.export._language._llama import ATTENTION, PERCEPTRON, Sizes, from_pairs
 from jaxprune.storage import StorageError
 
 _TYPES = {"llama": "llama", OWN_SIZES: "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.export._classes import family_like
-from jaxprune.export._functions import Function, number, read_function, stretched
-from jaxprune.export._gguf import (
+from jaxprune.export._language._classes import family_like
+from jaxprune.export._language._functions import Function, number, read_function, stretched
+from jaxprune.export._language._gguf import (
     OWN_SIZES,
     PAIRED,
     STRETCHES,
@@ -21,7 +21,7 @@ from jaxprune.export._gguf import (
     open_reader,
     tensor_name,
 )
-from jaxprune.export._llama import Leaf, Llama, Sizes, read_llama, to_pairs
+from jaxprune.export._language._llama import Leaf, Llama, Sizes, read_llama, to_pairs
 from jaxprune.storage import StorageError, _atomic
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")

@@ -11,8 +11,8 @@ import jax
 from jaxprune._printing import Printable, many
 from jaxprune._tree._leaves import is_known
 from jaxprune._tree._paths import Tree, as_prefix, flatten
-from jaxprune.export import _program
-from jaxprune.export._parts import PARAMS, PROGRAM, Parts
+from jaxprune.export._bundle import _program
+from jaxprune.export._bundle._parts import PARAMS, PROGRAM, Parts
 from jaxprune.storage._container import TensorFile
 from jaxprune.storage._tensors import tensors
 from jaxprune.structured._plan import Plan

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from jaxprune._tree._paths import flatten
-from jaxprune.export._compressed_tensors import CONFIG, MASKS, MODEL, torch_order
-from jaxprune.export._integers import SCALE, WEIGHT, take_integers
-from jaxprune.export._schemes import METHOD, scheme_of
+from jaxprune.export._compressed._integers import SCALE, WEIGHT, take_integers
+from jaxprune.export._compressed._schemes import METHOD, scheme_of
+from jaxprune.export._compressed._write import CONFIG, MASKS, MODEL, torch_order
 from jaxprune.oneshot import Codes, Quantized
 from jaxprune.storage import _quantize
 from jaxprune.storage._checkpoint import Checkpoint

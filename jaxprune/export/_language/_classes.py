@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune._printing import some
-from jaxprune.export._llama import ATTENTION, PERCEPTRON, Llama, Sizes, nearest
+from jaxprune.export._language._llama import ATTENTION, PERCEPTRON, Llama, Sizes, nearest
 
 Config = dict[str, Any]
 

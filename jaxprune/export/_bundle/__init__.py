@@ -1,0 +1,1 @@
+"""Bundles: a function with its parameters in one file."""

@@ -1,0 +1,1 @@
+"""Integer weights as the library compressed-tensors keeps them."""

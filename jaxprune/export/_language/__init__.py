@@ -1,0 +1,1 @@
+"""Language models of the type of Llama in the files and trees of other libraries."""
