@@ -13,6 +13,7 @@ from rich.console import Console
 import jaxprune
 from benchmarks import (
     accelerator,
+    exports,
     imports,
     masks,
     n_m,
@@ -92,6 +93,14 @@ def test_what_is_rounded_takes_fewer_bytes_and_what_is_found_in_one_pass_is_no_w
     assert four_masked["bytes"] < sixteen_masked["bytes"]
     assert run["dense"] > 85
     assert min(row["quality"] for row in run["rows"]) > run["dense"] - 10
+
+
+def test_what_goes_out_of_the_door_comes_back(tmp_path):
+    plain, sparse, integers, packed = results(exports.main, tmp_path, "--models", "CNN")
+    assert [found["format"] for found in (plain, packed)] == ["bundle", "compressed-tensors, 4 bits"]
+    assert plain["error"] == sparse["error"] == 0  # the same program on the same weights
+    assert 0 < integers["error"] < 0.05
+    assert integers["bytes"] < sparse["bytes"] < packed["bytes"] < plain["bytes"]
 
 
 def test_training_steps_hold_the_zeros_they_are_asked_to_hold(tmp_path):

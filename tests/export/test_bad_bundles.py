@@ -217,6 +217,10 @@ FUNCTIONS = {
         lambda x: x if x.shape[0] > 3 else 2 * x,
         "cannot be exported for every batch: .* Give an axis",
     ),
+    "a size for a number": (
+        lambda x: x.reshape(len(x), 1, 2),
+        r"takes the size of an axis, batch, for an int, .* x.shape\[0\]",
+    ),
     "its container": (lambda x: FrozenDict(y=x), "takes or gives what no program in a file does: .*FrozenDict"),
     "an error of its own": (lambda x: 1 / 0, "division"),
 }

@@ -1,7 +1,8 @@
 """A function as a program in a file: exported, with what it takes and gives."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +53,25 @@ def specs(flat: Tree) -> list[jax.ShapeDtypeStruct]:
     return found
 
 
+@contextlib.contextmanager
+def for_any_size(shaped: Any) -> Iterator[None]:
+    """Raise a ValueError that says what to do where a function, as it is traced, needs the size of a symbolic axis."""
+    sizes = sorted({str(n) for leaf in jax.tree.leaves(shaped) for n in leaf.shape if not isinstance(n, int)})
+    try:
+        yield
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"fn cannot be exported for every {' and '.join(sizes)}: {first_line(error)} Give an axis that it depends on a number."
+        ) from error
+    except TypeError as error:
+        if "_DimExpr" not in str(error):
+            raise
+        raise ValueError(
+            f"fn takes the size of an axis, {' or '.join(sizes)}, for an int, as len(x) and range(n) do. Write x.shape[0] for len(x), or "
+            "give that axis a number."
+        ) from error
+
+
 def export(fn: Callable[..., Any], params: Tree, inputs: Sequence[Any], platforms: Sequence[str]) -> bytes:
     """Export ``fn(params, *inputs)`` as a function of the parameters by path, and of the inputs; return its bytes."""
     given = flatten(tuple(inputs), "inputs")
@@ -65,14 +85,8 @@ def export(fn: Callable[..., Any], params: Tree, inputs: Sequence[Any], platform
         return fn(params.build([leaves[path] for path in params.paths]), *inputs)
 
     jitted = jax.jit(program)
-    try:
-        with called_on(fn, params.build(params.leaves), inputs):
-            traced = jitted.trace(by_path, *shaped)
-    except jax.errors.InconclusiveDimensionOperation as error:
-        sizes = sorted({str(n) for leaf in jax.tree.leaves(shaped) for n in leaf.shape if not isinstance(n, int)})
-        raise ValueError(
-            f"fn cannot be exported for every {' and '.join(sizes)}: {first_line(error)} Give an axis that it depends on a number."
-        ) from error
+    with for_any_size(shaped), called_on(fn, params.build(params.leaves), inputs):
+        traced = jitted.trace(by_path, *shaped)
     for equation in everywhere(traced.jaxpr):
         if equation.name in _CALLBACKS:
             raise ValueError(

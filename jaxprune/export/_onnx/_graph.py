@@ -27,6 +27,16 @@ def nodes_of(graph: Any) -> Iterator[Any]:
         yield from nodes_of(inner)
 
 
+def drop_unused(graph: Any) -> None:
+    """Leave out constants that no node reads, of which onnxruntime warns; those of loops too. Changes the graph in place."""
+    for inner in _inside(graph):
+        drop_unused(inner)
+    read = {name for node in nodes_of(graph) for name in node.input} | {info.name for info in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 def _inside(graph: Any) -> list[Any]:
     """The bodies of a graph's loops and branches."""
     return [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from jaxprune._jaxpr import _equations
+from jaxprune._tree._given import called_on
 from jaxprune._tree._paths import flatten
 from jaxprune.export._bundle import _program
-from jaxprune.export._onnx._graph import move_pooled_axes_last, nodes_of
+from jaxprune.export._onnx._graph import drop_unused, move_pooled_axes_last, nodes_of
 from jaxprune.export._onnx._simplify import simplified
 from jaxprune.storage import _atomic
 
@@ -73,7 +74,8 @@ def save_onnx(
         return fn(flat.build(params), *given.build(list(leaves)))
 
     # Before jax2onnx puts functions of its own in the place of JAX's, which what fn jits would remember.
-    body, shaped = _equations.trace(of_leaves, shapes, *specs)
+    with _program.for_any_size(specs), called_on(fn, params, inputs):
+        body, shaped = _equations.trace(of_leaves, shapes, *specs)
 
     def converted(*leaves: Any) -> tuple[Any, ...]:
         return tuple(simplified(body, flat.leaves, leaves))
@@ -83,6 +85,7 @@ def save_onnx(
     except Exception as error:  # it says in many ways that it does not know an operation
         raise ValueError(f"jax2onnx does not convert this function: {_program.first_line(error)}") from error
     move_pooled_axes_last(model.graph)
+    drop_unused(model.graph)
     _name(
         model.graph,
         [f"input/{path}" for path in given.paths],

@@ -75,6 +75,15 @@ def test_what_was_taken_apart_is_whole_again(tmp_path: Path) -> None:
     assert [list(pool.attribute[0].ints) for pool in pools] == [[2, 2], [2, 2]]
 
 
+@pytest.mark.parametrize("name", ["cnn_linen", "gru", "loops"])
+def test_no_constant_is_left_over(name: str, tmp_path: Path, capfd: Any) -> None:
+    case, fn, small = half(name)
+    path = export.save_onnx(tmp_path / "model.onnx", fn, small, *case.inputs)
+    capfd.readouterr()
+    onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert "not used" not in capfd.readouterr().err
+
+
 def test_poolings_with_padding_and_steps_of_their_own(tmp_path: Path) -> None:
     def fn(params: Any, x: Any) -> Any:
         x = x * params
