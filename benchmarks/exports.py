@@ -10,7 +10,6 @@ the difference is that of the results, relative to the largest of them.
 """
 
 import argparse
-import functools
 import importlib.util
 import tempfile
 import time
@@ -76,15 +75,14 @@ def of_cnn() -> Iterator[dict[str, Any]]:
     yield row("bundle", expected, bundle(), opened)
     yield row("bundle, sparse", expected, bundle(masks=masks), opened)
     yield row("bundle, sparse, 8 bits", expected, bundle(masks=masks, quantize=8), opened)
-    grams = jaxprune.calibrate_grams(fn, params, [x])
-    dense = functools.partial(jaxprune.is_kernel)
+    grams = jaxprune.calibrate_grams(fn, params, [jax.random.normal(jax.random.key(2), (4096, 28, 28, 1))])
     found = oneshot.gptq(
         params,
         grams,
         masks=masks,
         bits=4,
         group_size=64,
-        prunable=lambda path, leaf: dense(path, leaf) and leaf.ndim == 2,
+        prunable=lambda path, leaf: leaf.ndim == 2,
     )
 
     def packed(folder: Path) -> Path:
