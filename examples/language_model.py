@@ -182,6 +182,13 @@ def admm(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     return jaxprune.oneshot.admm(model.params, evidence.grams, pattern.k, rule=pattern.rule, prunable=in_blocks)[0]
 
 
+def admm_swapped(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
+    """ADMM, then swaps of kept and pruned weights, priced with what makes up for them."""
+    _, masks = jaxprune.oneshot.admm(model.params, evidence.grams, pattern.k, rule=pattern.rule, prunable=in_blocks)
+    within = pattern.rule.m if pattern.rule.m > 1 else None
+    return jaxprune.oneshot.swap_and_reconstruct(model.params, masks, evidence.grams, within=within).params
+
+
 def admm_in_sequence(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
     """ADMM layer by layer: each matches the dense network's outputs on the inputs that the pruned one gives it."""
     solve = functools.partial(jaxprune.oneshot.admm, k=pattern.k, rule=pattern.rule)
@@ -204,6 +211,7 @@ METHODS: dict[str, Method] = {
     "SparseGPT": sparsegpt,
     "magnitude, reconstructed": magnitude_reconstructed,
     "ADMM": admm,
+    "ADMM, swapped": admm_swapped,
     "ADMM, sequential": admm_in_sequence,
     "ADMM, allocated": admm_allocated,
 }

@@ -234,6 +234,8 @@ def test_solvers_and_scores_of_data_refuse_it():
         lambda: oneshot.prune_and_quantize(PARAMS, grams, 0.5),
         lambda: oneshot.admm(PARAMS, grams, 0.5),
         lambda: oneshot.reconstruct(PARAMS, MASKS, grams),
+        lambda: oneshot.swap(PARAMS, MASKS, grams),
+        lambda: oneshot.swap_and_reconstruct(PARAMS, MASKS, grams),
         lambda: oneshot.sequential(fn, PARAMS, [X], functools.partial(oneshot.sparsegpt, k=0.5)),
         lambda: oneshot.synflow_masks(fn, PARAMS, X, 0.5, rounds=2),
     ):

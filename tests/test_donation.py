@@ -66,6 +66,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "channel_masks": lambda p: structured.channel_masks(plan(), p),
     "repair": lambda p: structured.repair(plan(), reads(p), grams()),
     "select_in_sequence": lambda p: structured.select_in_sequence(structured.trace(fn, p, X), p, 0.5, [X])[1],
+    "swap": lambda p: oneshot.swap(reads(p), masks_of(reads(p)), grams())[:2],
     "reconstruct": lambda p: oneshot.reconstruct(reads(p), masks_of(reads(p)), grams()),
     "gptq": lambda p: oneshot.gptq(reads(p), grams(), prunable="up/kernel"),
     "sparsegpt": lambda p: oneshot.sparsegpt(reads(p), grams(), 0.5, prunable="up/kernel"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree._collections import masks_beside
-from jaxprune._tree._leaves import is_floating, is_nothing
+from jaxprune._tree._leaves import is_floating, is_known, is_nothing
 from jaxprune._tree._paths import Tree, flatten
 from jaxprune._tree._sharding import sharded_as
 
@@ -26,6 +26,11 @@ def kept(leaf: Any, mask: Any) -> jax.Array:
     """Return a leaf where its mask keeps it and ``+0.0`` elsewhere, of its dtype and sharding."""
     # A zero without axes: under jit, zeros_like of an array from outside forgets axes that are explicit.
     return jnp.where(mask, leaf, jnp.zeros((), jnp.result_type(leaf)))
+
+
+def keeps_all(mask: Any) -> bool:
+    """Whether a mask is known to keep everything; not of a traced one."""
+    return is_known(mask) and bool(np.all(mask))
 
 
 def check_mask(mask: Any, what: str, leaf: Any) -> None:

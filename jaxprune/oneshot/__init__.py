@@ -11,6 +11,10 @@ from jaxprune.oneshot._reconstruct import reconstruct as reconstruct
 from jaxprune.oneshot._sequential import sequential as sequential
 from jaxprune.oneshot._solve import DampingWarning as DampingWarning
 from jaxprune.oneshot._sparsegpt import sparsegpt as sparsegpt
+from jaxprune.oneshot._swap import Errors as Errors
+from jaxprune.oneshot._swap import Swapped as Swapped
+from jaxprune.oneshot._swap import swap as swap
+from jaxprune.oneshot._swap import swap_and_reconstruct as swap_and_reconstruct
 from jaxprune.oneshot._synflow_masks import synflow_masks as synflow_masks
 
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxprune._tree._leaves import is_floating, is_known, own, require_real
-from jaxprune._tree._masks import align_masks, kept
+from jaxprune._tree._leaves import is_floating, own, require_real
+from jaxprune._tree._masks import align_masks, keeps_all, kept
 from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._damping import choose_damping
 from jaxprune.oneshot._least_squares import reconstruct_matrix
@@ -72,7 +71,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     flat = grams.sites.require_params(params)
     leaves = []
     for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):
-        if mask is not None and is_floating(leaf) and not _keeps_all(mask):
+        if mask is not None and is_floating(leaf) and not keeps_all(mask):
             require_real(leaf, name, "reconstruct")
             sites = sites_of(grams, path, "reconstruct")
             dense, leaf = leaf, kept(leaf, mask)
@@ -86,10 +85,6 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
             leaf = own(leaf)
         leaves.append(leaf)
     return flat.build(leaves)
-
-
-def _keeps_all(mask: jax.Array) -> bool:
-    return is_known(mask) and bool(np.all(mask))
 
 
 @functools.partial(jax.jit, static_argnames="steps")

@@ -89,7 +89,7 @@ def prune_sites(
         if fits:
             require_real(leaf, name, title)
         for site in sites_of(grams, path, title) if fits else ():
-            weights, order = _in_groups(site, leaf, pattern.group)
+            weights, order = in_groups(site, leaf, pattern.group)
             found = method(weights, grams_in(grams, site, order), pattern.strength(strength, name, weights))
             report(found, name, damping)
             leaf = put_in(site, leaf, found.weights, order)
@@ -99,7 +99,7 @@ def prune_sites(
     return flat.build(leaves), flat.build(masks)
 
 
-def _in_groups(site: Site, leaf: Any, group: int) -> tuple[jax.Array, np.ndarray | None]:
+def in_groups(site: Site, leaf: Any, group: int) -> tuple[jax.Array, np.ndarray | None]:
     """The leaf as matrices whose neighbouring rows form groups, and the order of rows where that is another one."""
     matrices = as_matrices(site, leaf)
     if group == 1 or site.operation != "conv":

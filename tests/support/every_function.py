@@ -333,6 +333,8 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
             functools.partial(oneshot.sparsegpt, k=0.5),
         )
     ),
+    "jaxprune.oneshot.swap": lambda p: oneshot.swap(p.params, p.masks, p.grams)[:2],
+    "jaxprune.oneshot.swap_and_reconstruct": lambda p: oneshot.swap_and_reconstruct(p.params, p.masks, p.grams)[:2],
     "jaxprune.oneshot.reconstruct": lambda p: oneshot.reconstruct(p.params, p.masks, p.grams),
     "jaxprune.oneshot.sequential": lambda p: oneshot.sequential(
         apply, p.params, [p.x, p.x], functools.partial(oneshot.sparsegpt, k=0.5)
