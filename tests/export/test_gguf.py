@@ -1,5 +1,6 @@
 """GGUF files: names, layouts and blocks by the format's definition, there and back, own sizes, what is refused."""
 
+import dataclasses
 import sys
 
 import gguf
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import export, storage
+from jaxprune import export, oneshot, storage
 from jaxprune.export._language._functions import stretched
 from tests.support.llama_models import CONFIG, CONFIGS, cut, make
 
@@ -366,3 +367,54 @@ def test_without_the_library_its_command_is_named(tmp_path, monkeypatch):
     for call in (lambda: export.read_gguf(tmp_path / "m.gguf"), lambda: export.write_gguf(tmp_path / "m.gguf", make(LLAMA), LLAMA)):  # fmt: skip
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxprune\[gguf\]'"):
             call()
+
+
+def codes_of(params, bits: int) -> dict[str, oneshot.Codes]:
+    """Integers of all kernels of the layers, with a scale for 32 inputs, and what they stand for."""
+    rng, codes = np.random.default_rng(0), {}
+    for name, layer in params.items():
+        for module in [module for module in layer if module.endswith("_proj")] if name.startswith("layer_") else ():
+            inputs, outputs = layer[module]["kernel"].shape
+            scale = jnp.asarray(rng.integers(1, 200, (inputs // 32, outputs)) / 1024, jnp.float32)
+            held = jnp.asarray(rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (inputs, outputs)), jnp.int8)
+            found = oneshot.Codes(held, scale, jnp.zeros(scale.shape, jnp.int8), bits)
+            codes[f"{name}/{module}/kernel"], layer[module]["kernel"] = found, found.values()
+    return codes
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
+def test_integers_are_written_as_they_are(bits, kind, tmp_path):
+    params = make(WIDE)
+    del params["layer_0"]  # the others are counted anew, their codes as well
+    codes = codes_of(params, bits)
+    kinds = export.write_gguf(tmp_path / "m.gguf", params, WIDE, kind="F16", codes=codes)
+    assert {name for name, found in kinds.items() if found == kind} == {
+        f"blk.{i}.{name}.weight" for i in (0, 1) for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }  # fmt: skip
+    held, expected = tensors(tmp_path / "m.gguf"), oracle(params, 16, pairs=True)
+    for name, found in kinds.items():
+        if found == kind:
+            np.testing.assert_array_equal(held[name], expected[name], err_msg=name)
+    again, _ = export.read_gguf(tmp_path / "m.gguf")
+    np.testing.assert_array_equal(again["layer_0"]["q_proj"]["kernel"], params["layer_1"]["q_proj"]["kernel"])
+
+
+def test_integers_that_blocks_cannot_hold_are_refused(tmp_path):
+    params = make(WIDE)
+    codes = codes_of(params, 4)
+    path = "layer_0/up_proj/kernel"
+    held = codes[path]
+    refused = {
+        "have 3 bits": dataclasses.replace(held, bits=3),
+        r"scales \(1, 64\), and codes of zero": dataclasses.replace(held, zero_point=held.zero_point + 1),
+        r"scales \(2, 64\)": dataclasses.replace(
+            held, scale=jnp.ones((2, 64)), zero_point=jnp.zeros((2, 64), jnp.int8)
+        ),
+        "scales that float16 cannot hold": dataclasses.replace(held, scale=held.scale * 1e-7),
+    }
+    for message, wrong in refused.items():
+        with pytest.raises(ValueError, match=r"params\['layer_0'\]\['up_proj'\]\['kernel'\].*" + message):
+            export.write_gguf(tmp_path / "m.gguf", params, WIDE, codes={path: wrong})
+    with pytest.raises(ValueError, match="'norm/scale', which is no kernel of a layer"):
+        export.write_gguf(tmp_path / "m.gguf", params, WIDE, codes={"norm/scale": held})
+    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from jaxprune.export._compressed._integers import Integers, read_integers
 from jaxprune.export._compressed._schemes import to_config
 from jaxprune.export._language._classes import family_of, fitted, sizes_of, with_head_dim
 from jaxprune.export._language._folders import CONFIG, find_tokenizer, read_config, write_folder
-from jaxprune.export._language._llama import Leaf, Llama, read_llama
+from jaxprune.export._language._llama import Leaf, codes_of, read_llama
 from jaxprune.oneshot import Codes
 from jaxprune.storage import StorageError, _writer
 from jaxprune.storage._checkpoint import INDEX_ENDING, Checkpoint
@@ -157,7 +157,7 @@ def write_hugging_face(
     model = read_llama(params, config)
     smaller = fitted(config, model)
     beside = [] if tokenizer is None else find_tokenizer(tokenizer)
-    integers = {path: _integers(path, model.leaves, held) for path, held in _by_layer(codes or {}, model).items()}
+    integers = {path: _integers(model.leaves[path], held) for path, held in codes_of(codes or {}, model).items()}
     chunks = [_chunk(path, model.leaves[path], integers.get(path)) for path in model.sizes.shapes()]
     if integers:
         schemes = {_name(path).removesuffix(".weight"): held.scheme for path, held in integers.items()}
@@ -184,23 +184,7 @@ def _load(tensor: Stored, path: str) -> jax.Array:
     return jax.device_put(np.ascontiguousarray(values.T) if path.endswith("/kernel") else values)
 
 
-def _by_layer(codes: Mapping[str, Codes], model: Llama) -> dict[str, Codes]:
-    """The codes of each leaf, with layers counted as those of the model are."""
-    if model.numbers is not None:
-        now = {f"layer_{number}": f"layer_{place}" for place, number in enumerate(model.numbers)}
-        return {"/".join(now.get(part, part) for part in path.split("/")): held for path, held in codes.items()}
-    found = {path: held for path, held in codes.items() if not path.startswith("layers/")}
-    for path in codes.keys() - found.keys():
-        for number in range(len(model.sizes.heads)):
-            of_layer = jax.tree.map(lambda part, number=number: part[number], codes[path])
-            found[path.replace("layers/", f"layer_{number}/")] = of_layer
-    return found
-
-
-def _integers(path: str, leaves: Mapping[str, Leaf], codes: Codes) -> Integers:
-    if not path.endswith("_proj/kernel") or path not in leaves:
-        raise ValueError(f"codes has an entry for {path!r}, which is no kernel of a layer; take it out.")
-    leaf = leaves[path]
+def _integers(leaf: Leaf, codes: Codes) -> Integers:
     return read_integers(codes, None, leaf, leaf.name).transposed()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune._printing import some
 from jaxprune._tree._leaves import is_complex, is_floating
 from jaxprune._tree._paths import flatten
+from jaxprune.oneshot import Codes
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PERCEPTRON = ("gate_proj", "up_proj", "down_proj")
@@ -125,6 +126,23 @@ def read_llama(params: Any, config: Mapping[str, Any]) -> Llama:
             "layer_0/q_proj/kernel, norm/scale, and all layers have the same ones."
         )
     return Llama(sizes, leaves, numbers, leaves["embed/embedding"].dtype)
+
+
+def codes_of(codes: Mapping[str, Codes], model: Llama) -> dict[str, Codes]:
+    """Return the codes of each leaf, with layers counted as those of the model are; raise a ValueError for what is no kernel's."""
+    found: dict[str, Codes] = {}
+    now = {f"layer_{number}": f"layer_{place}" for place, number in enumerate(model.numbers or ())}
+    for path, held in codes.items():
+        if model.numbers is not None or not path.startswith(_STACKED):
+            found["/".join(now.get(part, part) for part in path.split("/"))] = held
+            continue
+        for number in range(len(model.sizes.heads)):
+            of_layer = jax.tree.map(lambda part, number=number: part[number], held)
+            found[path.replace(_STACKED, f"layer_{number}/")] = of_layer
+    for path in found:
+        if not path.endswith("_proj/kernel") or path not in model.leaves:
+            raise ValueError(f"codes has an entry for {path!r}, which is no kernel of a layer; take it out.")
+    return found
 
 
 def read_head_dim(config: Mapping[str, Any]) -> int:

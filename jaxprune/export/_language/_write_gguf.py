@@ -21,14 +21,15 @@ from jaxprune.export._language._gguf import (
     open_reader,
     tensor_name,
 )
-from jaxprune.export._language._llama import Leaf, Llama, Sizes, read_llama, to_pairs
+from jaxprune.export._language._gguf_blocks import BLOCK, read_blocks
+from jaxprune.export._language._llama import Leaf, Llama, Sizes, codes_of, read_llama, to_pairs
+from jaxprune.oneshot import Codes
 from jaxprune.storage import StorageError, _atomic
 
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # The file says these of itself, whatever the one that its tokenizer comes from says.
 _OF_ONE_FILE = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "general.size_label")  # fmt: skip
-_BLOCK = 32
 _LARGEST = {"F16": float(np.finfo(np.float16).max), "BF16": 3.38e38}
 
 
@@ -38,6 +39,7 @@ def write_gguf(
     config: Mapping[str, Any],
     *,
     kind: str = "Q8_0",
+    codes: Mapping[str, Codes] | None = None,
     source: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> dict[str, str]:
@@ -53,6 +55,8 @@ def write_gguf(
         config: as `read_hugging_face` and `read_gguf` return it; with `head_dim`, `rms_norm_eps`, `max_position_embeddings`.
         kind: "F16", "BF16", "Q8_0" (8 bits, a scale for 32 inputs) or "Q4_0" (4 bits, the same). Norms and biases stay float32. With Q4_0 the
             tables of tokens and of the head are Q8_0. A matrix whose inputs are no multiple of 32 is F16 where integers were asked for.
+        codes: by path, the integers that kernels were rounded to by `oneshot.gptq` or `oneshot.prune_and_quantize`, symmetric and with
+            ``group_size=32``: those of 4 bits are written as Q4_0, of 8 bits as Q8_0, as they are.
         source: a GGUF file whose tokenizer and general remarks are copied, as they are. Without, the file has no tokenizer.
         force: whether to replace a file that is there.
 
@@ -62,7 +66,8 @@ def write_gguf(
     Raises:
         ValueError: a `kind` that there is not; layers of different sizes with norms of heads; what the configuration says
             has no field (a sliding window, other ways to scale rotations than linear and llama3); a weight is not finite or too large; the
-            tokenizer of `source` has another number of tokens; or as in `write_hugging_face`.
+            tokenizer of `source` has another number of tokens; codes have other bits or groups, codes of zero, scales that float16 cannot
+            hold, or are of no kernel; or as in `write_hugging_face`.
         TypeError: a leaf is no array.
         StorageError: `source` is no GGUF file; a subclass of ValueError.
         FileExistsError: the file is there already, and `force` is False.
@@ -88,7 +93,7 @@ def write_gguf(
     copied = {} if source is None else _copied(gguf, Path(source), model.sizes)
     _atomic.require_file(Path(path))
     _atomic.require_new(Path(path), force)
-    tensors = _tensors(model, function, architecture, kind)
+    tensors = _tensors(gguf, model, function, architecture, kind, codes_of(codes or {}, model))
     with _atomic.replacing(Path(path)) as file:
         writer = gguf.GGUFWriter(file.name, architecture)
         try:
@@ -103,21 +108,19 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in tensors:
-                values = np.ascontiguousarray(_checked(tensor), np.float32)
-                writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.kind]))
+                writer.write_tensor_data(tensor.encode())
         finally:
             writer.close()
     return {tensor.name: tensor.kind for tensor in tensors}
 
 
 class _Tensor(NamedTuple):
-    """A tensor to write: its name, shape and kind in the file, what messages call it, and the function that makes it."""
+    """A tensor to write: its name, shape and kind in the file, and the function that makes its bytes."""
 
     name: str
     shape: tuple[int, ...]
     kind: str
-    title: str
-    make: Callable[[], np.ndarray]
+    encode: Callable[[], np.ndarray]
 
 
 def _architecture(sizes: Sizes, config: Mapping[str, Any]) -> str:
@@ -134,18 +137,25 @@ def _architecture(sizes: Sizes, config: Mapping[str, Any]) -> str:
     return "llama" if found == "qwen2" and sizes.heads[0] * sizes.head_dim != sizes.width else found
 
 
-def _tensors(model: Llama, function: Function, architecture: str, kind: str) -> list[_Tensor]:
+def _tensors(
+    gguf: Any, model: Llama, function: Function, architecture: str, kind: str, codes: Mapping[str, Codes]
+) -> list[_Tensor]:
     head_dim = model.sizes.head_dim
     found = []
     for path in model.sizes.shapes():
         leaf, is_kernel = model.leaves[path], path.endswith("/kernel")
         paired = architecture in PAIRED and is_turned(path)
         shape = leaf.shape[::-1] if is_kernel else leaf.shape
-        make = functools.partial(_values, leaf, is_kernel, head_dim if paired else None)
-        found.append(_Tensor(tensor_name(path), shape, _kind(path, shape, kind), leaf.name, make))
+        if path in codes:
+            of_leaf, blocks = read_blocks(codes[path], leaf, head_dim if paired else None)
+        else:
+            of_leaf = _kind(path, shape, kind)
+            make = functools.partial(_values, leaf, is_kernel, head_dim if paired else None)
+            blocks = functools.partial(_encoded, gguf, of_leaf, leaf.name, make)
+        found.append(_Tensor(tensor_name(path), shape, of_leaf, blocks))
     if function.scaling.get("rope_type") == "llama3":
         factors = stretched(function.scaling, function.base, head_dim).astype(np.float32)
-        found.append(_Tensor(STRETCHES, factors.shape, "F32", "rope_parameters", lambda: factors))
+        found.append(_Tensor(STRETCHES, factors.shape, "F32", lambda: factors))
     return found
 
 
@@ -160,19 +170,19 @@ def _kind(path: str, shape: tuple[int, ...], kind: str) -> str:
         return "F32"
     if kind not in ("Q8_0", "Q4_0"):
         return kind
-    if shape[-1] % _BLOCK:
+    if shape[-1] % BLOCK:
         return "F16"
     return "Q8_0" if path in ("embed/embedding", "head/kernel") else kind
 
 
-def _checked(tensor: _Tensor) -> np.ndarray:
-    """Make a tensor; raise a ValueError where its kind cannot hold it."""
-    values = tensor.make()
-    largest = float(np.max(np.abs(values.astype(np.float32)), initial=0.0))
-    if not largest <= _LARGEST.get(tensor.kind, np.finfo(np.float32).max):
-        what = f"{largest:.4g}, which is too large for {tensor.kind}" if np.isfinite(largest) else "NaN or infinity"
-        raise ValueError(f"{tensor.title} holds {what}.")
-    return values
+def _encoded(gguf: Any, kind: str, title: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Make a tensor and encode it; raise a ValueError where its kind cannot hold it."""
+    values = np.ascontiguousarray(make(), np.float32)
+    largest = float(np.max(np.abs(values), initial=0.0))
+    if not largest <= _LARGEST.get(kind, np.finfo(np.float32).max):
+        what = f"{largest:.4g}, which is too large for {kind}" if np.isfinite(largest) else "NaN or infinity"
+        raise ValueError(f"{title} holds {what}.")
+    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
 
 
 def _add_fields(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import xllamacpp
 
-from jaxprune import export
+import jaxprune
+from jaxprune import export, oneshot
 from tests.support.llama_models import CONFIGS, cut, logits, make
 
 # llama.cpp rounds what it multiplies with a matrix of float16 to float16, too: hence the tolerance. Pairs for halves, or the heads of
@@ -70,3 +71,22 @@ def test_layers_have_sizes_of_their_own(name, tokenizer, tmp_path):
     export.write_gguf(tmp_path / "m.gguf", smaller, config, kind="F16", source=tokenizer)
     found = theirs(tmp_path / "m.gguf")
     np.testing.assert_allclose([found[token] for token in range(24)], ours(smaller, config), atol=0.03)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_computes_with_the_integers_that_were_found(bits, tokenizer, tmp_path):
+    config = CONFIGS["llama"] | {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    params = jax.tree.map(lambda leaf: leaf / 4 if leaf.ndim == 2 else leaf, make(config))
+    grams = jaxprune.calibrate_grams(
+        lambda params, tokens: logits(params, config, tokens),
+        params,
+        [np.random.default_rng(0).integers(0, 24, (8, 32))],
+    )
+    found = oneshot.prune_and_quantize(params, grams, 0.5, bits=bits, group_size=32, prunable="layer_*/*_proj/kernel")
+    kinds = export.write_gguf(
+        tmp_path / "m.gguf", found.params, config, kind="F16", codes=found.codes, source=tokenizer
+    )
+    assert kinds["blk.0.ffn_down.weight"] == {4: "Q4_0", 8: "Q8_0"}[bits]
+    # With integers llama.cpp rounds the data to 8 bits, too.
+    logprobs = theirs(tmp_path / "m.gguf")
+    np.testing.assert_allclose([logprobs[token] for token in range(24)], ours(found.params, config), atol=0.05)
