@@ -71,6 +71,11 @@ class Equation:
         return [not _is_dropped(var) for var in self.eqn.outvars]
 
     @property
+    def params(self) -> dict[str, Any]:
+        """Its parameters, by name."""
+        return dict(self.eqn.params)
+
+    @property
     def settings(self) -> str:
         """Its parameters as text, the same for equations that do the same."""
         return str(sorted(self.eqn.params.items(), key=lambda entry: entry[0]))

@@ -66,12 +66,15 @@ class Node:
         """Whether its first result has the dtype and the shape of its first operand."""
         if self.equation is None:
             return False
-        operand, result = self.equation.eqn.invars[0].aval, self.equation.eqn.outvars[0].aval
-        return bool(operand.dtype == result.dtype and operand.shape == result.shape)
+        before, after = (
+            (self.equation.in_dtypes[0], self.equation.in_shapes[0]),
+            (self.equation.out_dtypes[0], self.equation.out_shapes[0]),
+        )
+        return bool(before == after)
 
     def params(self, name: str) -> Any:
         """Return a parameter of its equation."""
-        return None if self.equation is None else self.equation.eqn.params.get(name)
+        return None if self.equation is None else self.equation.params.get(name)
 
 
 def known(array: Any) -> Value:

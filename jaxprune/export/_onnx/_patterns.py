@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._jaxpr._equations import evaluate
 from jaxprune._jaxpr._primitives import COPIES, WINDOWED
 from jaxprune.export._onnx._nodes import Node, Value, spread_constant
 
@@ -60,8 +61,8 @@ def pooling(node: Node) -> Node | None:
     """Find poolings of more than two axes that are not pooled, as `jax.vmap` makes them, and make one axis of all but the last."""
     if node.name not in WINDOWED or node.equation is None:
         return None
-    eqn = node.equation.eqn
-    settings = {name: eqn.params[name] for name in _OF_WINDOWS}
+    equation = node.equation
+    settings = {name: equation.params[name] for name in _OF_WINDOWS}
     plain = {name: ((0, 0) if name == "padding" else 1) for name in _OF_WINDOWS}
     rank = len(node.operands[0].shape)
     pooled = [axis for axis in range(rank) if any(settings[name][axis] != plain[name] for name in _OF_WINDOWS)]
@@ -75,7 +76,7 @@ def pooling(node: Node) -> Node | None:
     def run(values: list[Any]) -> list[Any]:
         x = jnp.transpose(values[0], order)
         apart, rest = x.shape[: len(others) - 1], x.shape[len(others) - 1 :]
-        found = eqn.primitive.bind(x.reshape(math.prod(apart), *rest), **eqn.params | merged)
+        (found,) = evaluate(equation.with_params(**merged), [x.reshape(math.prod(apart), *rest)])
         return [jnp.transpose(found.reshape(*apart, *found.shape[1:]), back)]
 
     return Node("pooling", node.operands, run, [value.shape for value in node.results])

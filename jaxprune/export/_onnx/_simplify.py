@@ -121,7 +121,7 @@ def _axes(node: Node) -> tuple[int, dict[int, int]] | None:
     """Of a product with a constant: which operand that is, and by the axes of the result those of it; else None."""
     if node.equation is None or node.name not in ("conv_general_dilated", "dot_general"):
         return None
-    params, which = node.equation.eqn.params, [value.is_known for value in node.operands]
+    params, which = node.equation.params, [value.is_known for value in node.operands]
     if sum(which) != 1 or not np.issubdtype(np.asarray(node.operands[which.index(True)].constant).dtype, np.floating):
         return None
     at = which.index(True)
@@ -167,7 +167,7 @@ def _run(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Evaluate an equation; a product of rows with a kernel as a product of matrices, which runtimes and quantisers know."""
     if equation.name != "dot_general" or equation.in_dtypes != equation.out_dtypes * 2:
         return _equations.evaluate(equation, values)
-    (left, right), batch = equation.eqn.params["dimension_numbers"]
+    (left, right), batch = equation.params["dimension_numbers"]
     x, kernel = values
     first = x.ndim - len(left)
     if any(batch) or list(left) != list(range(first, x.ndim)) or list(right) != list(range(len(right))):
