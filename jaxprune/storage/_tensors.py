@@ -72,7 +72,7 @@ def encode(
     dtype = dtype or values.dtype
     largest_error = relative_error = 0.0
     scale = zero = None
-    if mask is not None and (bits is not None or dtype != values.dtype):
+    if mask is not None and (bits is not None or codes is not None or dtype != values.dtype):
         values = np.where(mask, values, np.zeros_like(values))
     if codes is not None:
         bits, exact = codes.bits, values

@@ -103,7 +103,8 @@ def _with_scalar(node: Node | None, name: str, number: float) -> Value | None:
         return None
     for operand, other in (node.operands, node.operands[::-1]):
         constant = spread_constant(other, max(len(other.shape), 1))
-        if constant is not None and not operand.is_known and constant.size and _is(constant, number):
+        whole = operand.shape == node.results[0].shape  # and not spread over the constant
+        if constant is not None and whole and not operand.is_known and constant.size and _is(constant, number):
             return operand
     return None
 

@@ -98,10 +98,25 @@ def save_onnx(
 
 def _name(graph: Any, inputs: list[str], outputs: list[str]) -> None:
     """Name what a graph takes and gives by their paths."""
+    from onnx import helper
+
     new: dict[str, str] = {}
+    taken: set[str] = set()
+    copies = []
     for infos, names in ((graph.input, inputs), (graph.output, outputs)):
         for info, name in zip(infos, names, strict=True):
-            new[info.name] = info.name = re.sub(r"\W+", "_", name.rstrip("/"))
+            plain = re.sub(r"\W+", "_", name.rstrip("/"))
+            while plain in taken:  # by another path that differs in signs alone
+                plain += "_"
+            taken.add(plain)
+            if info.name in new:  # an input that is a result as well, or a result that is there twice
+                copies.append(helper.make_node("Identity", [new[info.name]], [plain]))
+            else:
+                new[info.name] = plain
+            info.name = plain
     for node in nodes_of(graph):
         for names in (node.input, node.output):
             names[:] = [new.get(name, name) for name in names]
+    for tensor in graph.initializer:  # a result may be a constant
+        tensor.name = new.get(tensor.name, tensor.name)
+    graph.node.extend(copies)

@@ -109,10 +109,13 @@ def _folded(node: Node, alone: Sequence[bool]) -> Node | None:
         scale: Any = 1.0
         shift = np.zeros((), constant.dtype)
         if node.name in ("mul", "div"):
-            scale = constant if node.name == "mul" else 1 / constant
+            with np.errstate(divide="ignore"):
+                scale = constant if node.name == "mul" else 1 / constant
         else:
             shift = -constant if node.name == "sub" and at == 0 else constant
             scale = constant.dtype.type(-1 if node.name == "sub" and at == 1 else 1)
+        if not np.isfinite(scale).all():  # infinity times a weight of zero is not what the sum times infinity is
+            return None
         return _scaled(product, *axes, scale, shift)
     return None
 
@@ -125,6 +128,8 @@ def _axes(node: Node) -> tuple[int, dict[int, int]] | None:
     if sum(which) != 1 or not np.issubdtype(np.asarray(node.operands[which.index(True)].constant).dtype, np.floating):
         return None
     at = which.index(True)
+    if node.equation.in_dtypes[at] != node.equation.out_dtypes[0]:
+        return None  # the kernel would round what was computed in more bits
     if node.name == "conv_general_dilated":
         numbers = params["dimension_numbers"]
         fits = at == 1 and params["batch_group_count"] == 1

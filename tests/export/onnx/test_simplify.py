@@ -141,6 +141,34 @@ def test_what_differs_from_place_to_place_stays_outside() -> None:
     assert "mul" in steps(small, x)
 
 
+def test_a_scale_that_is_not_finite_and_a_product_in_more_bits_stay_outside() -> None:
+    w, x = jnp.array([[1.0, 2.0], [0.0, 3.0]]), jnp.array([[1.0, 1.0]])
+
+    def divided(params: Any, x: Any) -> Any:
+        return (x @ params) / jnp.array([0.0, 2.0])[None]
+
+    np.testing.assert_array_equal(simple(divided, w, x)(x), divided(w, x))
+
+    def widened(params: Any, x: Any) -> Any:
+        return jnp.matmul(x.astype(jnp.float16), params, preferred_element_type=jnp.float32) * jnp.float32(1 / 3)
+
+    half = w.astype(jnp.float16)
+    assert "mul" in steps(simple(widened, half, x), x)
+    np.testing.assert_array_equal(simple(widened, half, x)(x), widened(half, x))
+
+
+def test_a_constant_that_x_is_spread_over_is_no_number() -> None:
+    def fn(zeros: Any, x: Any) -> Any:
+        return lax.max(x, zeros)
+
+    for zeros in (jnp.zeros((3, 4)), jnp.zeros((1, 4))):
+        x = jnp.broadcast_to(normal(1, 4), zeros.shape)
+        close(simple(fn, zeros, x)(x), fn(zeros, x))
+    one = normal(1, 4)
+    spread = lambda zeros, x: jnp.maximum(x, zeros)  # noqa: E731
+    close(simple(spread, jnp.zeros((3, 4)), one)(one), spread(jnp.zeros((3, 4)), one))
+
+
 def test_large_constants_are_left_to_be_computed() -> None:
     x = jnp.ones((100_000, 4))
     small = simple(lambda w, x: x + jnp.broadcast_to(w[None], x.shape), normal(4), x)

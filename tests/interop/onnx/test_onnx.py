@@ -75,6 +75,16 @@ def test_what_was_taken_apart_is_whole_again(tmp_path: Path) -> None:
     assert [list(pool.attribute[0].ints) for pool in pools] == [[2, 2], [2, 2]]
 
 
+def test_names_that_differ_in_signs_and_results_that_are_the_same(tmp_path: Path) -> None:
+    def fn(params: Any, x: Any) -> Any:
+        y = x["a-b"] + params * x["a_b"]
+        return {"[/]": y, "[//]": y, "as it was": x["a_b"], "whole": jnp.maximum(x["n"], 0), "constant": params * 3}
+
+    x = {"a-b": normal(2, 3), "a_b": normal(2, 3, salt=1), "n": jnp.array([-1, 2], jnp.int32)}
+    path = export.save_onnx(tmp_path / "model.onnx", fn, jnp.float32(2), x)
+    close(run(path, x), fn(2.0, x))
+
+
 @pytest.mark.parametrize("name", ["cnn_linen", "gru", "loops"])
 def test_no_constant_is_left_over(name: str, tmp_path: Path, capfd: Any) -> None:
     case, fn, small = half(name)
