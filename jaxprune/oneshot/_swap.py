@@ -18,6 +18,8 @@ from jaxprune.sites._matrices import sites_of
 class Errors(NamedTuple):
     """What a layer's outputs on the calibration data are off by: the sum of squares, as a share of that of the outputs.
 
+    Those of `swap_and_reconstruct` count its damping in, as an input that all weights have alike.
+
     Attributes:
         before: float32 [layers], with the masks that were given.
         after: float32 [layers], with those that were found.
