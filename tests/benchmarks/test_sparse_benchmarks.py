@@ -1,12 +1,15 @@
 """The benchmarks of pruning while training run at a tiny size and report what they should."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from benchmarks import sparse_quality, sparse_step, timing
+from benchmarks import extreme_compression, sparse_quality, sparse_step, timing
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +46,35 @@ def test_every_method_has_the_sparsity_it_is_asked_for(tmp_path):
         assert 0 <= row["accuracy"] <= 1
     assert next(row["accuracy"] for row in rows if row["method"] == "dense") > 0.5
     assert "| RigL |" in markdown.read_text()
+
+
+def test_networks_are_as_many_times_smaller_as_asked(tmp_path):
+    # 200 images, of which 120 train and 40 are measured on: the class is the row that is bright.
+    labels = np.arange(200) % 10
+    pixels = np.zeros((200, 28, 28), np.uint8)
+    pixels[np.arange(200), 2 * labels + 4] = 255
+    for name, header, content in (
+        (extreme_compression.IMAGES, 16, pixels),
+        (extreme_compression.LABELS, 8, labels.astype(np.uint8)),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(bytes(header) + content.tobytes()))
+    arguments = ("--data", str(tmp_path), "--networks", "LeNet-300-100", "--seeds", "1", "--epochs", "8")
+    (rows,) = results(extreme_compression.main, tmp_path, *arguments, "--compressions", "20").values()
+    dense, *pruned = rows
+    assert (dense["method"], dense["error"]) == ("dense", 0)
+    assert [row["method"] for row in pruned] == list(extreme_compression.METHODS)
+    for row in pruned:
+        assert row["asked"] == 20
+        # Biases stay; one that is exactly zero counts as gone.
+        assert 20 - 1e-3 <= row["compression"] < 20.5
+
+
+def test_a_network_of_the_papers_has_as_many_parameters():
+    images = np.zeros((1, 28, 28, 1), np.float32)
+    for name, parameters in {"LeNet-300-100": 266_610, "LeNet-5": 431_080}.items():
+        params = jax.eval_shape(extreme_compression.CASES[name].network.init, jax.random.key(0), images)
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+        kept = parameters / 111
+        kernels = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+        removed = extreme_compression.sparsity_for(params, 111) * kernels
+        assert parameters - removed == pytest.approx(kept)

@@ -1,0 +1,238 @@
+"""How far a network can be compressed: its test error against the weights that are left, on MNIST's pixels.
+
+    python -m benchmarks.extreme_compression --data FOLDER
+
+FOLDER holds `t10k-images-idx3-ubyte.gz` and `t10k-labels-idx1-ubyte.gz`: MNIST's 10,000 test images. Of these each seed
+draws 6,000 to train on, 2,000 that settings are chosen on (the default; `--test` measures on the others), and 2,000 to
+test on. Two networks: LeNet-300-100 (two hidden layers) and LeNet-5 (20 and 50 filters, 500 hidden units).
+
+Compression is the number of all parameters, biases included, divided by those that are not zero. Kernels are pruned, all
+by one threshold. Every network takes as many steps of Adam with the same batches, from the same first weights: dense, or
+pruned while it trains, by each method. The papers train on 60,000 images: their errors are lower than any here, so that
+what can be compared is what compression adds to the error of the dense network.
+"""
+
+import argparse
+import functools
+import gzip
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jaxprune
+from benchmarks import timing
+from jaxprune import rules, transforms
+
+IMAGES, LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
+TRAIN, CHOOSE = 0.6, 0.2  # of the images; the others test
+BATCH_SIZE, LEARNING_RATE = 100, 3e-3
+BEGIN, END, CHANGES = (
+    0.1,
+    0.5,
+    100,
+)  # pruning's begin and end as shares of the steps; how often masks change in a training
+
+
+class LeNet300(nn.Module):
+    """Two hidden layers: 266,610 parameters."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map images to logits."""
+        x = x.reshape(len(x), -1)
+        for width in (300, 100):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(10)(x)
+
+
+class LeNet5(nn.Module):
+    """Two convolutions and a hidden layer, of the sizes that pruning's papers use: 431,080 parameters."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map images to logits."""
+        for filters in (20, 50):
+            x = nn.max_pool(nn.Conv(filters, (5, 5), padding="VALID")(x), (2, 2), (2, 2))
+        return nn.Dense(10)(nn.relu(nn.Dense(500)(x.reshape(len(x), -1))))
+
+
+class Case(NamedTuple):
+    """A network, for how long it trains, and how small it is to become."""
+
+    network: nn.Module
+    epochs: int
+    compressions: tuple[int, ...]
+
+
+CASES = {
+    "LeNet-300-100": Case(LeNet300(), 100, (12, 30, 56, 100, 200)),
+    "LeNet-5": Case(LeNet5(), 40, (12, 30, 56, 111, 200)),
+}
+
+# What papers report: method, test error in percent, compression, on networks trained on 60,000 images.
+PUBLISHED = {
+    "LeNet-300-100": (
+        ("Han et al. 2015", 1.59, 12),
+        ("network surgery, Guo et al. 2016", 1.99, 56),
+        ("soft weight sharing, Ullrich et al. 2017", 1.94, 23),
+        ("variational dropout, Molchanov et al. 2017", 1.92, 68),
+    ),
+    "LeNet-5": (
+        ("Han et al. 2015", 0.77, 12),
+        ("network surgery, Guo et al. 2016", 0.91, 111),
+        ("soft weight sharing, Ullrich et al. 2017", 0.97, 200),
+        ("variational dropout, Molchanov et al. 2017", 0.75, 280),
+    ),
+}
+
+Prune = Callable[..., optax.GradientTransformation]  # of `make` and a schedule, as `jaxprune.prune`
+METHODS: dict[str, Prune] = {"prune": jaxprune.prune, "prune and regrow": transforms.prune_and_regrow}
+
+
+class Data(NamedTuple):
+    """Images [n, 28, 28, 1] with labels [n]: to train on, and to measure on."""
+
+    train: tuple[jax.Array, jax.Array]
+    held_out: tuple[jax.Array, jax.Array]
+
+
+def load(folder: Path, seed: int, *, test: bool) -> Data:
+    """Read the images and split them by the seed; measure on those that test, or on those that settings are chosen on."""
+    pixels = np.frombuffer(gzip.decompress((folder / IMAGES).read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28, 1)
+    labels = np.frombuffer(gzip.decompress((folder / LABELS).read_bytes()), np.uint8, offset=8).astype(np.int32)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    train, choose, others = np.split(order, [round(share * len(order)) for share in (TRAIN, TRAIN + CHOOSE)])
+
+    def of(numbers: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return jnp.asarray(pixels[numbers] / np.float32(255)), jnp.asarray(labels[numbers])
+
+    return Data(of(train), of(others if test else choose))
+
+
+def sparsity_for(params: Any, compression: float) -> float:
+    """The sparsity of kernels at which a network has so many times fewer parameters, where its biases all stay."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+    return 1 - (total / compression - (total - kernels)) / kernels
+
+
+def optimizer(params: Any, method: str | None, compression: float, steps: int) -> optax.GradientTransformation:
+    """Adam under a cosine; behind it what prunes, along the cubic schedule."""
+    adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+    if method is None:
+        return adam
+    begin, end = round(BEGIN * steps), round(END * steps)
+    sparsity = sparsity_for(params, compression)
+    cubic = optax.polynomial_schedule(0.0, sparsity, 3, transition_steps=end - begin, transition_begin=begin)
+    make = functools.partial(jaxprune.make_masks, rule=rules.global_sparsity)
+    return optax.chain(adam, METHODS[method](make, cubic, every=max(1, steps // CHANGES), until=end))
+
+
+def train(
+    network: nn.Module, params: Any, tx: optax.GradientTransformation, found: Data, epochs: int, seed: int
+) -> Any:
+    """Return the parameters after so many epochs, each in an order of its own."""
+    images, labels = found.train
+
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        logits = network.apply(params, images[batch])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
+
+    def step(carry: Any, batch: jax.Array) -> Any:
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    epoch = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches)[0], donate_argnums=0)
+    carry = jax.tree.map(jnp.copy, (params, tx.init(params)))
+    orders = np.random.default_rng(seed)
+    for _ in range(epochs):
+        kept = len(labels) // BATCH_SIZE * BATCH_SIZE
+        carry = epoch(carry, orders.permutation(len(labels))[:kept].reshape(-1, BATCH_SIZE))
+    return carry[0]
+
+
+class Row(NamedTuple):
+    """What one network came to; the error in percent, and the factor by which it has fewer parameters."""
+
+    seed: int
+    method: str
+    asked: int
+    compression: float
+    error: float
+
+
+def run_seed(case: Case, folder: Path, seed: int, options: argparse.Namespace, console: Console) -> list[Row]:
+    """Train one network dense and by each method to each compression."""
+    found = load(folder, seed, test=options.test)
+    first = case.network.init(jax.random.key(seed), found.train[0][:1])
+    epochs = case.epochs if options.epochs is None else options.epochs
+    steps = epochs * (len(found.train[1]) // BATCH_SIZE)
+    total = sum(leaf.size for leaf in jax.tree.leaves(first))
+    asked = [(method, times) for method in options.methods for times in options.compressions or case.compressions]
+    rows = []
+    for method, times in track([(None, 1), *asked], f"seed {seed}", console=console):
+        params = train(case.network, first, optimizer(first, method, times, steps), found, epochs, seed)
+        left = sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(params))
+        images, labels = found.held_out
+        error = 100 * float((case.network.apply(params, images).argmax(-1) != labels).mean())
+        rows.append(Row(seed, method or "dense", times, total / left, error))
+    return rows
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """A mean and its standard error."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{error}"
+
+
+def table(name: str, rows: Sequence[Row]) -> Table:
+    """Show errors, and what compression adds to them: the differences to the dense network of the same seed."""
+    dense = {row.seed: row.error for row in rows if row.method == "dense"}
+    title = f"{name}: error in %, dense {spread(list(dense.values()))} ({len(dense)} seeds, ± standard error)"
+    shown = Table("method", "times smaller", "error", "more than dense", title=title, title_justify="left")
+    for method, times in dict.fromkeys((row.method, row.asked) for row in rows if row.method != "dense"):
+        found = [row for row in rows if (row.method, row.asked) == (method, times)]
+        more = spread([row.error - dense[row.seed] for row in found], "+")
+        shown.add_row(method, f"{times}", spread([row.error for row in found]), more)
+    shown.add_section()
+    for method, error, times in PUBLISHED[name]:
+        shown.add_row(f"{method} (published)", f"{times}", f"{error}", "")
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, run every network and seed, show the tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="where the two files of MNIST lie")
+    parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--compressions", type=int, nargs="+", metavar="TIMES", help="instead of each network's own")
+    parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--epochs", type=int, help="instead of each network's own")
+    parser.add_argument("--test", action="store_true", help="measure on the images that nothing was chosen on")
+    parser.add_argument("--json", type=Path, help="write every number here")
+    options = parser.parse_args(arguments)
+    console, results = Console(), {}
+    for name in options.networks:
+        rows: list[Row] = []
+        for seed in range(options.seeds):
+            rows += run_seed(CASES[name], options.data, seed, options, console)
+        console.print(table(name, rows))
+        results[name] = [row._asdict() for row in rows]
+        timing.write_json(options.json, results)
+
+
+if __name__ == "__main__":
+    main()
