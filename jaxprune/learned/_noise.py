@@ -24,7 +24,9 @@ def value_at(course: Course, step: Any, steps: int, what: str) -> jax.Array:
         raise ValueError(f"steps is the whole number of steps, >= 1; got {steps!r}.")
     if callable(course):
         return jnp.asarray(course(step), jnp.float32)
-    if not (isinstance(course, tuple) and len(course) == 2 and all(isinstance(x, int | float) and x > 0 for x in course)):
+    if not (
+        isinstance(course, tuple) and len(course) == 2 and all(isinstance(x, int | float) and x > 0 for x in course)
+    ):
         raise ValueError(
             f"{what} is a pair of positive numbers, at the first step and at the last one, or a schedule; got "
             f"{course if isinstance(course, tuple) else described(course)}."

@@ -154,13 +154,14 @@ def soft_patterns(
     now = jax.random.fold_in(key, step)
 
     def soften(group: _Groups) -> jax.Array:
-        def mix(gate: jax.Array, leaf: jax.Array, key: jax.Array) -> jax.Array:
+        def mix(gate: jax.Array, leaf: jax.Array, key: jax.Array, size: jax.Array, hotness: jax.Array) -> jax.Array:
             noise = jax.random.gumbel(key, gate.shape, gate.dtype)
             shares = jax.nn.softmax((size * gate + noise) / hotness, -1)
             mixed = jnp.matmul(shares, group.patterns.astype(np.float32), precision=jax.lax.Precision.HIGHEST)
             return sharded_as(_ungrouped(mixed, group.axis), leaf)
 
-        return without_explicit_axes(mix, group.leaf)(group.gate, group.leaf, key_of(now, group.path))
+        key = key_of(now, group.path)
+        return without_explicit_axes(mix, group.leaf)(group.gate, group.leaf, key, size, hotness)
 
     tree, found = _read(gates, params, k)
     return tree.build([None if group is None else soften(group) for group in found])
@@ -198,7 +199,9 @@ def pattern_masks(gates: Any, params: Any, k: int) -> Any:
         return without_explicit_axes(best, group.leaf)(group.gate, group.leaf)
 
     tree, found = _read(gates, params, k)
-    return tree.build([all_true(leaf) if group is None else choose(group) for leaf, group in zip(tree.leaves, found, strict=True)])
+    return tree.build(
+        [all_true(leaf) if group is None else choose(group) for leaf, group in zip(tree.leaves, found, strict=True)]
+    )
 
 
 class _Groups(NamedTuple):

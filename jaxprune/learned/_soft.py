@@ -39,7 +39,9 @@ def soft_beside(params: Any, soft: Any) -> tuple[Tree, list[jax.Array | None]]:
     tree, masks = beside(params, soft, "soft")
     for name, leaf, mask in zip(tree.names, tree.leaves, masks, strict=True):
         if mask is not None and mask.shape != np.shape(leaf):
-            raise ValueError(f"soft has for {name} an array of shape {mask.shape}; its leaf has shape {np.shape(leaf)}.")
+            raise ValueError(
+                f"soft has for {name} an array of shape {mask.shape}; its leaf has shape {np.shape(leaf)}."
+            )
     return tree, masks
 
 
