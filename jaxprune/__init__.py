@@ -7,6 +7,7 @@ from jaxprune import algebra as algebra
 from jaxprune import choose as choose
 from jaxprune import distill as distill
 from jaxprune import export as export
+from jaxprune import learned as learned
 from jaxprune import oneshot as oneshot
 from jaxprune import plot as plot
 from jaxprune import rules as rules

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import algebra, choose, export, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import algebra, choose, export, learned, oneshot, plot, rules, scores, storage, structured, transforms
 
 RNG = np.random.default_rng(0)
 W = (RNG.normal(size=(8, 4)) + 1j * RNG.normal(size=(8, 4)) * 3 + 0.5j).astype(np.complex64)
@@ -348,6 +348,18 @@ def test_language_models_are_real(tmp_path):
             write()
 
 
+def test_learned_masks_are_real():
+    key = jax.random.key(0)
+    soft = learned.soft_masks(learned.weight_gates(PARAMS, key, prior=MASKS), key, 0, steps=2)
+    np.testing.assert_allclose(spectral(learned.apply_soft_masks(PARAMS, soft)), W * spectral(soft), rtol=1e-6)
+    np.testing.assert_allclose(learned.kept_norm(PARAMS, soft), learned.kept_norm(SIZES, soft), rtol=1e-6)
+    gates = learned.pattern_gates(PARAMS, 2, 4, key, prior=MASKS)
+    assert (
+        spectral(gates).dtype == spectral(learned.soft_patterns(gates, PARAMS, 2, key, 0, steps=2)).dtype == np.float32
+    )
+    assert (spectral(learned.pattern_masks(gates, PARAMS, 2)).reshape(2, 4, 4).sum(1) == 2).all()
+
+
 def test_rows_compressed():
     sparse = storage.to_bcsr(PARAMS, MASKS)["spectral"]["kernel"]
     x = jnp.ones((3, 8), jnp.complex64)
@@ -369,7 +381,20 @@ HANDED_ON = {"iterate", "verify_module", "select_blocks", "save_onnx"}
 
 
 def test_every_public_function_of_parameters_is_tested_here():
-    namespaces = (jaxprune, algebra, choose, export, oneshot, plot, rules, scores, storage, structured, transforms)
+    namespaces = (
+        jaxprune,
+        algebra,
+        choose,
+        export,
+        learned,
+        oneshot,
+        plot,
+        rules,
+        scores,
+        storage,
+        structured,
+        transforms,
+    )
     names = {
         name
         for namespace in namespaces

@@ -11,7 +11,7 @@ ROOT = Path(jaxprune.__file__).parent
 # From the ground up: each unit may import those before it.
 ORDER = [
     "_interrupt", "_dtypes", "_printing", "_html", "_tables", "_rows", "_progress", "_tree", "_selection", "_jaxpr", "sites", "scores", "rules", "_masks", "algebra", "_iterate",
-    "_recalibrate", "distill", "transforms", "oneshot", "structured", "storage", "export", "_summary", "choose", "plot", "_report", "__init__",
+    "_recalibrate", "distill", "learned", "transforms", "oneshot", "structured", "storage", "export", "_summary", "choose", "plot", "_report", "__init__",
     "_cli", "__main__",
 ]  # fmt: skip
 # Libraries that few parts may use at all, and those that may only be imported when something is called.

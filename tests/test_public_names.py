@@ -17,6 +17,7 @@ NAMESPACES = (
     "choose",
     "distill",
     "export",
+    "learned",
     "oneshot",
     "plot",
     "rules",

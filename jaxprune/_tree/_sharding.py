@@ -29,7 +29,7 @@ def without_explicit_axes(
 
     Reshapes and windows of a sharded axis are refused on an Explicit mesh; there the function runs with the axes
     given to the compiler, and its result (or each of several) gets the sharding of `like`. Where the result has another `shape`, an axis
-    that cannot be divided in the same way stays whole.
+    that cannot be divided in the same way stays whole, and so does one behind those of `like`.
     """
     sharding = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like).sharding
     if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
@@ -55,7 +55,8 @@ def _fitted(sharding: Any, shape: tuple[int, ...]) -> NamedSharding:
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes
         return math.prod(sharding.mesh.shape[name] for name in names)
 
-    spec = [axes if n % parts(axes) == 0 else None for axes, n in zip(sharding.spec, shape, strict=True)]
+    known = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    spec = [axes if n % parts(axes) == 0 else None for axes, n in zip(known, shape, strict=True)]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 

@@ -14,7 +14,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import jaxprune
-from jaxprune import algebra, choose, distill, export, oneshot, plot, rules, scores, storage, structured, transforms
+from jaxprune import (
+    algebra,
+    choose,
+    distill,
+    export,
+    learned,
+    oneshot,
+    plot,
+    rules,
+    scores,
+    storage,
+    structured,
+    transforms,
+)
 
 _RNG = np.random.default_rng(0)
 # Two layers and a table; inputs of rank two, so that no Gram matrix is singular.
@@ -251,6 +264,18 @@ def _gguf(p: Problem) -> Any:
     return written, export.read_gguf(path)
 
 
+def _weight_gates(p: Problem) -> Any:
+    return learned.weight_gates(p.params, jax.random.key(KEY), prior=p.masks)
+
+
+def _pattern_gates(p: Problem) -> Any:
+    return learned.pattern_gates(p.params, 2, 4, jax.random.key(KEY), prior=p.masks)
+
+
+def _soft(p: Problem) -> Any:
+    return learned.soft_masks(_weight_gates(p), jax.random.key(KEY), 1, steps=2)
+
+
 def _prune_blocks(p: Problem) -> Any:
     data = [np.asarray(apply(p.params, p.x))]
     source = jaxprune.save_sparse(p.folder / "blocks.safetensors", [p.params["b"]["kernel"]] * 2).path
@@ -324,6 +349,16 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
         _two_four(p, 128).values, export.pack_tcgen05(_two_four(p, 128))
     ),
     "jaxprune.export.write_compressed_tensors": lambda p: (_packed(p) / "model.safetensors").stat().st_size,
+    "jaxprune.learned.apply_soft_masks": lambda p: learned.apply_soft_masks(p.params, _soft(p)),
+    "jaxprune.learned.kept_norm": lambda p: jax.grad(lambda soft: learned.kept_norm(p.params, soft))(_soft(p)),
+    "jaxprune.learned.pattern_gates": _pattern_gates,
+    "jaxprune.learned.pattern_masks": lambda p: learned.pattern_masks(_pattern_gates(p), p.params, 2),
+    "jaxprune.learned.soft_masks": _soft,
+    "jaxprune.learned.soft_patterns": lambda p: learned.soft_patterns(
+        _pattern_gates(p), p.params, 2, jax.random.key(KEY), 1, steps=2
+    ),
+    "jaxprune.learned.sparsity_loss": lambda p: jax.grad(lambda soft: learned.sparsity_loss(soft, 0.9))(_soft(p)),
+    "jaxprune.learned.weight_gates": _weight_gates,
     "jaxprune.oneshot.admm": lambda p: oneshot.admm(p.params, p.grams, 0.5, steps=8),
     "jaxprune.oneshot.block_by_block": lambda p: list(
         oneshot.block_by_block(

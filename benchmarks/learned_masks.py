@@ -1,0 +1,183 @@
+"""What learned masks are worth: gates trained on frozen weights, beside the one-shot masks that they began with.
+
+    python -m benchmarks.learned_masks
+
+A byte-level transformer (that of `examples/language_model.py`, trained once and kept) is pruned by ADMM and by Wanda. From either
+one's masks gates are trained with the published schedules, while the weights stay; the best masks of exact counts are then
+measured in bits per byte on text of other files, and as the share of what ADMM loses that they win back.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import language_model
+import numpy as np
+import optax
+from _support import text
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jaxprune
+from benchmarks import timing
+from jaxprune import learned, oneshot, rules, scores
+
+PATTERNS = {pattern.name: pattern for pattern in language_model.PATTERNS}
+
+
+class Start(NamedTuple):
+    """Weights that stay as they are, and the masks to begin with."""
+
+    params: Any
+    masks: Any
+
+
+def wanda(model: language_model.Model, grams: Any, pattern: Any, admm: Start) -> Start:
+    """Wanda's masks on the dense weights."""
+    found = scores.wanda(model.params, grams.norms())
+    make = functools.partial(jaxprune.make_masks, prunable=language_model.in_blocks)
+    return Start(model.params, make(model.params, pattern.k, rule=pattern.by_unit, scores=found))
+
+
+def admm_masks(model: language_model.Model, grams: Any, pattern: Any, admm: Start) -> Start:
+    """ADMM's masks on the dense weights."""
+    return Start(model.params, admm.masks)
+
+
+def admm_weights(model: language_model.Model, grams: Any, pattern: Any, admm: Start) -> Start:
+    """ADMM's masks on its own weights; what it pruned has its dense value, should a mask take it back."""
+    return Start(jax.tree.map(jnp.where, admm.masks, admm.params, model.params), admm.masks)
+
+
+STARTS: dict[str, Callable[..., Start]] = {
+    "Wanda's masks, dense weights": wanda,
+    "ADMM's masks, dense weights": admm_masks,
+    "ADMM's masks, its weights": admm_weights,
+}
+
+
+def learn(model: language_model.Model, start: Start, pattern: Any, data: np.ndarray, options: Any, seed: int) -> Any:
+    """Train gates on text, and return the best masks."""
+    steps, key = options.updates, jax.random.key(seed)
+    which = {"prior": start.masks, "prunable": language_model.in_blocks}
+    if pattern.rule is rules.layer_sparsity:
+        gates = learned.weight_gates(start.params, key, **which)
+        soften = functools.partial(learned.soft_masks, steps=steps)
+        harden = lambda gates: jaxprune.make_masks(  # noqa: E731
+            start.params, pattern.k, rule=rules.global_sparsity, scores=gates, prunable=language_model.in_blocks
+        )
+    else:
+        n, m = pattern.k, pattern.rule.m
+        gates = learned.pattern_gates(start.params, n, m, key, **which)
+        soften = lambda gates, key, step: learned.soft_patterns(gates, start.params, n, key, step, steps=steps)  # noqa: E731
+        harden = lambda gates: learned.pattern_masks(gates, start.params, n)  # noqa: E731
+    rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, min(5, steps // 2), steps)
+    tx = optax.adamw(rate, b2=0.95, weight_decay=0.0)
+
+    def loss(gates: Any, params: Any, windows: jax.Array, step: jax.Array) -> jax.Array:
+        soft = soften(gates, key, step)
+        norm = 10 * (1 - step / steps) * learned.kept_norm(params, soft)
+        off = 7 * learned.sparsity_loss(soft, pattern.k) if pattern.k < 1 else 0.0
+        return model.loss(learned.apply_soft_masks(params, soft), windows) + off - norm
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(gates: Any, state: Any, params: Any, windows: jax.Array, step: jax.Array) -> Any:
+        updates, state = tx.update(jax.grad(loss)(gates, params, windows, step), state, gates)
+        return optax.apply_updates(gates, updates), state
+
+    state = tx.init(gates)
+    for step, place in enumerate(np.random.default_rng(seed).integers(2**31, size=steps)):
+        windows = text.windows(data, language_model.BATCH_SIZE, language_model.CONTEXT, int(place))
+        gates, state = update(gates, state, start.params, windows, step)
+    return harden(gates)
+
+
+def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Load or train one network; learn masks from every start, for every pattern."""
+    shape = {"layers": 1, "width": 32} if options.small else {}
+    network, sources = language_model.Transformer(**shape), text.load()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"seed-{seed}{'-small' if options.small else ''}-{options.steps}-steps.msgpack"
+    params = language_model.trained(network, sources.train, options.steps, seed, path, console)
+    windows = text.windows(sources.train, 128, language_model.CONTEXT, language_model.CALIBRATION_SEED)
+    batches = [jnp.asarray(windows[start : start + 32, :-1]) for start in range(0, len(windows), 32)]
+    fn = lambda params, tokens: network.apply({"params": params}, tokens)  # noqa: E731
+    model = language_model.Model(fn, jax.tree.map(jnp.asarray, params), batches)
+    held_out = text.windows(sources.test, options.windows, language_model.CONTEXT, language_model.TEST_SEED)
+    quality = functools.partial(language_model.evaluate, model, windows=held_out)
+    grams = jaxprune.calibrate_grams(fn, model.params, batches)
+    dense, rows = quality(model.params), []
+    for name in track(options.patterns, f"learning, seed {seed}", console=console):
+        pattern = PATTERNS[name]
+        solve = functools.partial(oneshot.admm, rule=pattern.rule, prunable=language_model.in_blocks)
+        admm = Start(*solve(model.params, grams, pattern.k))
+        reference = quality(admm.params)
+        for title in options.starts:
+            start = STARTS[title](model, grams, pattern, admm)
+            began = time.process_time()
+            masks = learn(model, start, pattern, sources.train, options, seed)
+            cpu = time.process_time() - began
+            found = quality(jaxprune.apply_masks(start.params, masks))
+            rows.append(
+                {
+                    "seed": seed,
+                    "pattern": name,
+                    "start": title,
+                    "dense": dense,
+                    "admm": reference,
+                    "before": quality(jaxprune.apply_masks(start.params, start.masks)),
+                    "after": found,
+                    "won_back": (reference - found) / (reference - dense),
+                    "removed": float(jaxprune.sparsity(masks, prunable=language_model.in_blocks)),
+                    "bytes": options.updates * language_model.BATCH_SIZE * language_model.CONTEXT,
+                    "cpu": cpu,
+                }
+            )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Show the means over the seeds."""
+    seeds = len({row["seed"] for row in rows})
+    shown = Table("pattern", "begins with", title=f"bits per byte, mean of {seeds} seed(s)", title_justify="left")
+    columns = ("dense", "admm", "before", "after")
+    for heading in (*columns, "won back", "removed", "CPU, s"):
+        shown.add_column(heading, justify="right")
+    for pattern, start in dict.fromkeys((row["pattern"], row["start"]) for row in rows):
+        same = [row for row in rows if (row["pattern"], row["start"]) == (pattern, start)]
+        mean = {name: statistics.mean(row[name] for row in same) for name in (*columns, "won_back", "removed", "cpu")}
+        cells = (f"{100 * mean['won_back']:.0f} %", f"{100 * mean['removed']:.2f} %", f"{mean['cpu']:.0f}")
+        shown.add_row(pattern, start, *(f"{mean[name]:.4f}" for name in columns), *cells)
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, run every seed, show the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["60 %", "2:4"])
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--updates", type=int, default=2000, help="of the gates, each on 4,096 bytes")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of learning, at most")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks")
+    parser.add_argument("--steps", type=int, default=1300, help="of the transformer's training")
+    parser.add_argument("--windows", type=int, default=512, help="of text to measure with")
+    parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="where transformers are kept")
+    parser.add_argument("--small", action="store_true", help="a tiny network, to see that everything runs")
+    parser.add_argument("--json", type=Path, help="write every number here")
+    options = parser.parse_args(arguments)
+    console, rows = Console(width=120), []
+    for seed in options.seeds:
+        rows += run_seed(seed, options, console)
+        timing.write_json(options.json, rows)
+    console.print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
