@@ -156,8 +156,9 @@ MAKE = functools.partial(jaxprune.make_masks, rule=rules.layer_sparsity)
         (lambda: transforms.static_sparse(ADAM, MASKS), True),
         (lambda: jaxprune.rigl(ADAM, MASKS, every=1, until=2), False),
         (lambda: transforms.sparse_evolution(ADAM, MASKS, jax.random.key(0), every=1, until=2), False),
+        (lambda: transforms.elsa(ADAM, MAKE, 0.5, every=1, until=1), False),
     ],
-    ids=["keep_pruned", "keep_zeros", "prune", "prune_and_regrow", "static_sparse", "rigl", "sparse_evolution"],
+    ids=["keep_pruned", "keep_zeros", "prune", "prune_and_regrow", "static_sparse", "rigl", "sparse_evolution", "elsa"],
 )
 def test_transforms_keep_exact_zeros(make, held):
     tx, params = make(), PRUNED

@@ -206,7 +206,8 @@ def test_synflow_masks(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 @pytest.mark.parametrize(
-    "name", ["keep_pruned", "keep_zeros", "prune", "prune_and_regrow", "rigl", "sparse_evolution", "static_sparse"]
+    "name",
+    ["keep_pruned", "keep_zeros", "prune", "prune_and_regrow", "rigl", "sparse_evolution", "static_sparse", "elsa"],
 )
 def test_transforms(name, dtype):
     def make(params: Any, k: Any) -> Any:
@@ -222,6 +223,7 @@ def test_transforms(name, dtype):
         "rigl": lambda: jaxprune.rigl(sgd, masks, every=1, until=1),
         "sparse_evolution": lambda: transforms.sparse_evolution(sgd, masks, jax.random.key(0), every=1, until=1),
         "static_sparse": lambda: transforms.static_sparse(sgd, masks),
+        "elsa": lambda: transforms.elsa(sgd, make, 0.5, penalty=0.25, every=1, until=1),
     }[name]()
 
     @jax.jit

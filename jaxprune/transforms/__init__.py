@@ -4,6 +4,9 @@
 """
 
 from jaxprune.transforms._decay_pruned import decay_pruned as decay_pruned
+from jaxprune.transforms._elsa import ElsaState as ElsaState
+from jaxprune.transforms._elsa import elsa as elsa
+from jaxprune.transforms._elsa import second_moment as second_moment
 from jaxprune.transforms._keep_pruned import KeepPrunedState as KeepPrunedState
 from jaxprune.transforms._keep_pruned import keep_zeros as keep_zeros
 from jaxprune.transforms._keras import keep_pruned_in_keras as keep_pruned_in_keras

@@ -45,6 +45,18 @@ def masks_for(masks: Any, params: Any) -> Any:
     )
 
 
+def masks_like(masks: Any, made: Any, params: Any) -> Any:
+    """Return the masks that were made in the treedef of the ones in the state; all True where none was made."""
+    flat, held = flatten(params, "params"), flatten(masks, "masks")
+    by_path = dict(zip(flat.paths, align_masks(made, flat), strict=True))
+    return held.treedef.unflatten(
+        [
+            jnp.ones_like(mask) if by_path[path] is None else by_path[path]
+            for path, mask in zip(held.paths, held.leaves, strict=True)
+        ]
+    )
+
+
 def _nodes(tree: Any) -> Sequence[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
 
@@ -53,6 +65,18 @@ def enforce(updates: Any, params: Any, masks: Any) -> Any:
     """Replace the updates of pruned weights by what takes them to zero; trees are aligned by path."""
     flat = flatten(params, "params")
     return enforce_masks(updates, flat, check_masks(flat.aligned(flatten(masks, "masks")), flat))
+
+
+def hide_pruned(updates: Any, masks: Any) -> Any:
+    """Set the gradients of pruned weights to zero; trees are aligned by path."""
+    flat = flatten(updates, "updates")
+    held = align_masks(masks, flat)
+    return flat.build(
+        [
+            leaf if mask is None else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+            for leaf, mask in zip(flat.leaves, held, strict=True)
+        ]
+    )
 
 
 def enforce_masks(updates: Any, params: Tree, masks: Sequence[Any]) -> Any:

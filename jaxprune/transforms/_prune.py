@@ -13,7 +13,7 @@ from jaxprune._tree._given import described, takes
 from jaxprune._tree._leaves import is_floating
 from jaxprune._tree._masks import align_masks
 from jaxprune._tree._paths import flatten
-from jaxprune.transforms._enforce import enforce, require_params
+from jaxprune.transforms._enforce import enforce, masks_like, require_params
 from jaxprune.transforms._mask_log import Log, tell
 from jaxprune.transforms._steps import Steps
 
@@ -101,7 +101,7 @@ def prune(
     """
 
     def remask(weights: Any, masks: Any, k: Any) -> Any:
-        made = _like(masks, make(_pruned_lowest(weights, masks), k), weights)
+        made = masks_like(masks, make(_pruned_lowest(weights, masks), k), weights)
         return jax.tree.map(jnp.logical_and, made, masks)
 
     def judged(params: Any, updates: Any) -> Any:
@@ -146,7 +146,7 @@ def prune_and_regrow(
     """
 
     def remask(weights: Any, masks: Any, k: Any) -> Any:
-        return _like(masks, make(weights, k), weights)
+        return masks_like(masks, make(weights, k), weights)
 
     return _scheduled("prune_and_regrow", _moved, remask, make, schedule, Steps(every, begin, until), log)
 
@@ -269,15 +269,3 @@ def _pruned_lowest(weights: Any, masks: Any) -> Any:
         return jnp.where(mask, kept, jnp.zeros_like(leaf))
 
     return flat.build([settle(leaf, mask) for leaf, mask in zip(flat.leaves, align_masks(masks, flat), strict=True)])
-
-
-def _like(masks: Any, made: Any, params: Any) -> Any:
-    """Return the masks that were made in the treedef of the ones in the state; all True where none was made."""
-    flat, held = flatten(params, "params"), flatten(masks, "masks")
-    by_path = dict(zip(flat.paths, align_masks(made, flat), strict=True))
-    return held.treedef.unflatten(
-        [
-            jnp.ones_like(mask) if by_path[path] is None else by_path[path]
-            for path, mask in zip(held.paths, held.leaves, strict=True)
-        ]
-    )

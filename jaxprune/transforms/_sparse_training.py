@@ -15,7 +15,7 @@ from jaxprune._tree._paths import flatten
 from jaxprune._tree._prunable import Prunable
 from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.sites._sites import Sites
-from jaxprune.transforms._enforce import enforce, masks_for, require_params
+from jaxprune.transforms._enforce import enforce, hide_pruned, masks_for, require_params
 from jaxprune.transforms._mask_log import Log, tell
 from jaxprune.transforms._regrowth import Moments, drop_and_grow
 from jaxprune.transforms._steps import Steps
@@ -224,21 +224,10 @@ def _inner_update(
     extra_args: dict[str, Any],
 ) -> tuple[Any, SparseTrainingState]:
     """Step the inner optimizer with the masked gradient and hold pruned weights at zero."""
-    masked = _masked(updates, state.masks)
+    masked = hide_pruned(updates, state.masks)
     updates, inner_state = inner.update(masked, state.inner_state, params, **extra_args)
     count = optax.safe_increment(state.count)
     return enforce(updates, params, state.masks), SparseTrainingState(count, state.masks, inner_state)
-
-
-def _masked(updates: Any, masks: Any) -> Any:
-    flat = flatten(updates, "updates")
-    held = align_masks(masks, flat)
-    return flat.build(
-        [
-            leaf if mask is None else jnp.where(mask, leaf, jnp.zeros_like(leaf))
-            for leaf, mask in zip(flat.leaves, held, strict=True)
-        ]
-    )
 
 
 def _drop_and_grow(

@@ -17,6 +17,7 @@ from jaxprune import apply_masks, keep_pruned, make_masks, prune, rigl
 from jaxprune.transforms import (
     ac_dc_schedule,
     decay_pruned,
+    elsa,
     keep_zeros,
     prune_and_regrow,
     soft_threshold,
@@ -64,6 +65,7 @@ RUNS = {
     "static_sparse": Run(lambda: static_sparse(optax.adam(0.05), MASKS)),
     "rigl": Run(lambda: rigl(optax.adam(0.05), MASKS, every=4, until=9)),
     "sparse_evolution": Run(lambda: sparse_evolution(optax.adam(0.05), MASKS, jax.random.key(3), every=4, until=9)),
+    "elsa": Run(lambda: elsa(optax.adam(0.05), quantile, 0.5, penalty=CUBIC, every=3, until=9), start=dense_params),
     "straight_through": Run(
         lambda: optax.chain(decay_pruned(lambda params, k: half(params), 0.5, rate=0.1), optax.adam(0.05)),
         lambda params: loss(straight_through(params, half(params))),

@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune import apply_masks, keep_pruned, make_masks, masks_in, prune, rigl
-from jaxprune.transforms import keep_zeros, prune_and_regrow, sparse_evolution, static_sparse
+from jaxprune.transforms import ElsaState, elsa, keep_zeros, prune_and_regrow, sparse_evolution, static_sparse
 
 # Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
 from tests.support.promotion import standard_promotion as standard_promotion
@@ -42,6 +42,7 @@ TRANSFORMS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs
     "static_sparse": lambda inner, masks: static_sparse(inner, masks),
     "rigl": lambda inner, masks: rigl(inner, masks, every=3, until=3, drop_fraction=0.3),
     "sparse_evolution": lambda inner, masks: sparse_evolution(inner, masks, jax.random.key(0), every=3, until=3),
+    "elsa": lambda inner, masks: elsa(inner, make_masks, 1.0, penalty=0.1, every=1, until=2),
 }
 WITH_MASKS = [name for name in TRANSFORMS if name != "keep_zeros"]
 WITH_FIXED_MASKS = ["keep_pruned(masks)", "keep_pruned(callable)", "static_sparse"]
@@ -104,7 +105,20 @@ def kernel_of(tree: Any) -> np.ndarray:
 
 def held_masks(transform: str, masks: Any) -> Callable[[Any], Any]:
     """Return what reads from the state the masks that hold now; without a state they are those of the start."""
+    if transform == "elsa":
+        return enforced_by_elsa
     return masks_in if transform in WITH_MASKS else lambda state: masks
+
+
+def enforced_by_elsa(state: Any) -> Any:
+    """Return the masks once weights are pruned under them; until then all are kept."""
+    found = [
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ElsaState))
+        if hasattr(node, "split")
+    ]
+    (count,) = jax.tree.leaves(found[0].count)
+    return jax.tree.map(lambda mask: mask | (count <= 2), found[0].masks)
 
 
 def assert_positive_zeros(kernels: Any, keep: Any) -> None:
@@ -204,12 +218,12 @@ def test_second_step_compiles_nothing_and_donation_spares_the_masks(transform, w
     step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
     state, held = tx.init(params), held_masks(transform, masks)
     first_params, first_state, history = params, state, []
-    for _ in range(3):
+    for _ in range(STEPS):
         # Extra arguments that nobody asked for are accepted.
         params, state = step(params, state, value=jnp.float32(0), unheard_of=jnp.float32(0))
         history.append((np.array(kernel_of(params)), np.array(kernel_of(held(state)))))  # copies outlive donation
     assert step._cache_size() == 1
-    # In MultiSteps a transform that makes masks has none before the first update that is emitted.
+    # In MultiSteps a transform that makes masks has none before the first update that is emitted; elsa's third prunes.
     assert_positive_zeros(*map(np.stack, zip(*history, strict=True)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first_params))
     if transform in WITH_MASKS:
@@ -222,13 +236,14 @@ def test_second_step_compiles_nothing_and_donation_spares_the_masks(transform, w
 def test_apply_if_finite_rejects_and_goes_on(transform):
     params, masks = pruned_params()
     tx = optimizer(transform, "apply_if_finite", masks)
-    state, held = tx.init(params), held_masks(transform, masks)
-    for factor in (1.0, jnp.nan, jnp.inf, 1.0):
+    state, held, history = tx.init(params), held_masks(transform, masks), []
+    for factor in (1.0, jnp.nan, jnp.inf, 1.0, 1.0):
         before = params
         grads = optax.tree.scale(factor, gradient(params))
         params, state = train_step(tx, params, state, lambda _, grads=grads: grads)
-        assert_positive_zeros(kernel_of(params), kernel_of(held(state)))
+        history.append((kernel_of(params), kernel_of(held(state))))
         assert np.array_equal(kernel_of(before), kernel_of(params)) == (factor != 1.0)
+    assert_positive_zeros(*map(np.stack, zip(*history, strict=True)))
 
 
 @pytest.mark.slow
@@ -345,8 +360,9 @@ def test_nnx_optimizer(transform):
         optimizer.update(model, grads)
         return model.dense.kernel[...]
 
-    held = held_masks(transform, masks)
+    held, history = held_masks(transform, masks), []
     for _ in range(3):
         kernel = step(model, optimizer)
-        assert_positive_zeros(kernel, held(optimizer.opt_state)["dense"]["kernel"][...])
+        history.append((np.array(kernel), np.array(held(optimizer.opt_state)["dense"]["kernel"][...])))
+    assert_positive_zeros(*map(np.stack, zip(*history, strict=True)))
     assert len(traces) == 1
