@@ -13,6 +13,8 @@ from jaxprune.structured._lasso import group_lasso as group_lasso
 from jaxprune.structured._plan import Plan as Plan
 from jaxprune.structured._plan import combine as combine
 from jaxprune.structured._price_widths import price_widths as price_widths
+from jaxprune.structured._prices_by_loss import measure_blocks as measure_blocks
+from jaxprune.structured._prices_by_loss import measure_widths as measure_widths
 from jaxprune.structured._rebuild import masked as masked
 from jaxprune.structured._rebuild import rebuild as rebuild
 from jaxprune.structured._recover import recover as recover
