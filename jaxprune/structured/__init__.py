@@ -1,7 +1,9 @@
 """Models that are really smaller: coupled channels of any function, chosen, cut from parameters and from the function."""
 
+from jaxprune.structured._allocate_widths import Allocation as Allocation
 from jaxprune.structured._allocate_widths import allocate_widths as allocate_widths
 from jaxprune.structured._blocks import Block as Block
+from jaxprune.structured._count import count_bytes as count_bytes
 from jaxprune.structured._count import count_macs as count_macs
 from jaxprune.structured._count import count_parameters as count_parameters
 from jaxprune.structured._graph import Graph as Graph
