@@ -18,7 +18,9 @@ def structures(graph: Graph) -> dict[str, Hashable]:
     uses: dict[str, Counter[tuple[str, int]]] = {path: Counter() for path in graph.paths}
     for node in walk(graph.program):
         for position, value in enumerate(node.ins):
-            layout = {number for out in node.outs for number in out.sources}  # what only moves a parameter is no use of it
+            layout = {
+                number for out in node.outs for number in out.sources
+            }  # what only moves a parameter is no use of it
             for number in set(value.sources) - layout:
                 uses[graph.paths[number]][node.name, position] += 1
 

@@ -47,8 +47,8 @@ def drawn(seed: int, sizes: tuple[int, ...]) -> tuple[dict[str, dict[int, float]
     }
 
 
-def plan_for(graph: Any, found: Any) -> Any:
-    return combine(select_channels(graph, zeros(graph), found.k), found.blocks)
+def plan_for(graph: Any, params: Any, found: Any) -> Any:
+    return combine(select_channels(graph, params, found.k), found.blocks)
 
 
 def every(graph: Any, prices: Any, blocks: Any, costs: Any, alike: tuple[str, ...] = ()) -> Any:
@@ -85,7 +85,7 @@ def test_no_allocation_within_all_budgets_is_cheaper(seed, tied):
     for shares in ((0.8, 0.5, 1.0), (0.35, 0.9, 0.6), (0.2, 0.2, 0.2), (1.0, 1.0, 0.7)):
         budgets = [share * each for share, each in zip(shares, whole, strict=True)]
         found = allocate_widths(graph, prices, budgets, cost=costs, alike=["[01]/up"] if tied else (), blocks=blocks)
-        assert found.costs == tuple(cost(plan_for(graph, found)) for cost in costs)
+        assert found.costs == tuple(cost(plan_for(graph, params, found)) for cost in costs)
         assert all(spent <= budget for spent, budget in zip(found.costs, budgets, strict=True))
         best = min(price for price, spent in candidates if all(np.array(spent) <= budgets))
         np.testing.assert_allclose(found.price, best, rtol=1e-6)
