@@ -36,11 +36,14 @@ def seconds(fn: Callable[..., Any], *arguments: Any) -> float:
 
 
 class Prediction(NamedTuple):
-    """What was expected of a smaller function and what was measured, in seconds.
+    """What was expected of a smaller function, and what was measured: seconds (`check_times`), or a rise of the loss.
 
     Attributes:
-        predicted: by `Times`.
-        measured: of the smaller function, as a share of what the whole one takes beside it, times what that took before.
+        predicted: by `Times`, or by `Allocation.price`.
+        measured: in the same unit.
+
+    >>> round(Prediction(predicted=1.1, measured=1.0).error, 3)
+    0.1
     """
 
     predicted: float
@@ -157,7 +160,8 @@ def check_times(
         timer: as in `measure_times`.
 
     Returns:
-        Both, in seconds, and the error.
+        What was predicted, and the smaller function's share of the whole one's time now, times what the whole one took then, in
+        seconds.
 
     Raises:
         ValueError: the plan does not fit, or cuts what was not measured; repeats is below 1.
