@@ -66,7 +66,7 @@ def own_widths(
     )
     cost = functools.partial(structured.count_parameters, small.graph)
     budget = cost(structured.select_channels(small.graph, small.params, shares))
-    return structured.allocate_widths(small.graph, prices, budget, cost=cost)
+    return structured.allocate_widths(small.graph, prices, budget, cost=cost).k
 
 
 def by_scores(small: Shallow, shares: Mapping[str, float], batches: np.ndarray, seed: int | None) -> Cut:

@@ -1,53 +1,81 @@
-"""A width for each group of channels, so that together they cost the loss least within a budget: a knapsack."""
+"""A width for each group of channels, so that together they cost the loss least within budgets: a knapsack."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune._printing import some
+from jaxprune.structured._blocks import Block
 from jaxprune.structured._count import count_macs
-from jaxprune.structured._graph import Graph
-from jaxprune.structured._plan import plan_of
+from jaxprune.structured._graph import Graph, require_graph
+from jaxprune.structured._groups import ChannelGroup
+from jaxprune.structured._knapsack import Choice, Drop, Taken, take
+from jaxprune.structured._plan import Plan, plan_of
 from jaxprune.structured._select_channels import Cost, families, require_budget
 
-# The share of the best price that is not searched for.
-_GAP = 1e-6
-# How often the aim is halved between what meets the budget and what does not, where costs do not add up.
-_HALVINGS = 12
+# How often the aim is halved between what meets the budgets and what does not, where costs do not add up.
+_HALVINGS = 16
+# How often, at most, costs are read off anew around what was found, where they do not add up.
+_ROUNDS = 4
+
+
+class Allocation(NamedTuple):
+    """The widths that `allocate_widths` found, and what it expects of them.
+
+    Attributes:
+        k: the fraction removed of each group, by its name: k of `select_channels`.
+        blocks: a plan that drops the residual branches that go, and cuts nothing: for `combine`.
+        price: the sum of the prices: by how much the loss is to rise.
+        costs: what the smaller function costs, in the order of the budgets; none of them is above its budget.
+    """
+
+    k: dict[str, float]
+    blocks: Plan
+    price: float
+    costs: tuple[float, ...]
 
 
 def allocate_widths(
     graph: Graph,
     prices: Mapping[str, Mapping[int, float]],
-    budget: float,
+    budget: float | Sequence[float],
     *,
-    cost: Cost | None = None,
+    cost: Cost | Sequence[Cost] | None = None,
     alike: str | Sequence[str] = (),
-) -> dict[str, float]:
-    """Choose a width for each group, so that the sum of their prices is the least that a budget allows.
+    blocks: Mapping[str, float] | None = None,
+) -> Allocation:
+    """Choose a width for each group, so that the sum of their prices is the least that a budget allows, or several.
 
     One of each group's widths is taken (a multiple-choice knapsack, solved exactly as an integer program): no channel
     is spent where another layer needs it more, and what a channel costs in the budget counts as well as what it
-    saves the loss. Exact where costs add up, as those of perceptrons and heads in a transformer do: multiply-accumulates,
-    parameters. Where two groups share a matrix, as the channels of convolutions one after the other do, they
-    are taken to add up, and what is found meets the budget, but need not be the best.
+    saves the loss. Residual branches may be dropped in the same choice, with all of their groups. Exact where costs add up,
+    as those of perceptrons and heads in a transformer do: multiply-accumulates, parameters. Where two groups share a matrix, as
+    the channels of convolutions one after the other do, they are taken to add up around what was found before, a few times: what
+    is found meets the budgets, but need not be the best.
 
     Args:
         graph: the function's channels, by `trace`.
-        prices: by the name of each group that may be cut its widths and what each costs the loss, from `price_widths`, or
-            measured: the loss with that group alone cut and repaired. All other groups stay whole.
-        budget: the most that the function may cost, above 0, in the cost's own unit: ``0.5 * count_macs(graph)``.
-        cost: a plan to a number: ``functools.partial(count_parameters, graph)``, or your own, such as a table of measured
-            times; None counts multiply-accumulates. It is called once for each group's each width, and need not rise evenly.
+        prices: by the name of each group that may be cut its widths and what each costs the loss, from `price_widths` or
+            `measure_widths`. All other groups stay whole.
+        budget: the most that the function may cost, above 0, in the cost's own unit: ``0.5 * count_macs(graph)``; or several,
+            which all are to be met.
+        cost: a plan to a number: ``functools.partial(count_parameters, graph)``, ``functools.partial(count_bytes, graph)``,
+            `Times`, or your own; one for each budget. None counts multiply-accumulates. It is called once for each group's each
+            width, and need not rise evenly.
         alike: names or patterns, of which each means groups that get the same width, as in `select_channels_globally`: what a
             configuration with one width for all layers can express.
+        blocks: by the names of residual branches in ``graph.blocks`` what dropping each costs the loss, from `measure_blocks` of
+            the same loss as the prices; None drops none.
 
     Returns:
-        The fraction removed of each group, by its name: k of `select_channels`.
+        The allocation: the fraction removed of each group, which branches go, the price and the costs expected.
 
     Raises:
-        ValueError: the budget cannot be met by any of the widths; a name is not that of a group, a width is larger than the group
-            or none; groups that are to be alike have not the same widths.
+        ValueError: the budgets cannot be met by any of the widths; a name is not that of a group or of a branch, a width is larger
+            than the group or none; groups that are to be alike have not the same widths; budgets and costs are not equally many.
 
     >>> import jax.numpy as jnp
     >>> from jaxprune.structured import trace
@@ -58,108 +86,205 @@ def allocate_widths(
     >>> params = [{"up": jnp.ones((2, 4)), "down": jnp.ones((4, 2))} for _ in range(2)]
     >>> graph = trace(fn, params, jnp.ones((1, 2)))  # a channel costs 4 multiply-accumulates
     >>> prices = {"0/up[1]": {1: 9.0, 2: 3.0, 4: 0.0}, "1/up[1]": {1: 1.0, 2: 0.9, 4: 0.0}}
-    >>> allocate_widths(graph, prices, 20)  # 5 channels
-    {'0/up[1]': 0.0, '1/up[1]': 0.75}
+    >>> found = allocate_widths(graph, prices, 20)  # 5 channels
+    >>> found.k, found.price, found.costs
+    ({'0/up[1]': 0.0, '1/up[1]': 0.75}, 1.0, (20,))
+    >>> allocate_widths(graph, prices, 16, blocks={"1": 1.5}).blocks.dropped  # rather than 4.0 for 4 channels of both
+    ('1/down', '1/up')
 
     Reference: one choice for each block under a budget, Bercovich et al., "Puzzle: Distillation-Based NAS for
     Inference-Optimized LLMs", 2024, section 3.
     """
-    require_budget(budget)
-    groups = {group.name: group for group in graph.groups}
-    if not prices:
-        raise ValueError("prices names no group, so that no width can be chosen; price_widths makes them.")
-    for name, widths in prices.items():
-        if name not in groups:
-            raise ValueError(f"prices names {name!r}, which is no group of this function; price_widths names them.")
-        if not widths or not all(1 <= width <= groups[name].size for width in widths):
-            raise ValueError(f"prices has {list(widths)} for {name}, which has 1 to {groups[name].size} channels.")
-        for width, price in widths.items():
-            if not math.isfinite(price):
-                raise ValueError(f"The price of {name} at {width} channels is {price}; leave out what cannot be had.")
-    together = families(graph, [groups[name] for name in prices], alike, dict.fromkeys(groups, 1))
+    require_graph(graph, "allocate_widths(graph, prices, budget)")
+    budgets = list(budget) if isinstance(budget, Sequence) else [budget]
+    costs = [cost or functools.partial(count_macs, graph)] if cost is None or callable(cost) else list(cost)
+    if not budgets or len(budgets) != len(costs):
+        raise ValueError(f"There are {len(budgets)} budgets and {len(costs)} costs; give a cost for each budget.")
+    for each in budgets:
+        require_budget(each)
+    _check_prices(graph, prices)
+    together = families(graph, [graph.group(name) for name in prices], alike, {group.name: 1 for group in graph.groups})
     for family in together:
         first = family[0].name
         for group in family:
             if set(prices[group.name]) != set(prices[first]):
                 raise ValueError(f"alike asks for one width of {first} and {group.name}, which are priced at others.")
-    options = [sorted(prices[family[0].name], reverse=True) for family in together]
-    lost = [
-        [sum(prices[group.name][width] for group in family) for width in widths]
-        for family, widths in zip(together, options, strict=True)
-    ]
-
-    def costs(widths: Sequence[int]) -> float:
-        pairs = [(group, width) for family, width in zip(together, widths, strict=True) for group in family]
-        plan = plan_of(graph, {group.var: np.arange(width) for group, width in pairs if width < group.size})
-        return cost(plan) if cost else count_macs(graph, plan)
-
-    sizes = [family[0].size for family in together]
-    whole = costs(sizes)
-    # By how much the cost changes with one family alone: mostly it falls, so that this is below zero.
-    alone = [
-        [costs([*sizes[:n], width, *sizes[n + 1 :]]) - whole for width in widths] for n, widths in enumerate(options)
-    ]
-    chosen = _within(lost, alone, options, whole, budget, costs)
-    return {
-        group.name: 1 - width / group.size for family, width in zip(together, chosen, strict=True) for group in family
-    }
+    return _Problem(graph, prices, costs, together, _branches(graph, blocks or {})).within(budgets)
 
 
-def _within(
-    lost: Sequence[Sequence[float]],
-    alone: Sequence[Sequence[float]],
-    options: Sequence[Sequence[int]],
-    whole: float,
-    budget: float,
-    costs: Callable[[Sequence[int]], float],
-) -> list[int]:
-    """Return the widths of the least loss that cost no more than the budget: where costs add up, those found first."""
+def _check_prices(graph: Graph, prices: Mapping[str, Mapping[int, float]]) -> None:
+    sizes = {group.name: group.size for group in graph.groups}
+    if not prices:
+        raise ValueError("prices names no group, so that no width can be chosen; price_widths makes them.")
+    for name, widths in prices.items():
+        if name not in sizes:
+            raise ValueError(f"prices names {name!r}, which is no group of this function; price_widths names them.")
+        if not widths or not all(1 <= width <= sizes[name] for width in widths):
+            raise ValueError(f"prices has {list(widths)} for {name}, which has 1 to {sizes[name]} channels.")
+        for width, price in widths.items():
+            if not math.isfinite(price):
+                raise ValueError(f"The price of {name} at {width} channels is {price}; leave out what cannot be had.")
 
-    def at(aim: float) -> list[int]:
-        choices = _knapsack(lost, alone, aim - whole)
-        return [widths[choice] for widths, choice in zip(options, choices, strict=True)]
 
-    least = whole + sum(map(min, alone))
-    low, high = least, max(least, budget)
-    narrowest = at(low)
-    if costs(narrowest) > budget:
-        raise ValueError(
-            f"A budget of {budget:,.6g} cannot be met: at the widths given the function costs at the least "
-            f"{costs(narrowest):,.6g}, uncut {whole:,.6g}. Raise the budget, which is no fraction, or price less wide ones."
-        )
-    found = at(high)
-    if costs(found) <= budget:
+def _branches(graph: Graph, prices: Mapping[str, float]) -> list[tuple[Block, float]]:
+    known = {block.name: block for block in graph.blocks}
+    for name, price in prices.items():
+        if name not in known or known[name].members:
+            raise ValueError(
+                f"blocks names {name!r}, which is no residual branch of this function"
+                + (
+                    "; layers of a scan are dropped by select_blocks, before widths are chosen."
+                    if name in known
+                    else f"; there are {some(block.name for block in graph.blocks if not block.members)}."
+                )
+            )
+        if not math.isfinite(price):
+            raise ValueError(f"The price of dropping {name} is {price}; leave out what cannot be had.")
+    return [(known[name], price) for name, price in prices.items()]
+
+
+class _Linear(NamedTuple):
+    """What choices cost if costs add up: at a point, and by how much each changes that alone."""
+
+    at: np.ndarray
+    choices: list[Choice]
+    drops: list[Drop]
+
+    def costs(self, taken: Taken) -> np.ndarray:
+        parts = [choice.costs[o] for choice, o in zip(self.choices, taken.options, strict=True) if o is not None]
+        gone = [drop.costs for drop, is_gone in zip(self.drops, taken.dropped, strict=True) if is_gone]
+        return self.at + sum(parts + gone, np.zeros_like(self.at))
+
+
+class _Problem:
+    """The widths, the branches and their costs.
+
+    A choice is made for groups that keep one width together; where some of these may go with a branch, for each of them.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        prices: Mapping[str, Mapping[int, float]],
+        costs: Sequence[Cost],
+        together: Sequence[Sequence[ChannelGroup]],
+        branches: Sequence[tuple[Block, float]],
+    ) -> None:
+        self._graph, self._costs, self._branches = graph, costs, branches
+        self._units: list[Sequence[ChannelGroup]] = []
+        self._alike: list[list[int]] = []
+        for family in together:
+            if len(family) > 1 and any(_inside(group, block) for group in family for block, _ in branches):
+                self._alike.append(list(range(len(self._units), len(self._units) + len(family))))
+                self._units += [[group] for group in family]
+            else:
+                self._units.append(family)
+        self._options = [sorted(prices[unit[0].name], reverse=True) for unit in self._units]
+        self._lost = [
+            np.array([sum(prices[group.name][width] for group in unit) for width in widths])
+            for unit, widths in zip(self._units, self._options, strict=True)
+        ]
+        self._frees = [[n for n, unit in enumerate(self._units) if _inside(unit[0], block)] for block, _ in branches]
+
+    def within(self, budgets: Sequence[float]) -> Allocation:
+        """Return the allocation of the least price that costs no more than the budgets."""
+        point, best = [unit[0].size for unit in self._units], None
+        for _ in range(_ROUNDS):
+            linear = self._around(point)
+            found = self._search(linear, budgets)
+            if found is None or (best is not None and found.price >= best.price):
+                break
+            best = found
+            # Of what is dropped the width does not matter.
+            point = [round(unit[0].size * (1 - best.k[unit[0].name])) for unit in self._units]
+            narrowest = Taken([int(np.argmin(c.costs[:, 0])) for c in linear.choices], [False] * len(self._branches))
+            if np.allclose(linear.costs(narrowest), self._allocation(narrowest).costs, rtol=1e-9, atol=0):
+                break
+        if best is None:
+            raise ValueError(
+                f"The budgets of {', '.join(f'{each:,.6g}' for each in budgets)} cannot be met together. Raise one of them, "
+                "or price less wide ones."
+            )
+        return best
+
+    def _around(self, point: Sequence[int]) -> _Linear:
+        """Return what everything costs alone, where all else has the widths of a point."""
+        at = self._measure(point, [])
+        choices = []
+        for n, (widths, lost) in enumerate(zip(self._options, self._lost, strict=True)):
+            costs = [self._measure([*point[:n], width, *point[n + 1 :]], []) - at for width in widths]
+            choices.append(Choice(lost, np.stack(costs)))
+        drops = []
+        for (block, price), frees in zip(self._branches, self._frees, strict=True):
+            within = [m for m, (other, _) in enumerate(self._branches) if set(other.paths) < set(block.paths)]
+            drops.append(Drop(price, self._measure(point, [block]) - at, frees, within))
+        return _Linear(at, choices, drops)
+
+    def _search(self, linear: _Linear, budgets: Sequence[float]) -> Allocation | None:
+        """Return what is best of all that meets the budgets, if costs add up; else of what is aimed at below them."""
+        least = np.array([self._least(linear, number, budget) for number, budget in enumerate(budgets)])
+        most = np.maximum(least, budgets)
+
+        def at(share: float) -> tuple[bool, Allocation | None]:
+            taken = take(linear.choices, linear.drops, self._alike, least + share * (most - least) - linear.at)
+            found = None if taken is None else self._allocation(taken)
+            return taken is not None, found if found is not None and np.all(np.array(found.costs) <= budgets) else None
+
+        _, found = at(1.0)
+        low, high = 0.0, 1.0
+        if found is None:
+            _, found = at(0.0)
+            for _ in range(_HALVINGS):
+                middle = (low + high) / 2
+                any_taken, allocation = at(middle)
+                if allocation is None and any_taken:
+                    high = middle
+                else:
+                    low, found = middle, allocation or found
         return found
-    found = narrowest
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        widths = at(middle)
-        if costs(widths) <= budget:
-            found, low = widths, middle
-        else:
-            high = middle
-    return found
+
+    def _least(self, linear: _Linear, number: int, budget: float) -> float:
+        """Return the least that the function costs in one unit, and raise where that is more than a budget."""
+        choices = [choice._replace(prices=choice.costs[:, number]) for choice in linear.choices]
+        drops = [drop._replace(price=drop.costs[number]) for drop in linear.drops]
+        taken = take(choices, drops, self._alike, [math.inf] * len(self._costs))
+        assert taken is not None
+        spent = self._allocation(taken).costs[number]
+        if spent > budget:
+            whole = self._costs[number](plan_of(self._graph, {}))
+            raise ValueError(
+                f"A budget of {budget:,.6g} cannot be met: at the widths given the function costs at the least "
+                f"{spent:,.6g}, uncut {whole:,.6g}. Raise the budget, which is no fraction, or price less wide ones."
+            )
+        return float(linear.costs(taken)[number])
+
+    def _measure(self, widths: Sequence[int], gone: Sequence[Block]) -> np.ndarray:
+        return np.array([cost(self._plan(widths, gone)) for cost in self._costs], float)
+
+    def _plan(self, widths: Sequence[int], gone: Sequence[Block]) -> Plan:
+        pairs = [(group, width) for unit, width in zip(self._units, widths, strict=True) for group in unit]
+        kept = {group.var: np.arange(width) for group, width in pairs if width < group.size}
+        return plan_of(self._graph, kept, gone)
+
+    def _allocation(self, taken: Taken) -> Allocation:
+        gone = [(block, price) for (block, price), drop in zip(self._branches, taken.dropped, strict=True) if drop]
+        blocks = [block for block, _ in gone]
+        made = list(zip(self._units, self._options, self._lost, taken.options, strict=True))
+        widths = [unit[0].size if option is None else widths[option] for unit, widths, _, option in made]
+        paid = [float(lost[option]) for _, _, lost, option in made if option is not None]
+        plan = self._plan(widths, blocks)
+        return Allocation(
+            {
+                group.name: 1 - width / group.size
+                for (unit, *_), width in zip(made, widths, strict=True)
+                for group in unit
+            },
+            plan_of(self._graph, {}, blocks),
+            sum(paid) + sum(price for _, price in gone),
+            tuple(cost(plan) for cost in self._costs),
+        )
 
 
-def _knapsack(lost: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> list[int]:
-    """Return of each family the number of the option taken: one of each, the least loss in all that the budget allows."""
-    from scipy import optimize, sparse  # takes longer to import than all of this package
-
-    owners = np.repeat(np.arange(len(lost)), [len(row) for row in lost])
-    prices, weights = np.concatenate(lost), np.concatenate(costs)
-    # The solver's tolerances are absolute.
-    price, weight = (float(np.abs(values).max()) or 1.0 for values in (prices, weights))
-    one_of_each = sparse.csr_array((np.ones(len(owners)), (owners, np.arange(len(owners)))))
-    found = optimize.milp(
-        prices / price,
-        integrality=np.ones(len(owners)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one_of_each, 1, 1),
-            optimize.LinearConstraint(weights[None] / weight, -np.inf, budget / weight),
-        ],
-        options={"mip_rel_gap": _GAP},
-    )
-    if found.x is None:
-        raise RuntimeError(f"The integer program was not solved: {found.message}")
-    return [int(np.argmax(found.x[owners == family])) for family in range(len(lost))]
+def _inside(group: ChannelGroup, block: Block) -> bool:
+    """Whether a group's channels go with a branch."""
+    return {member.path for member in group.members} <= set(block.paths)

@@ -1,6 +1,9 @@
 """What a function costs, counted from its jaxpr, before and after channels and layers are cut."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from jaxprune.structured._axes._dims import Var, kept_size
 from jaxprune.structured._axes._program import Program
@@ -19,13 +22,20 @@ def count_parameters(graph: Graph, plan: Plan | None = None) -> int:
     >>> count_parameters(graph), count_parameters(graph, plan)
     (40, 10)
     """
-    sizes = _sizes(graph, plan)
-    dropped = () if plan is None else plan.dropped
-    return sum(
-        math.prod(kept_size(dim, sizes) for dim in value.dims)
-        for path, value in zip(graph.paths, graph.params, strict=True)
-        if path not in dropped
-    )
+    return _count(graph, plan, [1] * len(graph.paths))
+
+
+def count_bytes(graph: Graph, plan: Plan | None = None) -> int:
+    """Count the bytes of the parameters that stay, in their dtypes: what a file holds of them, its header aside.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxprune.structured import trace
+    >>> params = {"up": jnp.ones((3, 8), jnp.bfloat16), "down": jnp.ones((8, 2), jnp.bfloat16)}
+    >>> graph = trace(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((5, 3), jnp.bfloat16))
+    >>> count_bytes(graph)
+    80
+    """
+    return _count(graph, plan, [np.dtype(value.dtype).itemsize for value in graph.params])
 
 
 def count_macs(graph: Graph, plan: Plan | None = None) -> int:
@@ -42,6 +52,17 @@ def count_macs(graph: Graph, plan: Plan | None = None) -> int:
     200
     """
     return _macs((graph if plan is None else shallower(graph, plan)).program, _sizes(graph, plan))
+
+
+def _count(graph: Graph, plan: Plan | None, weights: Sequence[int]) -> int:
+    """Count elements of the parameters that stay, each as much as an element of its parameter counts."""
+    sizes = _sizes(graph, plan)
+    dropped = () if plan is None else plan.dropped
+    return sum(
+        weight * math.prod(kept_size(dim, sizes) for dim in value.dims)
+        for path, value, weight in zip(graph.paths, graph.params, weights, strict=True)
+        if path not in dropped
+    )
 
 
 def _sizes(graph: Graph, plan: Plan | None) -> dict[Var, int]:

@@ -76,7 +76,7 @@ def price_widths(
     grams.sites.require_params(params)
     found = {}
     for group in groups_among(graph, among):
-        widths = _widths(group, options, steps[group.name], min_kept)
+        widths = widths_of(group, options, steps[group.name], min_kept)
         gone = group.size - widths[0]
         losses = removal_order(group, flat.by_path, grams, gone, squared.by_path).losses
         # Layers that choose for themselves add up; rounding can make an error fall by a hair.
@@ -86,6 +86,7 @@ def price_widths(
     return found
 
 
-def _widths(group: ChannelGroup, options: int, round_to: int, min_kept: int) -> list[int]:
+def widths_of(group: ChannelGroup, options: int, round_to: int, min_kept: int) -> list[int]:
+    """Return widths of a group that are priced, rising: evenly spaced, its own among them."""
     shares = np.arange(options) / options
     return sorted({kept_count(group, float(share), round_to, min_kept) for share in shares} | {group.size})

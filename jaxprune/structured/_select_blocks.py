@@ -1,21 +1,16 @@
 """Choose layers and residual branches to drop, by how little their absence raises the loss."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._progress import tracked
 from jaxprune.structured._axes._dims import Var
-from jaxprune.structured._axes._replay import Masks, Replay
 from jaxprune.structured._blocks import Block
+from jaxprune.structured._gated import Loss, gated
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._plan import Plan, plan_of
-from jaxprune.structured._rebuild import at_shapes, evaluate, whole_shapes
-
-Loss = Callable[[Callable[..., Any], Any], Any]
 
 
 def select_blocks(graph: Graph, params: Any, number: int, loss: Loss, *, progress: bool = False) -> Plan:
@@ -40,6 +35,7 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss, *, progres
     Raises:
         ValueError: nothing can be dropped, or not so much; the loss is no scalar, or is finite for none.
 
+    >>> import jax.numpy as jnp
     >>> from jaxprune.structured import trace
     >>> params = {"f": jnp.array([[2.0]]), "g": jnp.array([[0.5]])}
     >>> def fn(params, x):
@@ -57,25 +53,14 @@ def select_blocks(graph: Graph, params: Any, number: int, loss: Loss, *, progres
     """
     _check_number(graph, number)
 
-    @jax.jit
-    def measure(params: Any, gates: Sequence[Any]) -> Any:
-        def fn(params: Any, *inputs: Any) -> Any:
-            here = at_shapes(graph, inputs)
-            masks: Masks = {block.place: gate for block, gate in zip(here.blocks, gates, strict=True)}
-            return evaluate(here, Replay(), params, whole_shapes(here), inputs, masks)
-
-        value = jnp.asarray(loss(fn, params))
-        if value.shape:
-            raise ValueError(f"loss is to return a scalar; it returned an array of shape {value.shape}.")
-        return value
-
+    measure = gated(graph, loss)
     gates = [np.ones((block.size,) if block.members else (), bool) for block in graph.blocks]
     for gone in range(number):
         choices = list(_choices(graph.blocks, gates))
         if not choices:
             raise ValueError(f"number is {number}, but behind {gone} nothing is left that can be dropped.")
         title = f"block {gone + 1} of {number}"
-        losses = np.array([float(measure(params, choice)) for choice in tracked(choices, title, progress)])
+        losses = np.array([float(measure(params, {}, choice)) for choice in tracked(choices, title, progress)])
         if not np.isfinite(losses).any():
             raise ValueError(
                 f"With {gone} of {number} blocks dropped, loss is finite for no choice of the next one: {losses}."

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxprune.structured._importance import Importance, order_by
 from jaxprune.structured._losses import repaired_readers
 from jaxprune.structured._naming import as_list, by_group, groups_named
 from jaxprune.structured._plan import Plan, plan_of
+from jaxprune.structured._structures import structures
 
 # What a function costs under a plan.
 Cost = Callable[[Plan], float]
@@ -116,6 +117,7 @@ def select_channels_globally(
     cost: Cost | None = None,
     among: str | Sequence[str] | None = None,
     alike: str | Sequence[str] = (),
+    isomorphic: bool = False,
     grams: Grams | None = None,
     scores: Any = None,
     importance: Importance | None = None,
@@ -139,6 +141,9 @@ def select_channels_globally(
         alike: names or patterns, of which each means groups that keep the same number of channels: a configuration has
             often one width for all layers, ``("*/gate_proj", "*/k_proj")``. The channels that go are each layer's own, and of all
             layers at once, for the mean of what they cost.
+        isomorphic: whether importance is compared among groups of the same structure alone: heads with heads, the inner channels of
+            one residual block with those of others, whatever their sizes. The same share of each such class goes. Groups
+            that are to be alike are of the class of the first of them.
         grams: as in `select_channels`; the plan needs `repair`.
         scores: as in `select_channels`.
         importance: as in `select_channels`.
@@ -151,6 +156,8 @@ def select_channels_globally(
     Raises:
         ValueError: the budget cannot be met, because of what must stay; groups that are to be alike are of different sizes; as in
             `select_channels`.
+
+    Reference: `isomorphic`, Fang et al., "Isomorphic Pruning for Vision Models", 2024, section 3.
     """
     require_graph(graph, "select_channels_globally(graph, params, budget)")
     steps = check_options(graph, round_to, min_kept)
@@ -159,6 +166,9 @@ def select_channels_globally(
     # A group's last channels are never counted.
     orders = {group.name: order(group, group.size - _least(group, min_kept)) for family in together for group in family}
     ranks = [np.mean([orders[group.name][1] for group in family], 0) for family in together]
+    if isomorphic:
+        known = structures(graph)
+        ranks = _shares(ranks, [known[family[0].name] for family in together])
     owners = np.repeat(np.arange(len(together)), [len(rank) for rank in ranks])
     owners = owners[np.argsort(np.concatenate(ranks), kind="stable")]
 
@@ -173,6 +183,20 @@ def select_channels_globally(
         return _planned(graph, kept, grams)
 
     return plan(_first(graph, len(owners), plan, cost, budget))
+
+
+def _shares(ranks: Sequence[np.ndarray], classes: Sequence[Hashable]) -> list[np.ndarray]:
+    """Return in place of importances which share of the channels of its class each is the last of."""
+    found = [np.zeros(len(rank)) for rank in ranks]
+    for each in dict.fromkeys(classes):
+        members = [n for n, other in enumerate(classes) if other == each]
+        order = np.argsort(np.concatenate([ranks[n] for n in members]), kind="stable")
+        shares = np.empty(len(order))
+        shares[order] = (np.arange(len(order)) + 1) / len(order)
+        ends = np.cumsum([len(ranks[n]) for n in members])[:-1]
+        for n, part in zip(members, np.split(shares, ends), strict=True):
+            found[n] = part
+    return found
 
 
 def groups_among(graph: Graph, among: str | Sequence[str] | None) -> list[ChannelGroup]:

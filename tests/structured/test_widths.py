@@ -137,7 +137,7 @@ def test_no_allocation_within_the_budget_is_cheaper(count):
     }  # fmt: skip
     for share in (0.4, 0.55, 0.8, 1.0):
         budget = share * cost(select_channels(graph, params, 0.0))
-        shares = allocate_widths(graph, prices, budget, cost=cost)
+        shares = allocate_widths(graph, prices, budget, cost=cost).k
         plan = select_channels(graph, params, shares)
         assert cost(plan) <= budget
         paid = sum(prices[name][round(graph.group(name).size * (1 - k))] for name, k in shares.items())
@@ -156,10 +156,10 @@ def test_what_a_channel_costs_counts_as_well_as_what_it_saves():
     graph = trace(fn, params, normal(5, 4))
     prices = {"0/up[1]": {n: 4.0 - n for n in range(1, 5)}, "1/up[1]": {n: 1.5 * (4 - n) for n in range(1, 5)}}
     whole = count_macs(graph)
-    assert allocate_widths(graph, prices, whole) == {"0/up[1]": 0.0, "1/up[1]": 0.0}
-    assert allocate_widths(graph, prices, whole - 40) == {"0/up[1]": 0.25, "1/up[1]": 0.0}
-    assert allocate_widths(graph, prices, whole - 80) == {"0/up[1]": 0.0, "1/up[1]": 0.25}
-    assert allocate_widths(graph, prices, whole - 120) == {"0/up[1]": 0.25, "1/up[1]": 0.25}
+    assert allocate_widths(graph, prices, whole).k == {"0/up[1]": 0.0, "1/up[1]": 0.0}
+    assert allocate_widths(graph, prices, whole - 40).k == {"0/up[1]": 0.25, "1/up[1]": 0.0}
+    assert allocate_widths(graph, prices, whole - 80).k == {"0/up[1]": 0.0, "1/up[1]": 0.25}
+    assert allocate_widths(graph, prices, whole - 120).k == {"0/up[1]": 0.25, "1/up[1]": 0.25}
 
 
 def test_groups_that_share_a_matrix_meet_the_budget():
@@ -172,7 +172,7 @@ def test_groups_that_share_a_matrix_meet_the_budget():
     prices = {group.name: {n: float((8 - n) ** 2) for n in range(1, 9)} for group in graph.groups}
     assert len(prices) == 3
     for budget in (30, 60, 90, 120):
-        plan = select_channels(graph, params, allocate_widths(graph, prices, budget))
+        plan = select_channels(graph, params, allocate_widths(graph, prices, budget).k)
         assert 0.75 * budget <= count_macs(graph, plan) <= budget
 
 
@@ -182,10 +182,10 @@ def test_layers_that_are_to_be_alike():
     free = {0: 9.0, 1: 1.0, 2: 0.1}
     prices = {f"{n}/up[1]": {1: 4 * price, 2: price, 4: 0.0} for n, price in free.items()}
     cost = functools.partial(count_parameters, graph)
-    assert allocate_widths(graph, prices, 64, cost=cost) == {"0/up[1]": 0.0, "1/up[1]": 0.5, "2/up[1]": 0.5}
-    found = allocate_widths(graph, prices, 72, cost=cost, alike=["[02]/up"])
+    assert allocate_widths(graph, prices, 64, cost=cost).k == {"0/up[1]": 0.0, "1/up[1]": 0.5, "2/up[1]": 0.5}
+    found = allocate_widths(graph, prices, 72, cost=cost, alike=["[02]/up"]).k
     assert found == {"0/up[1]": 0.0, "1/up[1]": 0.75, "2/up[1]": 0.0}
-    assert set(allocate_widths(graph, prices, 48, cost=cost, alike="*/up").values()) == {0.5}
+    assert set(allocate_widths(graph, prices, 48, cost=cost, alike="*/up").k.values()) == {0.5}
 
 
 def test_mistakes_are_named():
@@ -205,7 +205,7 @@ def test_mistakes_are_named():
     narrow = {name: {1: 1.0, 2: 0.0} for name in ("0/up[1]", "1/up[1]")}  # neither of them may stay whole
     with pytest.raises(ValueError, match="A budget of 100 cannot be met: .* at the least 112, uncut 448"):
         allocate_widths(graph, narrow, 100)
-    assert allocate_widths(graph, narrow, 448) == {"0/up[1]": 0.5, "1/up[1]": 0.5}
+    assert allocate_widths(graph, narrow, 448).k == {"0/up[1]": 0.5, "1/up[1]": 0.5}
     with pytest.raises(ValueError, match="above 0, not 0"):
         allocate_widths(graph, prices, 0)
     with pytest.raises(ValueError, match=r"one width of 0/up\[1\] and 1/up\[1\], which are priced at others"):

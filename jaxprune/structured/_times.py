@@ -1,0 +1,136 @@
+"""What a function takes at other widths, measured on the device at hand: a cost that `allocate_widths` takes."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from jaxprune._printing import Printable, many, some
+from jaxprune.structured._blocks import Block
+from jaxprune.structured._count import count_macs
+from jaxprune.structured._graph import Graph
+from jaxprune.structured._groups import ChannelGroup
+from jaxprune.structured._plan import Plan, dropped_branches, plan_of, solve
+
+if TYPE_CHECKING:
+    from jaxprune._tables import Table
+
+# Groups that are cut to one width, or branches that are dropped.
+Part = ChannelGroup | Block
+
+
+def cut(graph: Graph, parts: Sequence[Part], width: int = 0) -> Plan:
+    """Return the plan that cuts groups to a width, the first channels staying, and drops branches."""
+    kept = {part.var: np.arange(width) for part in parts if isinstance(part, ChannelGroup) and width < part.size}
+    return plan_of(graph, kept, [part for part in parts if isinstance(part, Block)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Times(Printable):
+    """What a function takes, in seconds, with one group alone cut or one branch alone dropped; called with a plan, what it takes then.
+
+    Between widths that were measured times are interpolated. What several cuts save adds up, times what they save in
+    multiply-accumulates together over the sum of what each saves alone: where two groups share a matrix that is less
+    than all of it. Prints as a table.
+
+    Attributes:
+        graph: the function.
+        device: what it ran on.
+        whole: of the whole function.
+        widths: by the name of each group, for widths that rise, never falling.
+        blocks: without each residual branch, by its name.
+    """
+
+    graph: Graph
+    device: str
+    whole: float
+    widths: Mapping[str, Mapping[int, float]]
+    blocks: Mapping[str, float]
+    _alone: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, plan: Plan) -> float:
+        """Return the seconds expected of the smaller function.
+
+        Raises:
+            ValueError: the plan cuts or drops what was not measured, or does not fit the graph.
+        """
+        branches = dropped_branches(self.graph, plan)
+        found: list[tuple[Part, int]] = [
+            (block, 0) for block in branches if not any(set(block.paths) < set(other.paths) for other in branches)
+        ]
+        groups = {group.var: group for group in self.graph.groups}
+        for var, indices in solve(self.graph, plan).items():
+            if var not in groups:
+                raise ValueError(
+                    "The plan drops layers of a scan, of which no time is known. Measure the function without them."
+                )
+            if not {member.path for member in groups[var].members} <= set(plan.dropped):
+                found.append((groups[var], indices.shape[-1]))
+        saved = sum(self._saved(*each) for each in found)
+        alone = sum(self.macs_saved(*each) for each in found)
+        together = count_macs(self.graph) - count_macs(self.graph, plan)
+        return self.whole - saved * (min(together / alone, 1.0) if alone else 1.0)
+
+    def _saved(self, part: Part, width: int) -> float:
+        table: Mapping[str, object] = self.blocks if isinstance(part, Block) else self.widths
+        if part.name not in table:
+            raise ValueError(
+                f"The plan cuts {part.name}, of which no time is known; measure_times with it among the others."
+            )
+        if isinstance(part, Block):
+            return self.whole - self.blocks[part.name]
+        widths = self.widths[part.name]
+        return self.whole - float(np.interp(width, list(widths), list(widths.values())))
+
+    def macs_saved(self, part: Part, width: int) -> int:
+        """Return the multiply-accumulates that a group alone saves at a width, or a branch alone, dropped."""
+        key = part.name if isinstance(part, ChannelGroup) else f"dropped {part.name}", width
+        if key not in self._alone:
+            self._alone[key] = count_macs(self.graph) - count_macs(self.graph, cut(self.graph, [part], width))
+        return self._alone[key]
+
+    def to_json(self) -> str:
+        """Return the times as JSON text, with the device and the version of JAX; `from_json` reads them."""
+        parts = {"device": self.device, "jax": jax.__version__, "whole": self.whole}
+        return json.dumps({**parts, "widths": self.widths, "blocks": self.blocks}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, graph: Graph) -> "Times":
+        """Read what `to_json` wrote, of a graph of the same function.
+
+        Raises:
+            ValueError: the graph has not the groups or the branches that were measured.
+        """
+        parts = json.loads(text)
+        widths = {name: {int(n): seconds for n, seconds in table.items()} for name, table in parts["widths"].items()}
+        sizes = {group.name: group.size for group in graph.groups}
+        names = {block.name for block in graph.blocks}
+        others = [name for name, table in widths.items() if sizes.get(name) != max(table)]
+        others += [name for name in parts["blocks"] if name not in names]
+        if others:
+            raise ValueError(
+                f"The times are of another function: this one has no {some(others)} of that size. Measure anew."
+            )
+        return cls(graph, parts["device"], parts["whole"], widths, parts["blocks"])
+
+    def _in_short(self) -> str:
+        return (
+            f"{1e3 * self.whole:.3g} ms on {self.device}; {many(len(self.widths), 'group')} and "
+            f"{many(len(self.blocks), 'block')} measured"
+        )
+
+    def table(self, *, full: bool = False) -> "Table":
+        """Return the table that is printed; a row for each layer if it is to be `full`."""
+        from jaxprune._tables import Table
+
+        table = Table(full=full, title=self._in_short())
+        for column in ("group or branch", "widths", "ms"):
+            table.add_column(column)
+        for name, widths in self.widths.items():
+            table.add_row(name, ", ".join(map(str, widths)), ", ".join(f"{1e3 * s:.3g}" for s in widths.values()))
+        for name, without in self.blocks.items():
+            table.add_row(name, "dropped", f"{1e3 * without:.3g}")
+        return table
