@@ -57,7 +57,7 @@ def weight_gates(
     >>> gates["bias"], gates["kernel"].dtype, (gates["kernel"] > 0).tolist()
     (None, dtype('float32'), [[True, False], [False, True]])
 
-    Reference: Zimmer et al., "LEAP: Learnable Masks", arXiv 2605.17289, 2026, whose gates and prior these are.
+    Reference: LEAP, arXiv 2605.17289, 2026, whose gates and prior these are.
     """
     check_prior(std, strength, "weight_gates")
     tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)

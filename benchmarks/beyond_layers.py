@@ -1,0 +1,210 @@
+"""Masks chosen beyond one pass over a layer: bits per byte of a byte-level transformer, by method and sparsity.
+
+    python -m benchmarks.beyond_layers
+
+The network is that of `examples/language_model.py`, trained once and kept. Layer by layer, without training: ADMM; the
+masks of it swapped, and the weights reconstructed; ADMM in sequence. With training, every method on the same windows of
+text in the same order:
+
+- healed: what ADMM in sequence left is trained under its masks (`transforms.heal`);
+- gradual: from the dense network, masks by magnitude tighten along the cubic schedule in the first half (`prune`);
+- ELSA: from the dense network, a sparse copy pulls for three quarters of the steps (`transforms.elsa`);
+- learned masks: gates on ADMM's weights, which stay as they are (`learned`), with the published schedules.
+
+What trains weights is Adam under a cosine, with the same highest rate. `--valid` measures on the text that settings are
+chosen on; without it, on text that nothing was chosen on.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import language_model
+import numpy as np
+import optax
+from _support import text
+from language_model import Model, Pattern
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jaxprune
+from benchmarks import learned_masks, timing
+from jaxprune import oneshot, rules, transforms
+
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+PATTERNS = {
+    **{f"{100 * k:g} %": Pattern(f"{100 * k:g} %", k, rules.layer_sparsity, rules.row_sparsity) for k in SPARSITIES},
+    "2:4": Pattern("2:4", 2, rules.n_m(4), rules.n_m(4)),
+}
+# As shares of the steps: where gradual pruning ends, and where ELSA prunes.
+GRADUAL_END, ELSA_END = 0.5, 0.75
+
+
+class Found(NamedTuple):
+    """Parameters whose pruned weights are zero, and the masks."""
+
+    params: Any
+    masks: Any
+
+
+class Training(NamedTuple):
+    """How whatever is trained is trained."""
+
+    data: np.ndarray
+    updates: int
+    rate: float
+    penalty: float
+    seed: int
+
+    def windows(self) -> Iterator[np.ndarray]:
+        """The windows of each step, the same for every method."""
+        for place in np.random.default_rng(self.seed).integers(2**31, size=self.updates):
+            yield text.windows(self.data, language_model.BATCH_SIZE, language_model.CONTEXT, int(place))
+
+    def adam(self) -> optax.GradientTransformation:
+        """Adam, with a short warm-up, then a cosine to zero."""
+        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, self.rate, self.updates // 20, self.updates))
+
+
+# (model, Grams, pattern, training, what came before by name) -> what it leaves
+Way = Callable[[Model, Any, Pattern, Training, dict[str, Found]], Found]
+
+
+def admm(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+    """ADMM, all layers at once."""
+    solve = functools.partial(oneshot.admm, rule=pattern.rule, prunable=language_model.in_blocks)
+    return Found(*solve(model.params, grams, pattern.k))
+
+
+def swapped(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+    """ADMM's masks after swaps priced with what makes up for them."""
+    within = pattern.rule.m if pattern.rule.m > 1 else None
+    found = oneshot.swap_and_reconstruct(model.params, before["ADMM"].masks, grams, within=within)
+    return Found(found.params, found.masks)
+
+
+def in_sequence(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+    """ADMM, each layer behind those that were pruned before it."""
+    solve = functools.partial(oneshot.admm, k=pattern.k, rule=pattern.rule)
+    return Found(*oneshot.sequential(model.apply, model.params, model.batches, solve, prunable=language_model.in_blocks))
+
+
+def healed(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+    """ADMM in sequence, then trained under its masks."""
+    params, masks = before["ADMM, in sequence"]
+    return Found(transforms.heal(model.loss, params, masks, training.windows(), training.adam()).params, masks)
+
+
+def gradual(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+    """Magnitude, tightening while the network trains; N:M at once."""
+    make = functools.partial(jaxprune.make_masks, rule=pattern.rule, prunable=language_model.in_blocks)
+    end = round(GRADUAL_END * training.updates)
+    cubic = optax.polynomial_schedule(0.0, pattern.k, 3, transition_steps=end) if pattern.k < 1 else pattern.k
+    every = max(1, training.updates // 64)
+    return _trained(model, optax.chain(training.adam(), jaxprune.prune(make, cubic, every=every, until=end)), training)
+
+
+def elsa(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+    """The loss itself under the constraint, by ADMM over the training steps."""
+    make = functools.partial(jaxprune.make_masks, rule=pattern.rule, prunable=language_model.in_blocks)
+    schedule = {"every": max(1, training.updates // 64), "until": round(ELSA_END * training.updates)}
+    wrapped = transforms.elsa(
+        training.adam(), make, pattern.k, penalty=training.penalty, prunable=language_model.in_blocks, **schedule
+    )
+    return _trained(model, wrapped, training)
+
+
+def learned(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+    """Gates on ADMM's weights; what it pruned has its dense value, should a mask take it back."""
+    start = learned_masks.admm_weights(model, grams, pattern, learned_masks.Start(*before["ADMM"]))
+    settings = argparse.Namespace(updates=training.updates, rate=learned_masks.RATE)
+    masks = learned_masks.learn(model, start, pattern, training.data, settings, training.seed)
+    return Found(jaxprune.apply_masks(start.params, masks), masks)
+
+
+WAYS: dict[str, Way] = {
+    "ADMM": admm,
+    "ADMM, swapped": swapped,
+    "ADMM, in sequence": in_sequence,
+    "ADMM in sequence, healed": healed,
+    "gradual": gradual,
+    "ELSA": elsa,
+    "learned masks": learned,
+}
+TRAINED = ("ADMM in sequence, healed", "gradual", "ELSA", "learned masks")
+
+
+def _trained(model: Model, tx: optax.GradientTransformation, training: Training) -> Found:
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, windows: jax.Array) -> Any:
+        updates, state = tx.update(jax.grad(model.loss)(params, windows), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = jax.tree.map(jnp.copy, (model.params, tx.init(model.params)))
+    for windows in training.windows():
+        params, state = step(params, state, windows)
+    return Found(params, jaxprune.masks_in(state))
+
+
+def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Load or train one network; prune it in every way to every pattern."""
+    sources = text.load()
+    subject = learned_masks.subject(seed, sources, options, console)
+    training = Training(sources.train, options.updates, options.rate, options.penalty, seed)
+    rows = []
+    runs = [(pattern, way) for pattern in options.patterns for way in options.ways]
+    done: dict[str, dict[str, Found]] = {pattern: {} for pattern in options.patterns}
+    for pattern, way in track(runs, f"pruning, seed {seed}", console=console):
+        began = time.process_time()
+        found = WAYS[way](subject.model, subject.grams, PATTERNS[pattern], training, done[pattern])
+        jax.block_until_ready(found)
+        cpu = time.process_time() - began
+        done[pattern][way] = found
+        removed = float(jaxprune.sparsity(found.masks, prunable=language_model.in_blocks))
+        text_bytes = options.updates * language_model.BATCH_SIZE * language_model.CONTEXT if way in TRAINED else 0
+        row = {"seed": seed, "pattern": pattern, "way": way, "dense": subject.dense, "removed": removed, "cpu": cpu}
+        rows.append(row | {"quality": subject.quality(found.params), "bytes": text_bytes})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Show the means over the seeds, and what a way costs by itself, beside what it begins with."""
+    seeds = len({row["seed"] for row in rows})
+    dense = statistics.mean(row["dense"] for row in rows)
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    title = f"bits per byte, mean of {seeds} seed(s); dense {dense:.3f}"
+    shown = Table("method", *patterns, "bytes of text", "CPU, s", title=title, title_justify="left")
+    for way in dict.fromkeys(row["way"] for row in rows):
+        same = [row for row in rows if row["way"] == way]
+        means = [statistics.mean(row["quality"] for row in same if row["pattern"] == pattern) for pattern in patterns]
+        cpu = statistics.mean(row["cpu"] for row in same)
+        shown.add_row(way, *(f"{mean:.3f}" for mean in means), f"{same[0]['bytes']:,}", f"{cpu:.0f}")
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, run every seed, show the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="each behind what it begins with")
+    parser.add_argument("--updates", type=int, default=250, help="of whatever is trained, each on 4,096 bytes")
+    parser.add_argument("--rate", type=float, default=1e-3, help="the highest of learning, where weights are trained")
+    parser.add_argument("--penalty", type=float, default=0.01, help="of ELSA")
+    learned_masks.add_subject(parser)
+    options = parser.parse_args(arguments)
+    console, rows = Console(width=120), []
+    for seed in options.seeds:
+        rows += run_seed(seed, options, console)
+        timing.write_json(options.json, rows)
+    console.print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
