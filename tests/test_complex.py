@@ -157,8 +157,26 @@ MAKE = functools.partial(jaxprune.make_masks, rule=rules.layer_sparsity)
         (lambda: jaxprune.rigl(ADAM, MASKS, every=1, until=2), False),
         (lambda: transforms.sparse_evolution(ADAM, MASKS, jax.random.key(0), every=1, until=2), False),
         (lambda: transforms.elsa(ADAM, MAKE, 0.5, every=1, until=1), False),
+        (lambda: optax.chain(ADAM, transforms.prune_and_splice(MAKE, 0.5, until=1)), False),
+        (
+            lambda: transforms.prune_by_gradients(
+                ADAM, lambda params, mean, k: MAKE(params, k, scores=mean), 0.5, measure=scores.saliency
+            ),
+            False,
+        ),
     ],
-    ids=["keep_pruned", "keep_zeros", "prune", "prune_and_regrow", "static_sparse", "rigl", "sparse_evolution", "elsa"],
+    ids=[
+        "keep_pruned",
+        "keep_zeros",
+        "prune",
+        "prune_and_regrow",
+        "static_sparse",
+        "rigl",
+        "sparse_evolution",
+        "elsa",
+        "prune_and_splice",
+        "prune_by_gradients",
+    ],
 )
 def test_transforms_keep_exact_zeros(make, held):
     tx, params = make(), PRUNED

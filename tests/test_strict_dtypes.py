@@ -207,7 +207,17 @@ def test_synflow_masks(dtype):
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16"], NARROW))
 @pytest.mark.parametrize(
     "name",
-    ["keep_pruned", "keep_zeros", "prune", "prune_and_regrow", "rigl", "sparse_evolution", "static_sparse", "elsa"],
+    [
+        "keep_pruned",
+        "keep_zeros",
+        "prune",
+        "prune_and_regrow",
+        "rigl",
+        "sparse_evolution",
+        "static_sparse",
+        "elsa",
+        "prune_and_splice",
+    ],
 )
 def test_transforms(name, dtype):
     def make(params: Any, k: Any) -> Any:
@@ -223,6 +233,7 @@ def test_transforms(name, dtype):
         "rigl": lambda: jaxprune.rigl(sgd, masks, every=1, until=1),
         "sparse_evolution": lambda: transforms.sparse_evolution(sgd, masks, jax.random.key(0), every=1, until=1),
         "static_sparse": lambda: transforms.static_sparse(sgd, masks),
+        "prune_and_splice": lambda: optax.chain(sgd, transforms.prune_and_splice(make, 0.5, back=0.75, until=1)),
         "elsa": lambda: transforms.elsa(sgd, make, 0.5, penalty=0.25, every=1, until=1),
     }[name]()
 

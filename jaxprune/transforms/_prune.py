@@ -227,6 +227,11 @@ def _scheduled(
 def require_scheduled(title: str, make: Make, schedule: optax.ScalarOrSchedule, steps: Steps) -> None:
     """Raise a TypeError or a ValueError unless these can be the arguments of `prune`."""
     require_make(make, f"{title}(make, schedule)")
+    require_schedule(title, schedule, steps)
+
+
+def require_schedule(title: str, schedule: optax.ScalarOrSchedule, steps: Steps) -> None:
+    """Raise a TypeError or a ValueError unless a schedule and its steps can be those of `prune`."""
     if callable(schedule) and not takes(schedule, 0):
         raise TypeError(
             f"{title}(make, schedule) was given {described(schedule)} for schedule, which is a number or a function of the "

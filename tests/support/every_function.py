@@ -469,6 +469,9 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
         p, optax.chain(SGD, transforms.decay_pruned(make_layer, 0.75, rate=0.5))
     ),
     "jaxprune.transforms.elsa": lambda p: trained(p, transforms.elsa(SGD, make_layer, 0.5, every=1, until=2)),
+    "jaxprune.transforms.heal": lambda p: transforms.heal(
+        lambda params, x: jnp.mean(apply(params, x) ** 2), p.params, p.masks, [p.x] * 2, SGD
+    ),
     "jaxprune.transforms.keep_pruned_in_keras": lambda p: _keras(lambda: transforms.keep_pruned_in_keras(p.masks)),
     "jaxprune.transforms.keep_zeros": lambda p: trained(p, optax.chain(SGD, transforms.keep_zeros())),
     "jaxprune.transforms.merge_lora": lambda p: transforms.merge_lora(
@@ -482,6 +485,15 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
         p, optax.chain(SGD, transforms.prune_and_regrow(make_layer, 0.75, every=1, until=1))
     ),
     "jaxprune.transforms.second_moment": lambda p: transforms.second_moment(optax.adam(0.1).init(p.params)),
+    "jaxprune.transforms.prune_and_splice": lambda p: trained(
+        p, optax.chain(SGD, transforms.prune_and_splice(make_layer, 0.5, back=0.75, until=1))
+    ),
+    "jaxprune.transforms.prune_by_gradients": lambda p: trained(
+        p,
+        transforms.prune_by_gradients(
+            SGD, lambda params, mean, k: make_layer(mean, k), 0.75, measure=scores.saliency, every=1, until=1
+        ),
+    ),
     "jaxprune.transforms.soft_threshold": lambda p: transforms.soft_threshold(p.params, 0.0),
     "jaxprune.transforms.sparse_evolution": lambda p: trained(
         p, transforms.sparse_evolution(SGD, p.masks, jax.random.key(KEY), every=1, until=1)

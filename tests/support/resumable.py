@@ -20,6 +20,8 @@ from jaxprune.transforms import (
     elsa,
     keep_zeros,
     prune_and_regrow,
+    prune_and_splice,
+    prune_by_gradients,
     soft_threshold,
     sparse_evolution,
     static_sparse,
@@ -65,6 +67,20 @@ RUNS = {
     "static_sparse": Run(lambda: static_sparse(optax.adam(0.05), MASKS)),
     "rigl": Run(lambda: rigl(optax.adam(0.05), MASKS, every=4, until=9)),
     "sparse_evolution": Run(lambda: sparse_evolution(optax.adam(0.05), MASKS, jax.random.key(3), every=4, until=9)),
+    "prune_and_splice": Run(
+        lambda: optax.chain(optax.adam(0.05), prune_and_splice(quantile, 0.4, back=0.5, every=3, until=9)),
+        start=dense_params,
+    ),
+    "prune_by_gradients": Run(
+        lambda: prune_by_gradients(
+            optax.adam(0.05),
+            lambda params, mean, k: quantile(mean, k),
+            CUBIC,
+            measure=lambda params, grads: jax.tree.map(jnp.square, grads),
+            every=4,
+            until=9,
+        )
+    ),
     "elsa": Run(lambda: elsa(optax.adam(0.05), quantile, 0.5, penalty=CUBIC, every=3, until=9), start=dense_params),
     "straight_through": Run(
         lambda: optax.chain(decay_pruned(lambda params, k: half(params), 0.5, rate=0.1), optax.adam(0.05)),

@@ -18,8 +18,18 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxprune import apply_masks, keep_pruned, make_masks, masks_in, prune, rigl
-from jaxprune.transforms import ElsaState, elsa, keep_zeros, prune_and_regrow, sparse_evolution, static_sparse
+from jaxprune import apply_masks, keep_pruned, make_masks, masks_in, prune, rigl, scores
+from jaxprune.transforms import (
+    ElsaState,
+    PruneState,
+    elsa,
+    keep_zeros,
+    prune_and_regrow,
+    prune_and_splice,
+    prune_by_gradients,
+    sparse_evolution,
+    static_sparse,
+)
 
 # Optax raises a float to the count of steps, which is a whole number (`tree.bias_correction`).
 from tests.support.promotion import standard_promotion as standard_promotion
@@ -32,6 +42,10 @@ def make(params: Any) -> Any:
     return make_masks(params, 1.0)
 
 
+def by_scores(params: Any, mean: Any, k: Any) -> Any:
+    return make_masks(params, k, scores=mean)
+
+
 # name: (inner optimizer, masks) -> a complete optimizer.
 TRANSFORMS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs]] = {
     "keep_pruned(masks)": lambda inner, masks: optax.chain(inner, keep_pruned(masks)),
@@ -39,9 +53,15 @@ TRANSFORMS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs
     "keep_zeros": lambda inner, masks: optax.chain(inner, keep_zeros()),
     "prune": lambda inner, masks: optax.chain(inner, prune(make_masks, 1.0, every=3, until=4)),
     "prune_and_regrow": lambda inner, masks: optax.chain(inner, prune_and_regrow(make_masks, 1.0, every=3, until=4)),
+    "prune_and_splice": lambda inner, masks: optax.chain(
+        inner, prune_and_splice(make_masks, 0.9, back=1.1, every=1, until=2)
+    ),
     "static_sparse": lambda inner, masks: static_sparse(inner, masks),
     "rigl": lambda inner, masks: rigl(inner, masks, every=3, until=3, drop_fraction=0.3),
     "sparse_evolution": lambda inner, masks: sparse_evolution(inner, masks, jax.random.key(0), every=3, until=3),
+    "prune_by_gradients": lambda inner, masks: prune_by_gradients(
+        inner, by_scores, 1.0, measure=scores.saliency, every=3, until=4
+    ),
     "elsa": lambda inner, masks: elsa(inner, make_masks, 1.0, penalty=0.1, every=1, until=2),
 }
 WITH_MASKS = [name for name in TRANSFORMS if name != "keep_zeros"]
@@ -105,20 +125,20 @@ def kernel_of(tree: Any) -> np.ndarray:
 
 def held_masks(transform: str, masks: Any) -> Callable[[Any], Any]:
     """Return what reads from the state the masks that hold now; without a state they are those of the start."""
-    if transform == "elsa":
-        return enforced_by_elsa
+    if transform in ("elsa", "prune_and_splice"):
+        return held_in_the_end
     return masks_in if transform in WITH_MASKS else lambda state: masks
 
 
-def enforced_by_elsa(state: Any) -> Any:
-    """Return the masks once weights are pruned under them; until then all are kept."""
-    found = [
-        node
-        for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ElsaState))
-        if hasattr(node, "split")
-    ]
-    (count,) = jax.tree.leaves(found[0].count)
-    return jax.tree.map(lambda mask: mask | (count <= 2), found[0].masks)
+def held_in_the_end(state: Any) -> Any:
+    """Return the masks once weights are held under them; until then the weights are dense, and all count as kept."""
+
+    def found(node: Any) -> bool:
+        return isinstance(node, ElsaState | PruneState)
+
+    node = next(filter(found, jax.tree.leaves(state, is_leaf=found)))
+    (count,) = jax.tree.leaves(node.count)
+    return jax.tree.map(lambda mask: mask | (count <= 2), node.masks)
 
 
 def assert_positive_zeros(kernels: Any, keep: Any) -> None:
@@ -223,7 +243,7 @@ def test_second_step_compiles_nothing_and_donation_spares_the_masks(transform, w
         params, state = step(params, state, value=jnp.float32(0), unheard_of=jnp.float32(0))
         history.append((np.array(kernel_of(params)), np.array(kernel_of(held(state)))))  # copies outlive donation
     assert step._cache_size() == 1
-    # In MultiSteps a transform that makes masks has none before the first update that is emitted; elsa's third prunes.
+    # In MultiSteps a transform that makes masks has none before the first update that is emitted; some prune at the third.
     assert_positive_zeros(*map(np.stack, zip(*history, strict=True)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first_params))
     if transform in WITH_MASKS:
