@@ -278,6 +278,13 @@ def test_solvers_and_scores_of_data_refuse_it():
     ).values()  # of the real weights that read complex ones
     assert list(prices) == [1, 2, 3, 4]
     assert prices[1] > prices[2] > prices[3] > prices[4] == 0
+    (measured,) = structured.measure_widths(
+        structured.trace(fn, PARAMS, X),
+        PARAMS,
+        lambda small, p: jnp.sum(jnp.square(small(p, X) - fn(PARAMS, X))),
+        grams=grams,
+    ).values()
+    assert measured[1] > measured[3] > measured[4] == 0
     swapped, turned = {"up": V.T, "down": W.T}, lambda p, x: jnp.tanh(x @ p["up"]).astype(jnp.complex64) @ p["down"]
     real = np.ones((5, V.shape[1]), np.float32)
     with pytest.raises(TypeError, match=r"select_in_sequence is of real weights, but params\['down'\] is complex64"):
@@ -291,6 +298,14 @@ def test_channels_are_cut_by_the_modulus():
     assert sorted(plan.kept["spectral/kernel"][1]) == sorted(np.argsort(-norms)[:2].tolist())
     assert structured.select_channels_globally(graph, PARAMS, 120).kept == plan.kept
     assert structured.shrink(plan, PARAMS)["spectral"]["kernel"].dtype == jnp.complex64
+    times = structured.measure_times(
+        graph, PARAMS, X, repeats=1, timer=lambda fn, p, x: float(p["dense"]["kernel"].size)
+    )
+    assert (
+        structured.check_times(times, plan, PARAMS, X, timer=lambda fn, p, x: float(p["dense"]["kernel"].size)).error
+        == 0
+    )
+    assert structured.count_bytes(graph, plan) == 8 * 2 * W.shape[0] + 4 * 2 * V.shape[1]
     assert structured.verify(graph, plan, PARAMS, X).passed
     weights = W.shape[0] + V.shape[1]
     assert float(structured.group_lasso(graph, PARAMS)) == pytest.approx(np.sqrt(weights) * norms.sum(), rel=1e-5)
@@ -396,7 +411,7 @@ def test_pictures(tmp_path):
 
 
 # What takes parameters only to hand them on to functions of the caller's or to those tested here.
-HANDED_ON = {"iterate", "verify_module", "select_blocks", "save_onnx"}
+HANDED_ON = {"iterate", "verify_module", "select_blocks", "measure_blocks", "save_onnx"}
 
 
 def test_every_public_function_of_parameters_is_tested_here():

@@ -130,7 +130,7 @@ def test_types_in_public_signatures_are_public(name: str) -> None:
 
 
 # Besides the first operands, what may be left out is named: these are operands that may be left out.
-OPERANDS = {("save_sparse", "masks"), ("count_parameters", "plan"), ("count_macs", "plan")}
+OPERANDS = {("save_sparse", "masks"), ("count_parameters", "plan"), ("count_bytes", "plan"), ("count_macs", "plan")}
 # Where to draw, the last of what a figure is made of, as all who draw with matplotlib have it.
 OPERANDS |= {
     (name, "ax") for name in ("accuracy", "churn", "mask", "sensitivity_curves", "sparsity_by_layer", "weights")

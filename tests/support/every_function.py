@@ -131,6 +131,14 @@ class Problem:
         return structured.price_widths(self.graph, self.params, grams=self.grams, squares=squares, options=4)
 
     @functools.cached_property
+    def times(self) -> Any:
+        return structured.measure_times(self.graph, self.params, self.x, repeats=1, timer=_weights)
+
+    @property
+    def macs(self) -> Any:
+        return functools.partial(structured.count_macs, self.graph)
+
+    @functools.cached_property
     def remembering(self) -> Any:
         """The graph of a function with state that is passed in and comes back."""
         state = jax.eval_shape(lambda p, x: _dense(p["a"], x), self.params, self.x)
@@ -157,6 +165,12 @@ class Problem:
         square = jnp.asarray(PARAMS["b"]["kernel"], jnp.float32)
         params, x = {f"block_{i}": {"kernel": (i + 1) * square} for i in range(2)}, jnp.ones((2, 8), jnp.float32)
         return params, structured.trace(deep, params, x), x
+
+
+def _weights(fn: Callable[..., Any], params: Any, *inputs: Any) -> float:
+    """The seconds of a call on a device that takes one for each weight."""
+    jax.block_until_ready(fn(params, *inputs))
+    return float(sum(leaf.size for leaf in jax.tree.leaves(params)))
 
 
 def _words() -> structured.Plan:
@@ -425,13 +439,25 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.storage.stored_bytes": lambda p: storage.stored_bytes(p.params, p.masks),
     "jaxprune.storage.summarize_file": lambda p: storage.summarize_file(p.file).bytes,
     "jaxprune.storage.to_bcsr": lambda p: jax.tree.leaves(storage.to_bcsr(p.params, p.masks)),
-    "jaxprune.structured.allocate_widths": lambda p: structured.allocate_widths(p.graph, p.prices, 2_000),
+    "jaxprune.structured.allocate_widths": lambda p: [
+        structured.allocate_widths(p.graph, p.prices, 2_000).k,
+        structured.allocate_widths(p.graph, p.prices, [2_000, 90.0], cost=[p.macs, p.times]).costs,
+    ],
+    "jaxprune.structured.check_times": lambda p: [p.times.widths, structured.check_times(p.times, p.plan, p.params, p.x, timer=_weights)],
     "jaxprune.structured.channel_masks": lambda p: structured.channel_masks(p.plan, p.params),
     "jaxprune.structured.combine": lambda p: structured.combine(p.plan, p.plan).to_json(),
+    "jaxprune.structured.count_bytes": lambda p: structured.count_bytes(p.graph, p.plan),
     "jaxprune.structured.count_macs": lambda p: structured.count_macs(p.graph, p.plan),
     "jaxprune.structured.count_parameters": lambda p: structured.count_parameters(p.graph, p.plan),
     "jaxprune.structured.group_lasso": lambda p: structured.group_lasso(p.graph, p.params),
     "jaxprune.structured.masked": lambda p: structured.masked(p.graph)(p.params, structured.channel_masks(p.plan, p.params), p.x),
+    "jaxprune.structured.measure_blocks": lambda p: structured.measure_blocks(
+        p.deep()[1], p.deep()[0], lambda fn, params: jnp.sum(fn(params, p.deep()[2]) ** 2)
+    ),
+    "jaxprune.structured.measure_times": lambda p: [p.times.widths, p.times.blocks],
+    "jaxprune.structured.measure_widths": lambda p: structured.measure_widths(
+        p.graph, p.params, lambda fn, params: jnp.sum(fn(params, p.x) ** 2), grams=p.grams, options=2
+    ),
     "jaxprune.structured.price_widths": lambda p: p.prices,
     "jaxprune.structured.new_ids": lambda p: structured.new_ids(_words(), jnp.array([4, 1], jnp.int32)),
     "jaxprune.structured.old_ids": lambda p: structured.old_ids(_words(), jnp.array([1, 0], jnp.int32)),
@@ -447,9 +473,10 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
         p.plan.to_json(),
         structured.select_channels(p.graph, p.params, {"a": 0.5}, grams=p.grams).to_json(),
     ],
-    "jaxprune.structured.select_channels_globally": lambda p: structured.select_channels_globally(
-        p.graph, p.params, 2_000
-    ).to_json(),
+    "jaxprune.structured.select_channels_globally": lambda p: [
+        structured.select_channels_globally(p.graph, p.params, 2_000, isomorphic=isomorphic).to_json()
+        for isomorphic in (False, True)
+    ],
     "jaxprune.structured.select_in_sequence": lambda p: [
         (plan.to_json(), params)
         for target in ("dense", "current")

@@ -1,0 +1,370 @@
+"""Which channels to cut, at equal multiply-accumulates: accuracies right after the cut, repaired, and fine-tuned.
+
+    python -m benchmarks.structured_quality --mnist ../shared/data/mnist10k
+
+The CNN of the examples on handwritten digits of 8 x 8 pixels, and a ResNet on those of MNIST, each trained once for every seed and
+cut by each way to the same budget. Where torch-pruning is installed it chooses on the same weights, exported, by the norm of
+coupled weights (DepGraph), in each layer, over all, and among groups of one structure. Whoever chose, the same functions cut,
+repair, measure and train: networks are masked, which computes what smaller ones do and compiles once.
+
+"repaired" is the cut network after least squares on training images (`structured.repair`); "fine-tuned" starts from the cut as
+it is, "both" from the repaired one. MNIST is read from a folder with two gzipped IDX files (t10k-*): of its 10,000 images 6,000 are
+trained on, 2,000 left for choosing (here unused) and 2,000 tested on, drawn by the seed.
+"""
+
+import argparse
+import functools
+import gzip
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import jaxprune
+from benchmarks import timing
+from jaxprune import scores, structured
+
+Tree = Any
+Fn = Callable[[Tree, jax.Array], jax.Array]
+BATCH, LEARNING_RATE, MOMENTUM = 64, 0.05, 0.9
+CALIBRATION, GRADIENTS, EPSILON = 512, 256, 1e-5
+STAGES = ((1, 1), (2, 2), (4, 2))  # widths of the ResNet, strides of the first of two convolutions
+
+
+class Data(NamedTuple):
+    """Images ``[N, H, W, 1]`` in float32 and labels."""
+
+    images: jax.Array
+    labels: jax.Array
+    test_images: jax.Array
+    test_labels: jax.Array
+
+
+class Network(NamedTuple):
+    """A function of parameters, how to make and train these, and for how long."""
+
+    name: str
+    fn: Fn
+    params: Tree
+    data: Data
+    epochs: int
+    tuning: int
+
+
+def _split(images: np.ndarray, labels: np.ndarray, seed: int, train: int, test: int) -> Data:
+    order = np.random.default_rng(seed).permutation(len(labels))
+    parts = order[:train], order[len(order) - test :]
+    return Data(*(jnp.asarray(each[part]) for part in parts for each in (images, labels)))
+
+
+def digits(seed: int) -> Data:
+    """Handwritten digits, 1,437 to train on and 360 to test on."""
+    source = load_digits()
+    return _split(source.images[..., None].astype(np.float32) / 16, source.target.astype(np.int32), seed, 1437, 360)
+
+
+def mnist(folder: Path, seed: int) -> Data:
+    """The 10,000 images of MNIST's test set."""
+    pixels, labels = (
+        np.frombuffer(gzip.decompress((folder / f"t10k-{name}-ubyte.gz").read_bytes()), np.uint8)[start:]
+        for name, start in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    images = pixels.reshape(-1, 28, 28, 1).astype(np.float32) / 255
+    return _split(images, labels.astype(np.int32), seed, 6000, 2000)
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(math.sqrt(2 / math.prod(shape[:-1])) * rng.normal(size=shape), jnp.float32)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: int = 1) -> jax.Array:
+    """Convolve, padded so that both sides get the same: what torch's ``padding`` does."""
+    edge = kernel.shape[0] // 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (strides,) * 2, ((edge, edge),) * 2, dimension_numbers=layout)
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def cnn(params: Tree, x: jax.Array) -> jax.Array:
+    """Two convolutions, each pooled, and two dense layers."""
+    for name in "ab":
+        x = _pool(jax.nn.relu(convolve(x, params[name]["w"]) + params[name]["b"][None, None, None]))
+    x = jax.nn.relu(x.reshape(len(x), -1) @ params["c"]["w"] + params["c"]["b"][None])
+    return x @ params["d"]["w"] + params["d"]["b"][None]
+
+
+def cnn_params(seed: int) -> Tree:
+    """Parameters of `cnn`."""
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (3, 3, 1, 32), "b": (3, 3, 32, 64), "c": (256, 100), "d": (100, 10)}
+    return {name: {"w": _normal(rng, *shape), "b": jnp.zeros(shape[-1])} for name, shape in shapes.items()}
+
+
+def resnet(params: Tree, x: jax.Array, norm: Callable[[Tree, jax.Array], jax.Array] | None = None) -> jax.Array:
+    """A stem of stride 2, three residual blocks and a mean; each convolution with a scale and an offset behind."""
+    norm = norm or (lambda p, x: x * p["scale"][None, None, None] + p["offset"][None, None, None])
+
+    def layer(x: jax.Array, p: Tree, strides: int = 1) -> jax.Array:
+        return norm(p, convolve(x, p["w"], strides))
+
+    x = jax.nn.relu(layer(x, params["stem"], 2))
+    for (_, strides), block in zip(STAGES, params["blocks"], strict=True):
+        y = layer(jax.nn.relu(layer(x, block["a"], strides)), block["b"])
+        x = jax.nn.relu(y + (layer(x, block["skip"], strides) if "skip" in block else x))
+    return x.mean((1, 2)) @ params["head"]["w"] + params["head"]["b"][None]
+
+
+def resnet_params(seed: int, width: int) -> Tree:
+    """Parameters of `resnet`."""
+    rng = np.random.default_rng(seed)
+
+    def convolution(window: int, ins: int, outs: int) -> Tree:
+        return {"w": _normal(rng, window, window, ins, outs), "scale": jnp.ones(outs), "offset": jnp.zeros(outs)}
+
+    params: Tree = {"stem": convolution(3, 1, width), "blocks": []}
+    ins = width
+    for factor, strides in STAGES:
+        outs = width * factor
+        block = {"a": convolution(3, ins, outs), "b": convolution(3, outs, outs)}
+        params["blocks"].append(block | ({"skip": convolution(1, ins, outs)} if (strides, ins) != (1, outs) else {}))
+        ins = outs
+    return params | {"head": {"w": _normal(rng, ins, 10), "b": jnp.zeros(10)}}
+
+
+def batch_normed(params: Tree, x: jax.Array) -> jax.Array:
+    """`resnet` in training, with norms over the batch."""
+
+    def norm(p: Tree, x: jax.Array) -> jax.Array:
+        mean, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
+        return (x - mean) * lax.rsqrt(var + EPSILON) * p["scale"][None, None, None] + p["offset"][None, None, None]
+
+    return resnet(params, x, norm)
+
+
+def fold(params: Tree, images: jax.Array) -> Tree:
+    """Return parameters whose scales and offsets have taken up the statistics of these images, layer by layer."""
+    found: list[tuple[jax.Array, jax.Array]] = []
+
+    def norm(p: Tree, x: jax.Array) -> jax.Array:
+        scale = p["scale"] * lax.rsqrt(x.var((0, 1, 2)) + EPSILON)
+        found.append((scale, p["offset"] - scale * x.mean((0, 1, 2))))
+        return x * scale[None, None, None] + found[-1][1][None, None, None]
+
+    resnet(params, images, norm)
+    taken = iter(found)
+
+    def put(p: Tree) -> Tree:
+        scale, offset = next(taken)
+        return {"w": p["w"], "scale": scale, "offset": offset}
+
+    folded = {"stem": put(params["stem"]), "blocks": [], "head": params["head"]}
+    for block in params["blocks"]:
+        folded["blocks"].append({name: put(block[name]) for name in ("a", "b", "skip") if name in block})
+    return folded
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean loss."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class Trainer:
+    """Trains and tests a function whose parameters may come with masks; compiled once."""
+
+    def __init__(self, fn: Callable[[Tree, Tree, jax.Array], jax.Array], data: Data) -> None:
+        self._tx = optax.sgd(LEARNING_RATE, MOMENTUM)
+        self._data = data
+
+        @jax.jit
+        def epoch(params: Tree, state: Any, masks: Tree, order: jax.Array, rate: jax.Array) -> Any:
+            def step(carry: Any, batch: jax.Array) -> Any:
+                params, state = carry
+                loss = lambda p: cross_entropy(fn(p, masks, data.images[batch]), data.labels[batch])  # noqa: E731
+                updates, state = self._tx.update(jax.grad(loss)(params), state)
+                return (optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates)), state), None
+
+            return lax.scan(step, (params, state), order)[0]
+
+        self._epoch = epoch
+        self._right = jax.jit(
+            lambda params, masks: (fn(params, masks, data.test_images).argmax(-1) == data.test_labels).mean()
+        )
+
+    def train(self, params: Tree, masks: Tree, epochs: int, seed: int) -> Tree:
+        """Train with a rate that falls to 0 in a line."""
+        state, rng = self._tx.init(params), np.random.default_rng(seed)
+        for number in range(epochs):
+            size = len(self._data.labels) // BATCH * BATCH
+            order = rng.permutation(len(self._data.labels))[:size].reshape(-1, BATCH)
+            params, state = self._epoch(params, state, masks, jnp.asarray(order), jnp.float32(1 - number / epochs))
+        return params
+
+    def accuracy(self, params: Tree, masks: Tree) -> float:
+        """Return the share of right answers in percent."""
+        return 100 * float(self._right(params, masks))
+
+
+class Chosen(NamedTuple):
+    """Plans by the name of the way that chose them."""
+
+    plans: dict[str, structured.Plan]
+    costs: dict[str, int]
+
+
+def choose(fn: Fn, params: Tree, data: Data, graph: structured.Graph, budget: float, seed: int) -> Chosen:
+    """Return the plan of each way within the budget of multiply-accumulates."""
+    images, labels = data.images[:CALIBRATION], data.labels[:CALIBRATION]
+    grams = jaxprune.calibrate_grams(fn, params, [images])
+
+    def loss(fn: Fn, params: Tree) -> jax.Array:
+        return cross_entropy(fn(params, images), labels)
+
+    taylor = scores.saliency(params, jax.grad(functools.partial(loss, fn))(params))
+    each = jax.vmap(jax.grad(lambda p, x, y: cross_entropy(fn(p, x[None]), y[None])), (None, 0, 0))
+    squares = jax.jit(lambda p, x, y: jax.tree.map(lambda g: jnp.square(g).mean(0), each(p, x, y)))(
+        params, images[:GRADIENTS], labels[:GRADIENTS]
+    )
+    told: dict[str, dict[str, Any]] = {
+        "random": {"scores": scores.random(params, jax.random.key(seed))},
+        "l1": {"importance": functools.partial(scores.channel_norm, ord=1)},
+        "l2": {"importance": scores.channel_norm},
+        "Taylor": {"scores": taylor},
+        "OSSCAR": {"grams": grams},
+    }
+    share = structured.sparsity_within(graph, budget)
+    plans = {f"{name}, each layer": structured.select_channels(graph, params, share, **by) for name, by in told.items()}
+    for name in ("l2", "OSSCAR"):
+        for isomorphic in (False, True):
+            title = f"{name}, {'isomorphic' if isomorphic else 'all layers'}"
+            plans[title] = structured.select_channels_globally(graph, params, budget, isomorphic=isomorphic, **told[name])
+    prices = {
+        "estimated": structured.price_widths(graph, params, grams=grams, squares=squares, options=16),
+        "measured": structured.measure_widths(graph, params, loss, grams=grams, options=16),
+    }
+    for name, priced in prices.items():
+        found = structured.allocate_widths(graph, priced, budget)
+        plans[f"knapsack, prices {name}"] = structured.select_channels(graph, params, found.k, grams=grams)
+    return Chosen(plans, {name: structured.count_macs(graph, plan) for name, plan in plans.items()})
+
+
+def removed(graph: structured.Graph, params: Tree, gone: Mapping[str, Sequence[int]]) -> structured.Plan:
+    """Return the plan without these channels of the layers that compute them, by the path of a kernel."""
+    k = {}
+    marks = {path: np.zeros(shape, np.float32) for path, shape in graph.by_path.items()}
+    for path, channels in gone.items():
+        size = graph.by_path[path][-1]
+        k[path] = len(channels) / size
+        marks[path][..., np.setdiff1d(np.arange(size), channels)] = 1
+    flat = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    tree = jax.tree.unflatten(jax.tree.structure(params), [marks["/".join(map(_name, path))] for path in flat])
+    return structured.select_channels(graph, params, k, scores=tree)
+
+
+def _name(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", key)))
+
+
+def run(network: Network, macs: float, seed: int, torch_pruning: Any) -> dict[str, Any]:
+    """Train, cut in every way, repair, fine-tune; return the accuracies."""
+    data, fn = network.data, network.fn
+    graph = structured.trace(fn, network.params, data.images[:BATCH])
+    nothing = structured.channel_masks(structured.Plan({}, {}), network.params)
+    training = batch_normed if network.fn is resnet else fn
+    params = Trainer(lambda p, _, x: training(p, x), data).train(network.params, nothing, network.epochs, seed)
+    params = fold(params, data.images) if network.fn is resnet else params
+    budget = macs * structured.count_macs(graph)
+    plans = choose(fn, params, data, graph, budget, seed).plans
+    if torch_pruning is not None:
+        for name, gone in torch_pruning(network.name, params, data.images[:1].shape, functools.partial(_cost, graph, params), budget).items():  # fmt: skip
+            plans[f"torch-pruning, {name}"] = removed(graph, params, gone)
+    grams = jaxprune.calibrate_grams(fn, params, [data.images[:CALIBRATION]])
+    trainer = Trainer(structured.masked(graph), data)
+    rows = {}
+    for name, plan in plans.items():
+        if structured.count_macs(graph, plan) > budget:
+            raise RuntimeError(f"{name} costs {structured.count_macs(graph, plan):,}, more than {budget:,.0f}.")
+        masks, repaired = structured.channel_masks(plan, params), structured.repair(plan, params, grams)
+        tuned = [trainer.train(start, masks, network.tuning, seed) for start in (params, repaired)]
+        rows[name] = {
+            "macs": structured.count_macs(graph, plan) / structured.count_macs(graph),
+            **{what: trainer.accuracy(p, masks) for what, p in zip(("cut", "repaired", "fine-tuned", "both"), (params, repaired, *tuned), strict=True)},
+        }  # fmt: skip
+    return {"network": network.name, "seed": seed, "dense": trainer.accuracy(params, nothing), "rows": rows}
+
+
+def _cost(graph: structured.Graph, params: Tree, gone: Mapping[str, Sequence[int]]) -> int:
+    return structured.count_macs(graph, removed(graph, params, gone))
+
+
+def table(results: Sequence[Mapping[str, Any]], macs: float) -> Table:
+    """Show the mean over seeds of one network, and the standard error of the mean."""
+    first = results[0]
+
+    def of(values: Sequence[float]) -> str:
+        error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return f"{np.mean(values):.1f} ± {error:.1f}"
+
+    dense = of([result["dense"] for result in results])
+    shown = Table(title=f"{first['network']}, {len(results)} seeds, {macs:.0%} of the MACs; dense {dense} %", title_justify="left")
+    shown.add_column("channels chosen by")
+    columns = ("macs", "cut", "repaired", "fine-tuned", "both")
+    for column in columns:
+        shown.add_column("MACs, %" if column == "macs" else column, justify="right")
+    for name in first["rows"]:
+        values = {column: [result["rows"][name][column] for result in results] for column in columns}
+        cells = [of(values[column]) for column in columns[1:]]
+        shown.add_row(name, f"{100 * np.mean(values['macs']):.1f}", *cells)
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, measure, show tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--mnist", type=Path, help="the folder with MNIST; without it the ResNet is left out")
+    parser.add_argument("--macs", type=float, default=0.25, help="the share that may stay (default: 0.25)")
+    parser.add_argument("--width", type=int, default=8, help="of the ResNet's first stage (default: 8)")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[20, 5], metavar="N", help="for the CNN, for the ResNet")
+    parser.add_argument("--tuning", type=int, nargs=2, default=[3, 1], metavar="N", help="epochs after the cut, of each")
+    parser.add_argument("--no-torch", action="store_true", help="leave torch-pruning out")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args(arguments)
+    console = Console(width=110)
+    torch_pruning = None if options.no_torch else _torch(console)
+    results = []
+    for seed in track(options.seeds, "seeds", console=Console(stderr=True)):
+        networks = [Network("digits CNN", cnn, cnn_params(seed), digits(seed), options.epochs[0], options.tuning[0])]
+        if options.mnist is not None:
+            data = mnist(options.mnist, seed)
+            params = resnet_params(seed, options.width)
+            networks.append(Network("MNIST ResNet", resnet, params, data, options.epochs[1], options.tuning[1]))
+        results += [run(network, options.macs, seed, torch_pruning) for network in networks]
+    for name in dict.fromkeys(result["network"] for result in results):
+        console.print(table([result for result in results if result["network"] == name], options.macs))
+    timing.write_json(options.json, results)
+
+
+def _torch(console: Console) -> Any:
+    try:
+        from benchmarks.structured_quality_torch import choose
+    except ImportError as error:
+        console.print(f"torch-pruning is left out: {error}")
+        return None
+    return choose
+
+
+if __name__ == "__main__":
+    main()
