@@ -20,7 +20,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +92,9 @@ def swapped(model: Model, grams: Any, pattern: Pattern, training: Training, befo
 def in_sequence(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """ADMM, each layer behind those that were pruned before it."""
     solve = functools.partial(oneshot.admm, k=pattern.k, rule=pattern.rule)
-    return Found(*oneshot.sequential(model.apply, model.params, model.batches, solve, prunable=language_model.in_blocks))
+    return Found(
+        *oneshot.sequential(model.apply, model.params, model.batches, solve, prunable=language_model.in_blocks)
+    )
 
 
 def healed(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
@@ -124,8 +125,8 @@ def elsa(model: Model, grams: Any, pattern: Pattern, training: Training, before:
 def learned(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """Gates on ADMM's weights; what it pruned has its dense value, should a mask take it back."""
     start = learned_masks.admm_weights(model, grams, pattern, learned_masks.Start(*before["ADMM"]))
-    settings = argparse.Namespace(updates=training.updates, rate=learned_masks.RATE)
-    masks = learned_masks.learn(model, start, pattern, training.data, settings, training.seed)
+    settings = {"steps": training.updates, "rate": learned_masks.RATE, "seed": training.seed}
+    masks = learned_masks.learn(model, start, pattern, training.data, **settings)
     return Found(jaxprune.apply_masks(start.params, masks), masks)
 
 
@@ -155,9 +156,9 @@ def _trained(model: Model, tx: optax.GradientTransformation, training: Training)
 
 def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Load or train one network; prune it in every way to every pattern."""
-    sources = text.load()
-    subject = learned_masks.subject(seed, sources, options, console)
-    training = Training(sources.train, options.updates, options.rate, options.penalty, seed)
+    subject = learned_masks.subject(seed, options, console)
+    dense = subject.quality(subject.model.params)
+    training = Training(subject.text.train, options.updates, options.rate, options.penalty, seed)
     rows = []
     runs = [(pattern, way) for pattern in options.patterns for way in options.ways]
     done: dict[str, dict[str, Found]] = {pattern: {} for pattern in options.patterns}
@@ -169,7 +170,7 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[d
         done[pattern][way] = found
         removed = float(jaxprune.sparsity(found.masks, prunable=language_model.in_blocks))
         text_bytes = options.updates * language_model.BATCH_SIZE * language_model.CONTEXT if way in TRAINED else 0
-        row = {"seed": seed, "pattern": pattern, "way": way, "dense": subject.dense, "removed": removed, "cpu": cpu}
+        row = {"seed": seed, "pattern": pattern, "way": way, "dense": dense, "removed": removed, "cpu": cpu}
         rows.append(row | {"quality": subject.quality(found.params), "bytes": text_bytes})
     return rows
 

@@ -30,6 +30,7 @@ from benchmarks import timing
 from jaxprune import learned, oneshot, rules, scores
 
 PATTERNS = {pattern.name: pattern for pattern in language_model.PATTERNS}
+RATE = 1e-3  # of learning gates, at most
 
 
 class Start(NamedTuple):
@@ -63,9 +64,11 @@ STARTS: dict[str, Callable[..., Start]] = {
 }
 
 
-def learn(model: language_model.Model, start: Start, pattern: Any, data: np.ndarray, options: Any, seed: int) -> Any:
+def learn(
+    model: language_model.Model, start: Start, pattern: Any, data: np.ndarray, *, steps: int, rate: float, seed: int
+) -> Any:
     """Train gates on text, and return the best masks."""
-    steps, key = options.updates, jax.random.key(seed)
+    key = jax.random.key(seed)
     which = {"prior": start.masks, "prunable": language_model.in_blocks}
     if pattern.rule is rules.layer_sparsity:
         gates = learned.weight_gates(start.params, key, **which)
@@ -78,8 +81,8 @@ def learn(model: language_model.Model, start: Start, pattern: Any, data: np.ndar
         gates = learned.pattern_gates(start.params, n, m, key, **which)
         soften = lambda gates, key, step: learned.soft_patterns(gates, start.params, n, key, step, steps=steps)  # noqa: E731
         harden = lambda gates: learned.pattern_masks(gates, start.params, n)  # noqa: E731
-    rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, min(5, steps // 2), steps)
-    tx = optax.adamw(rate, b2=0.95, weight_decay=0.0)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(5, steps // 2), steps)
+    tx = optax.adamw(schedule, b2=0.95, weight_decay=0.0)
 
     def loss(gates: Any, params: Any, windows: jax.Array, step: jax.Array) -> jax.Array:
         soft = soften(gates, key, step)
@@ -99,8 +102,17 @@ def learn(model: language_model.Model, start: Start, pattern: Any, data: np.ndar
     return harden(gates)
 
 
-def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Load or train one network; learn masks from every start, for every pattern."""
+class Subject(NamedTuple):
+    """A trained network, what was measured on the text that calibrates it, and its bits per byte on other text."""
+
+    model: language_model.Model
+    grams: Any
+    quality: Callable[[Any], float]
+    text: text.Text
+
+
+def subject(seed: int, options: argparse.Namespace, console: Console) -> Subject:
+    """Load or train a network."""
     shape = {"layers": 1, "width": 32} if options.small else {}
     network, sources = language_model.Transformer(**shape), text.load()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -110,9 +122,26 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[d
     batches = [jnp.asarray(windows[start : start + 32, :-1]) for start in range(0, len(windows), 32)]
     fn = lambda params, tokens: network.apply({"params": params}, tokens)  # noqa: E731
     model = language_model.Model(fn, jax.tree.map(jnp.asarray, params), batches)
-    held_out = text.windows(sources.test, options.windows, language_model.CONTEXT, language_model.TEST_SEED)
+    others = sources.valid if options.valid else sources.test
+    held_out = text.windows(others, options.windows, language_model.CONTEXT, language_model.TEST_SEED)
     quality = functools.partial(language_model.evaluate, model, windows=held_out)
-    grams = jaxprune.calibrate_grams(fn, model.params, batches)
+    return Subject(model, jaxprune.calibrate_grams(fn, model.params, batches), quality, sources)
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """Add what networks are asked for by."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks")
+    parser.add_argument("--steps", type=int, default=1300, help="of the transformer's training")
+    parser.add_argument("--windows", type=int, default=512, help="of text to measure with")
+    parser.add_argument("--valid", action="store_true", help="measure with the text kept for choosing settings")
+    parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="where transformers are kept")
+    parser.add_argument("--small", action="store_true", help="a tiny network, to see that everything runs")
+    parser.add_argument("--json", type=Path, help="write every number here")
+
+
+def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Learn masks of one network from every start, for every pattern."""
+    model, grams, quality, sources = subject(seed, options, console)
     dense, rows = quality(model.params), []
     for name in track(options.patterns, f"learning, seed {seed}", console=console):
         pattern = PATTERNS[name]
@@ -122,7 +151,7 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[d
         for title in options.starts:
             start = STARTS[title](model, grams, pattern, admm)
             began = time.process_time()
-            masks = learn(model, start, pattern, sources.train, options, seed)
+            masks = learn(model, start, pattern, sources.train, steps=options.updates, rate=options.rate, seed=seed)
             cpu = time.process_time() - began
             found = quality(jaxprune.apply_masks(start.params, masks))
             rows.append(
@@ -164,13 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["60 %", "2:4"])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--updates", type=int, default=2000, help="of the gates, each on 4,096 bytes")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of learning, at most")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks")
-    parser.add_argument("--steps", type=int, default=1300, help="of the transformer's training")
-    parser.add_argument("--windows", type=int, default=512, help="of text to measure with")
-    parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="where transformers are kept")
-    parser.add_argument("--small", action="store_true", help="a tiny network, to see that everything runs")
-    parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--rate", type=float, default=RATE, help="of learning, at most")
+    add_subject(parser)
     options = parser.parse_args(arguments)
     console, rows = Console(width=120), []
     for seed in options.seeds:
