@@ -198,13 +198,18 @@ def admm_in_sequence(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
 
 
 def admm_healed(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
-    """ADMM, then a few steps of training under its masks, on text that it was trained on."""
+    """ADMM, then a few steps under its masks towards the dense network's predictions, on text that it was trained on."""
     solve = functools.partial(jaxprune.oneshot.admm, rule=pattern.rule, prunable=in_blocks)
     params, masks = solve(model.params, evidence.grams, pattern.k)
     steps = len(model.healing)
     rate = optax.warmup_cosine_decay_schedule(0.0, HEALING_RATE, steps // 10, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
-    return jaxprune.transforms.heal(model.loss, params, masks, model.healing, optimizer).params
+
+    def distance(params: Any, window: jax.Array) -> jax.Array:
+        student, teacher = (model.apply(weights, window[:, :-1]) for weights in (params, model.params))
+        return jaxprune.distill.logit_loss(student, teacher, lambda logits: logits, lambda logits: logits)
+
+    return jaxprune.transforms.heal(distance, params, masks, model.healing, optimizer).params
 
 
 def admm_allocated(model: Model, evidence: Evidence, pattern: Pattern) -> Any:
@@ -322,14 +327,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=count(0), nargs="+", default=[0], help="of the trained networks (default: 0)")
     parser.add_argument("--steps", type=count(1), help="of training (default: 1300, with --small 20)")
     parser.add_argument("--calibration", type=count(1), help="windows of text (default: 128, with --small 32)")
-    parser.add_argument("--healing", type=count(1), help="steps of ADMM, healed (default: 250, with --small 2)")
+    parser.add_argument("--healing", type=count(1), help="steps of ADMM, healed (default: 50, with --small 2)")
     parser.add_argument("--windows", type=count(1), help="to measure with (default: 512, with --small 32)")
     add_names(parser, "--methods", METHODS)
     add_names(parser, "--patterns", names)
     parser.add_argument("--valid", action="store_true", help="measure with the text kept for choosing settings")
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that everything runs")
     options = parser.parse_args(arguments)
-    presets = {"steps": (1300, 20), "calibration": (128, 32), "healing": (250, 2), "windows": (512, 32)}
+    presets = {"steps": (1300, 20), "calibration": (128, 32), "healing": (50, 2), "windows": (512, 32)}
     for name, values in presets.items():
         setattr(options, name, values[options.small] if getattr(options, name) is None else getattr(options, name))
     options.out.mkdir(parents=True, exist_ok=True)

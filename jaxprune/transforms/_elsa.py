@@ -97,7 +97,8 @@ def elsa(
 
     Which weights z keeps is decided by ``sqrt(v) * (x + u)``, handed to `make` in float32, where v is Adam's second moment:
     the sparse z nearest to x + u when a weight's squared change costs v. The first z, before there is any moment, goes by
-    the magnitudes of x, and so does every one where `metric` finds nothing.
+    the magnitudes of x, and so does every one where `metric` finds nothing. Where a network fits its data so well that hardly a
+    gradient is left, v says little: there pass ``metric=None``.
 
     Cost: one copy of the weights that take part beside their masks, since z and u share it. `make` runs at the updates that
     change masks alone.
@@ -149,7 +150,7 @@ def elsa(
     [[4.0, 0.75]]
     [[4.0, 0.0]]
 
-    Reference: "The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM", arXiv 2510.01650.
+    Reference: ELSA, "surrogate-free" ADMM for language models, arXiv 2510.01650, 2025.
     """
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"elsa(inner, make, k) was given {described(inner)} where the optimizer inner belongs.")

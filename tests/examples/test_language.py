@@ -41,12 +41,14 @@ def test_windows_are_consecutive_bytes():
 
 @pytest.mark.slow
 def test_a_small_run_prunes_writes_its_findings_and_trains_only_once(tmp_path, capsys):
-    arguments = ["--small", "--out", str(tmp_path), "--methods", "magnitude", "ADMM", "--patterns", "70 %", "2:4"]
+    arguments = ["--small", "--out", str(tmp_path), "--methods", "magnitude", "ADMM", "ADMM, healed"]
+    arguments += ["--patterns", "70 %", "2:4"]
     language_model.run(arguments)
     (run,) = json.loads((tmp_path / "results.json").read_text())
     methods = run["methods"]
     for pattern in ("70 %", "2:4"):
         assert 0 < run["dense"] < methods["ADMM"][pattern] < methods["magnitude"][pattern] < 8
+        assert 0 < methods["ADMM, healed"][pattern] != methods["ADMM"][pattern]
     assert (tmp_path / "bits_per_byte.png").stat().st_size > 10_000
     (model,) = tmp_path.glob("*.msgpack")
     written = model.stat().st_mtime_ns
