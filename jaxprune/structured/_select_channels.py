@@ -69,7 +69,7 @@ def select_channels(
         round_to: the width of a layer that stays is a multiple of it where the group is large enough; hardware is
             faster at multiples of 8 or 128. Of a head with a multiple of so many dimensions any number fits. By names as k, 1
             for groups that are not named.
-        min_kept: channels that every group keeps.
+        min_kept: channels that every group keeps; of what a top_k takes from, as many stay as it takes.
 
     Returns:
         The plan.
@@ -256,7 +256,7 @@ def kept_count(group: ChannelGroup, k: float, round_to: int, min_kept: int) -> i
     count = group.size - math.floor(k * group.size + 0.5)
     step = _step(group, round_to)
     count = max(math.floor(count / step + 0.5), 1) * step if group.size >= step else group.size
-    return min(max(count, min_kept, 1), group.size)
+    return max(count, _least(group, min_kept))
 
 
 def _step(group: ChannelGroup, round_to: int) -> int:
@@ -264,7 +264,7 @@ def _step(group: ChannelGroup, round_to: int) -> int:
 
 
 def _least(group: ChannelGroup, min_kept: int) -> int:
-    return min(max(min_kept, 1), group.size)
+    return min(max(min_kept, group.least), group.size)
 
 
 def without(group: ChannelGroup, gone: np.ndarray) -> np.ndarray:

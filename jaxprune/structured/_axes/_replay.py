@@ -134,6 +134,8 @@ class Replay:
     def _generate(self, node: Node, values: list[Any]) -> Any:
         """Make whole what belongs to places, then cut it; random keys are cut before."""
         (out,) = node.outs
+        if node.notes.renumbered:
+            return _equations.evaluate(resized(node.equation, tuple(map(self._size, out.dims))), values)[0]
         keys = len(node.ins[0].shape) if node.ins else 0
         uncut = {var: n for var, n in self.sizes.items() if var not in self.kept}
         shape = tuple(kept_size(dim, uncut) for dim in out.dims[keys:])
@@ -336,6 +338,9 @@ _NEUTRAL: dict[str, Callable[[Any], Any]] = {
     "reduce_and": lambda dtype: True,
     "reduce_or": lambda dtype: False,
     "reduce_xor": lambda dtype: False,
+    "top_k": _lowest,
+    "argmax": _lowest,
+    "argmin": _highest,
 }
 
 
