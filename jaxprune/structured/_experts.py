@@ -15,6 +15,7 @@ from jaxprune._jaxpr._primitives import ARG_REDUCTIONS
 from jaxprune._jaxpr._records import Dot, axes
 from jaxprune._printing import some
 from jaxprune._tree._sharding import through_compiler
+from jaxprune.sites._calibrate import inputs_of, require_batches
 from jaxprune.structured._axes._dims import Var, leaves, resolve
 from jaxprune.structured._axes._program import Node, Program, walk
 from jaxprune.structured._axes._replay import Masks, Replay
@@ -54,7 +55,7 @@ def expert_use(graph: Graph, params: Any, batches: Iterable[Any]) -> dict[str, E
     Args:
         graph: the function, by `trace`.
         params: its parameters.
-        batches: the function's other arguments, each an array, or a tuple where there are several.
+        batches: inputs, as in `calibrate_grams`; of any lengths.
 
     Returns:
         The use of each mixture's experts, by the name of their group.
@@ -79,7 +80,6 @@ def expert_use(graph: Graph, params: Any, batches: Iterable[Any]) -> dict[str, E
     """
     require_graph(graph, "expert_use(graph, params, batches)")
     groups = _mixtures(graph)
-    total: dict[str, ExpertUse] = {}
 
     def measure(params: Any, inputs: tuple[Any, ...]) -> dict[str, ExpertUse]:
         here = at_shapes(graph, inputs)
@@ -91,11 +91,13 @@ def expert_use(graph: Graph, params: Any, batches: Iterable[Any]) -> dict[str, E
     for group in groups:
         _meter(graph, group)  # what cannot be measured is told now
     run = jax.jit(lambda params, inputs: through_compiler(measure, params, inputs))
+    total: dict[str, ExpertUse] = {}
+    require_batches(batches)
     for batch in batches:
-        found = run(params, batch if isinstance(batch, tuple) else (batch,))
+        found = run(params, inputs_of(batch))
         total = jax.tree.map(jnp.add, total, found) if total else found
     if not total:
-        raise ValueError("expert_use was given no batch.")
+        raise ValueError("There is no batch; an iterator that was read before is empty.")
     return total
 
 
@@ -150,7 +152,9 @@ def select_experts(
         values = np.asarray(given, np.float64)
         shape = (group.size,) if group.layers is None else (group.layers.size, group.size)
         if values.shape != shape or np.isnan(values).any():
-            raise ValueError(f"scores of {name} are a number for each expert, {list(shape)}; got {list(values.shape)} or NaN.")
+            raise ValueError(
+                f"scores of {name} are a number for each expert, {list(shape)}; got {list(values.shape)} or NaN."
+            )
         wanted = group.size - math.floor(float(shares[name]) * group.size + 0.5)
         if wanted < group.least:
             raise ValueError(
@@ -303,7 +307,9 @@ def _read(meter: _Meter, values: Sequence[Any]) -> ExpertUse:
     else:
         gone = axes(meter.node.equation)
         others = tuple(axis for axis in gone if axis != meter.operands[0])
-        added = jnp.sum(jnp.moveaxis(widen(values[0]), meter.operands[0], 0), tuple(x + (x < meter.operands[0]) for x in others))
+        added = jnp.sum(
+            jnp.moveaxis(widen(values[0]), meter.operands[0], 0), tuple(x + (x < meter.operands[0]) for x in others)
+        )
     norms = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(added)), tuple(axis + 1 for axis in meter.features)))
     tokens = tuple(range(1, norms.ndim))
     return ExpertUse(jnp.sum(norms > 0, tokens, dtype=jnp.float32), jnp.sum(norms, tokens, dtype=jnp.float32))

@@ -141,7 +141,14 @@ def find_groups(
             members = [dataclasses.replace(m, layers=dims[m.path].index(layers)) for m in members]
         groups.append(
             ChannelGroup(
-                names[var], var.size, tuple(members), tuple(outer[var]), spans.get(var, 1), var, layers, least.get(var, 1)
+                names[var],
+                var.size,
+                tuple(members),
+                tuple(outer[var]),
+                spans.get(var, 1),
+                var,
+                layers,
+                least.get(var, 1),
             )
         )
     return tuple(groups)

@@ -5,12 +5,15 @@ compared with all of them (one_hot), the comparison comes out as before. Whateve
 """
 
 from collections.abc import Iterator
+from typing import Any
 
-from jaxprune._jaxpr._primitives import ARG_REDUCTIONS, LAYOUT
+import jax.numpy as jnp
+
+from jaxprune._jaxpr._primitives import ARG_REDUCTIONS, COPIES, LAYOUT
 from jaxprune._jaxpr._records import axes
-from jaxprune.structured._axes._dims import freeze, size, unify
+from jaxprune.structured._axes._dims import Dim, freeze, size, unify
 from jaxprune.structured._axes._program import Node, Program, Value
-from jaxprune.structured._axes._reasons import COMPARED, numbers
+from jaxprune.structured._axes._reasons import COMPARED, Reason, numbers
 
 
 def note_compared(node: Node) -> None:
@@ -31,8 +34,12 @@ def note_choice(node: Node) -> None:
     """Follow chosen numbers: into other layouts and comparisons; what else reads them lets them stay."""
     if node.name == "top_k" or node.name in ARG_REDUCTIONS:
         (along,) = axes(node.equation)
-        node.outs[-1].chosen = node.ins[0].dims[along], node.because(numbers(node.name), renumbers=True)
-    elif node.name not in LAYOUT and node.notes.compared is None:
+        _hand_on(node.outs[-1], (node.ins[0].dims[along], node.because(numbers(node.name), renumbers=True)))
+    elif node.name in LAYOUT and node.name != "reduce_precision":
+        origins = node.ins if node.name in COPIES else node.ins[:1] * len(node.outs)
+        for value, origin in zip(node.outs, origins, strict=True):
+            _hand_on(value, origin.chosen)
+    elif node.notes.compared is None:
         for value in node.ins:
             _stay(value)
 
@@ -60,15 +67,30 @@ def settle_choices(program: Program) -> None:
 
 
 def _uses(value: Value, readers: dict[int, list[Node]], returned: set[int]) -> Iterator[Node | None]:
-    """Yield what reads a value in any layout, None where it is returned."""
-    if id(value) in returned:
+    """Yield what reads the numbers of an axis in any layout, None where they are returned, or are rounded."""
+    assert value.numbering is not None
+    if id(value) in returned or not _holds(value.dtype, size(value.numbering)):
         yield None
     for node in readers.get(id(value), ()):
-        if node.name in LAYOUT:
+        if node.name in LAYOUT and node.name != "reduce_precision":
             for out in node.outs:
                 yield from _uses(out, readers, returned)
         else:
             yield node
+
+
+def _hand_on(value: Value, chosen: tuple[Dim, Reason] | None) -> None:
+    if chosen is not None and not _holds(value.dtype, size(chosen[0])):
+        freeze(*chosen)  # rounded, or modulo a power of two
+        return
+    value.chosen = chosen
+
+
+def _holds(dtype: Any, count: int) -> bool:
+    """Whether numbers below this one are all told apart."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return bool(count <= 2 ** (jnp.finfo(dtype).nmant + 1))
+    return bool(jnp.issubdtype(dtype, jnp.integer)) and count - 1 <= int(jnp.iinfo(dtype).max)
 
 
 def _stay(value: Value) -> None:

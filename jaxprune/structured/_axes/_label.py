@@ -220,14 +220,13 @@ def _pullback(node: Node, inner: Body) -> Program:
 
 
 def _note(node: Node) -> None:
-    """Remember what was summed over, divisions of a sum by how many were summed (a mean), layouts of parameters and of numbers."""
+    """Remember what was summed over, divisions of a sum by how many were summed (a mean), layouts, chosen numbers."""
     if node.name in ("reduce_sum", "psum"):
         node.outs[0].summed = tuple(node.ins[0].dims[axis] for axis in _records.axes(node.equation))
     elif node.name in LAYOUT or node.name == "dynamic_slice":
         origins = node.ins if node.name in COPIES else node.ins[:1] * len(node.outs)
         for value, origin in zip(node.outs, origins, strict=True):
             value.summed, value.sources, value.numbering = origin.summed, origin.sources, origin.numbering
-            value.chosen = origin.chosen
     elif node.name in ("concatenate", "stack"):
         node.outs[0].sources = tuple(dict.fromkeys(source for value in node.ins for source in value.sources))
     elif node.name == "iota":
