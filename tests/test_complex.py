@@ -357,8 +357,8 @@ def test_experts_are_measured_by_the_modulus():
 
     graph = structured.trace(mixture, params, X)
     use = structured.expert_use(graph, params, [X])["router[1]"]
-    best = np.argmax(X[:, :3], 1)
-    added = np.linalg.norm(X @ W, axis=1) * (best + 1)
+    best = np.argmax(np.asarray(X)[:, :3], 1)
+    added = np.linalg.norm(np.asarray(X) @ W, axis=1) * (best + 1)
     np.testing.assert_allclose(use.added, [added[best == n].sum() for n in range(3)], rtol=1e-5)
 
 

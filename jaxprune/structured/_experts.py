@@ -298,8 +298,10 @@ def _read(meter: _Meter, values: Sequence[Any]) -> ExpertUse:
         (left, right), (left_batch, right_batch) = Dot.of(meter.node.equation)
         a, b = meter.operands
         rest = tuple(x for x in left if x != a), tuple(x for x in right if x != b)
+        first, second = map(widen, values)
         added = jax.lax.dot_general(
-            *map(widen, values),
+            first,
+            second,
             (rest, ((*left_batch, a), (*right_batch, b))),
             precision=jax.lax.Precision.HIGHEST,
         )

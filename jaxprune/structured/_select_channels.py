@@ -35,8 +35,8 @@ def select_channels(
     """Choose the channels that stay, a share of each group: by what is lost with them, where Gram matrices are given.
 
     Exactly ``floor(k * size + 1/2)`` channels of a group go, those of the least importance, among equals the later
-    ones; then the number that stays is rounded. Where channels are part of others (the dimensions of attention heads),
-    a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both. Each layer of a scan
+    ones; then the number that stays is rounded. Where channels are part of others (the dimensions of attention heads, the
+    channels inside experts), a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both. Each layer of a scan
     over stacked parameters keeps its own channels, equally many, unless something that all layers share lies along them
     (what is carried, a constant, random bits).
 

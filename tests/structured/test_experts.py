@@ -140,6 +140,25 @@ def test_other_numbers_are_those_of_before():
     )
 
 
+def test_a_mixture_that_sorts_tokens_runs_on_what_was_cut():
+    def by_sorting(params, x):
+        weights, experts = chosen(params, x)
+        experts = experts.reshape(-1)
+        order = jnp.argsort(experts)
+        sizes = jnp.bincount(experts, length=params["router"].shape[1])
+        inner = jax.lax.ragged_dot(x[order // TAKEN], params["up"], sizes) + params["bias"][experts[order]]
+        found = jax.lax.ragged_dot(jnp.tanh(inner), params["down"], sizes)
+        return jnp.sum(found[jnp.argsort(order)].reshape(len(x), TAKEN, -1) * weights[..., None], 1)
+
+    plan = select_experts(
+        trace(by_one_hot, PARAMS, X), {"router[1]": np.isin(np.arange(EXPERTS), KEPT).astype(float)}, 0.5
+    )
+    expected = added(PARAMS, X, routed(PARAMS, X, KEPT)).sum(1)
+    np.testing.assert_allclose(by_sorting(shrink(plan, PARAMS), jnp.asarray(X)), expected, atol=2e-5)
+    frozen = {(axis.path, axis.axis): axis.reasons[0] for axis in trace(by_sorting, PARAMS, X).frozen}
+    assert "top_k numbers its elements" in frozen["router", 1]
+
+
 @pytest.mark.parametrize(
     ("use", "reason"),
     [

@@ -259,7 +259,7 @@ def experts() -> Case:
         y = jnp.einsum("tef,efd->ted", jnp.tanh(jnp.einsum("td,edf->tef", x, params["up"])), params["down"])
         return (y * weights[..., None]).sum(1)
 
-    return Case(fn, params, (normal(5, 4),), {"router[1]": (3, 3), "up[2]": (8, 2)})
+    return Case(fn, params, (normal(5, 4),), {"router[1]": (3, 3), "up[2]": (8, 2, ("router[1]",))})
 
 
 def loops() -> Case:
