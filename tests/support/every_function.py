@@ -284,8 +284,8 @@ def _mixture(params: Any, x: jax.Array) -> jax.Array:
 
 
 def _experts(p: Problem) -> Any:
-    kernel = p.params["b"]["kernel"]
-    params = {"router": kernel[:4, :4] + 0, "experts": jnp.stack([kernel[:4], kernel[4:], -kernel[:4], 2 * kernel[4:]])}
+    kernel = jnp.asarray(PARAMS["b"]["kernel"], jnp.float32)
+    params = {"router": kernel[:4, :4], "experts": jnp.stack([kernel[:4], kernel[4:], -kernel[:4], 2 * kernel[4:]])}
     return structured.trace(_mixture, params, p.x), params
 
 
