@@ -76,7 +76,7 @@ def expert_use(graph: Graph, params: Any, batches: Iterable[Any]) -> dict[str, E
     >>> use.tokens.tolist(), use.reap.tolist()
     ([1.0, 1.0, 0.0], [3.0, 1.0, 0.0])
 
-    Reference: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", 2025, equation 8.
+    Reference: Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", 2025.
     """
     require_graph(graph, "expert_use(graph, params, batches)")
     groups = _mixtures(graph)

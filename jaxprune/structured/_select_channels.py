@@ -256,7 +256,7 @@ def kept_count(group: ChannelGroup, k: float, round_to: int, min_kept: int) -> i
     count = group.size - math.floor(k * group.size + 0.5)
     step = _step(group, round_to)
     count = max(math.floor(count / step + 0.5), 1) * step if group.size >= step else group.size
-    return max(count, _least(group, min_kept))
+    return min(max(count, _least(group, min_kept)), group.size)
 
 
 def _step(group: ChannelGroup, round_to: int) -> int:

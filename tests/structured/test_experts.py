@@ -179,6 +179,7 @@ def test_a_mixture_that_sorts_tokens_runs_on_what_was_cut():
         (lambda params, x: jax.lax.fori_loop(0, 2, lambda _, i: i, chosen(params, x)[1]).sum(), "top_k numbers"),
         (lambda params, x: jax.checkpoint(lambda: chosen(params, x)[1])().sum(), "top_k numbers"),
         (lambda params, x: jnp.sum(jnp.argmax(x @ params["router"], -1)), "argmax numbers its elements"),
+        (lambda params, x: jax.nn.one_hot(jnp.argmax(x @ params["router"] > 0, -1), EXPERTS).sum(), "argmax numbers"),
         (lambda params, x: jnp.sort(jax.nn.softmax(x @ params["router"])).sum(), "sort runs along it"),
     ],
     ids=[
@@ -193,6 +194,7 @@ def test_a_mixture_that_sorts_tokens_runs_on_what_was_cut():
         "loop",
         "remat",
         "argmax",
+        "signs",
         "sorted",
     ],
 )

@@ -33,8 +33,13 @@ def note_compared(node: Node) -> None:
 def note_choice(node: Node) -> None:
     """Follow chosen numbers: into other layouts and comparisons; what else reads them lets them stay."""
     if node.name == "top_k" or node.name in ARG_REDUCTIONS:
+        _stay(node.ins[0])
         (along,) = axes(node.equation)
-        _hand_on(node.outs[-1], (node.ins[0].dims[along], node.because(numbers(node.name), renumbers=True)))
+        choice = node.ins[0].dims[along], node.because(numbers(node.name), renumbers=True)
+        if jnp.issubdtype(node.ins[0].dtype, jnp.floating):
+            _hand_on(node.outs[-1], choice)
+        else:  # none may be the smallest number there is, and what is masked would be no less
+            freeze(*choice)
     elif node.name in LAYOUT and node.name != "reduce_precision":
         origins = node.ins if node.name in COPIES else node.ins[:1] * len(node.outs)
         for value, origin in zip(node.outs, origins, strict=True):

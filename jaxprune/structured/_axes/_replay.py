@@ -320,10 +320,14 @@ def _masked(node: Node, values: list[Any], masks: Masks) -> list[Any]:
 
 
 def _lowest(dtype: Any) -> Any:
+    if dtype == np.bool_:
+        return False
     return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
 
 
 def _highest(dtype: Any) -> Any:
+    if dtype == np.bool_:
+        return True
     return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
 
 
