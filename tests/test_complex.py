@@ -382,6 +382,20 @@ def test_language_models_are_real(tmp_path):
             write()
 
 
+def test_experts_are_measured_by_the_modulus():
+    params = {"router": jnp.eye(8, 3), "experts": jnp.stack([PARAMS["spectral"]["kernel"] * n for n in (1, 2, 3)])}
+
+    def mixture(params, x):
+        weights = jax.nn.one_hot(jnp.argmax(x @ params["router"], -1), 3, dtype=jnp.complex64)
+        return jnp.real(jnp.einsum("te,td,edf->tf", weights, x.astype(jnp.complex64), params["experts"]))
+
+    graph = structured.trace(mixture, params, X)
+    use = structured.expert_use(graph, params, [X])["router[1]"]
+    best = np.argmax(np.asarray(X)[:, :3], 1)
+    added = np.linalg.norm(np.asarray(X) @ W, axis=1) * (best + 1)
+    np.testing.assert_allclose(use.added, [added[best == n].sum() for n in range(3)], rtol=1e-5)
+
+
 def test_learned_masks_are_real():
     key = jax.random.key(0)
     soft = learned.soft_masks(learned.weight_gates(PARAMS, key, prior=MASKS), key, 0, steps=2)

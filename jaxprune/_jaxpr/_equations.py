@@ -10,7 +10,7 @@ import jax
 from jax import lax
 from jax.extend import core
 from jax.interpreters import partial_eval
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 from jaxprune._jaxpr._primitives import CALLS, COPIES, DEVICES, RESHAPES, SUMS
 
@@ -316,7 +316,12 @@ def _in_this_mesh(eqn: Any) -> Any:
     before = eqn.ctx.cur_abstract_mesh
     if before == here or AxisType.Explicit not in before.axis_types:
         return eqn
-    return eqn.replace(ctx=jax.make_jaxpr(lax.neg)(0.0).eqns[0].ctx)
+    # What is made from nothing (iota) says how it is sharded there.
+    params = {
+        name: None if isinstance(value, NamedSharding) and AxisType.Explicit in value.mesh.axis_types else value
+        for name, value in eqn.params.items()
+    }
+    return eqn.replace(ctx=jax.make_jaxpr(lax.neg)(0.0).eqns[0].ctx, params=params)
 
 
 def evaluate_body(body: Body, values: Sequence[Any]) -> list[Any]:

@@ -66,8 +66,8 @@ def kept_norm(params: Any, soft: Any, *, stacked: Stacked = None, sites: Sites |
     >>> float(kept_norm(params, {"a": jnp.array([[1.0, 0.0]]), "b": jnp.array([[0.4]])}))  # (3 + 2) / (5 + 5)
     0.5
 
-    Reference: LEAP, as in `weight_gates`; the squares of the norms, in Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity
-    for Large Language Models", 2024, equation 8.
+    Reference: LEAP, as in `weight_gates`. (Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models", 2024,
+    take the squares of the norms instead, times 1e-5.)
     """
     tree, masks = soft_beside(params, soft)
     kept, whole = [], []

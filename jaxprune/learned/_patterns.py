@@ -66,8 +66,8 @@ def pattern_gates(
     >>> pattern_gates(params, 2, 4, jax.random.key(0))["kernel"].shape
     (2, 3, 6)
 
-    Reference: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models", 2024, section 3; deviation
-    and strength are those of its scripts.
+    Reference: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models", 2024; deviation and
+    strength are those of its scripts.
     """
     check_prior(std, strength, "pattern_gates")
     for number in (k, m):
@@ -147,7 +147,7 @@ def soft_patterns(
     >>> soft_patterns(gates, params, 2, jax.random.key(0), 2000, steps=2000)["kernel"].ravel().tolist()
     [0.0, 1.0, 1.0, 0.0]
 
-    Reference: as `pattern_gates`, equations 4 to 6; the defaults are those of its scripts.
+    Reference: as `pattern_gates`; the defaults are those of its scripts.
     """
     hotness = value_at(temperature, step, steps, "temperature")
     size = value_at(scale, step, steps, "scale")

@@ -57,7 +57,8 @@ def weight_gates(
     >>> gates["bias"], gates["kernel"].dtype, (gates["kernel"] > 0).tolist()
     (None, dtype('float32'), [[True, False], [False, True]])
 
-    Reference: LEAP, arXiv 2605.17289, 2026, whose gates and prior these are.
+    Reference: LEAP, arXiv 2605.17289, 2026: the gates that PATCH gives to tiles, one for each weight. Deviation and strength are
+    those of the published code.
     """
     check_prior(std, strength, "weight_gates")
     tree = read_params(params, prunable=prunable, stacked=stacked, sites=sites)
@@ -113,8 +114,8 @@ def soft_masks(
     >>> soft_masks(gates, jax.random.key(0), 2000, steps=2000)["kernel"].round(3).tolist()  # 350 * 0.5 / 0.05
     [[1.0, 0.0]]
 
-    Reference: as `weight_gates`; the defaults are those of its code. The noise: Maddison, Mnih, Teh, "The Concrete
-    Distribution", 2017, equation 16.
+    Reference: as `weight_gates`; the defaults are those of the published code. The noise: Maddison, Mnih, Teh, "The Concrete
+    Distribution", 2017.
     """
     tree = read_gates(gates)
     hotness = value_at(temperature, step, steps, "temperature")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from jaxprune._jaxpr._records import axes
 from jaxprune.structured._axes._dims import (
     Cat,
     Dim,
@@ -62,6 +63,7 @@ class ChannelGroup:
         var: the axis in the function.
         layers: the axis of the scanned layers that the channels are in, where each layer may keep its own; None where
             what stays is one choice.
+        least: how many must stay: so many as a top_k takes of them.
     """
 
     name: str
@@ -71,6 +73,7 @@ class ChannelGroup:
     span: int
     var: Var = dataclasses.field(repr=False)
     layers: Var | None = dataclasses.field(default=None, repr=False)
+    least: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +131,7 @@ def find_groups(
     for dim in widths:
         for var in leaves(dim):
             spans[var] = min(spans.get(var, size(dim)), _span(dim, var))
-    layered = layers_of(program)
+    layered, least = layers_of(program), _taken_of(program)
     dims = {path: list(map(resolve, value.dims)) for path, value in zip(paths, params, strict=True)}
     groups = []
     for var, members in found.items():
@@ -137,9 +140,31 @@ def find_groups(
         if layers is not None:
             members = [dataclasses.replace(m, layers=dims[m.path].index(layers)) for m in members]
         groups.append(
-            ChannelGroup(names[var], var.size, tuple(members), tuple(outer[var]), spans.get(var, 1), var, layers)
+            ChannelGroup(
+                names[var],
+                var.size,
+                tuple(members),
+                tuple(outer[var]),
+                spans.get(var, 1),
+                var,
+                layers,
+                least.get(var, 1),
+            )
         )
     return tuple(groups)
+
+
+def _taken_of(program: Program) -> dict[Var, int]:
+    """Return how many elements a top_k takes along an axis, at the most."""
+    found: dict[Var, int] = {}
+    for node in walk(program):
+        if node.name == "top_k":
+            (along,) = axes(node.equation)
+            dim = node.ins[0].dims[along]
+            for var in leaves(dim):
+                taken = -(-node.shapes[0][along] * var.size // size(dim))
+                found[var] = max(found.get(var, 1), taken)
+    return found
 
 
 def find_frozen(paths: Sequence[str], program: Program) -> tuple[FrozenAxis, ...]:

@@ -251,6 +251,7 @@ def plan_of(
     graph: Graph, kept: Mapping[Var, np.ndarray], branches: Sequence[Block] = (), to_repair: Collection[str] = ()
 ) -> Plan:
     """Return the plan that keeps these elements of some of a graph's axes, drops these branches, and needs these repairs."""
+    _check_least(graph, kept)
     dropped = {path for block in branches for path in block.paths}
     found, layers = _taken(graph, dict(zip(graph.paths, graph.params, strict=True)), kept, dropped)
     gone = tuple(path for path in graph.paths if path in dropped)
@@ -343,7 +344,18 @@ def solve(graph: Graph, plan: Plan) -> dict[Var, np.ndarray]:
                     f"The plan does not cut axis {axis} of {path} as it cuts what is coupled with it. "
                     "Select channels from this function's graph."
                 )
+    _check_least(graph, kept_vars)
     return kept_vars
+
+
+def _check_least(graph: Graph, kept: Mapping[Var, np.ndarray]) -> None:
+    """Raise a ValueError where fewer stay than a top_k takes."""
+    for group in graph.groups:
+        if group.var in kept and kept[group.var].shape[-1] < group.least:
+            raise ValueError(
+                f"Of {group.name} {kept[group.var].shape[-1]} would stay, but top_k takes {group.least} of them; keep as many, or "
+                "let the function take fewer."
+            )
 
 
 def _split(graph: Graph, plan: Plan, values: Mapping[str, Value]) -> dict[Var, np.ndarray]:

@@ -36,8 +36,8 @@ def select_channels(
     """Choose the channels that stay, a share of each group: by what is lost with them, where Gram matrices are given.
 
     Exactly ``floor(k * size + 1/2)`` channels of a group go, those of the least importance, among equals the later
-    ones; then the number that stays is rounded. Where channels are part of others (the dimensions of attention heads),
-    a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both. Each layer of a scan
+    ones; then the number that stays is rounded. Where channels are part of others (the dimensions of attention heads, the
+    channels inside experts), a number cuts the outer ones alone, so that k is the share of a layer's width; name both to cut both. Each layer of a scan
     over stacked parameters keeps its own channels, equally many, unless something that all layers share lies along them
     (what is carried, a constant, random bits).
 
@@ -70,7 +70,7 @@ def select_channels(
         round_to: the width of a layer that stays is a multiple of it where the group is large enough; hardware is
             faster at multiples of 8 or 128. Of a head with a multiple of so many dimensions any number fits. By names as k, 1
             for groups that are not named.
-        min_kept: channels that every group keeps.
+        min_kept: channels that every group keeps; of what a top_k takes from, as many stay as it takes.
 
     Returns:
         The plan.
@@ -280,7 +280,7 @@ def kept_count(group: ChannelGroup, k: float, round_to: int, min_kept: int) -> i
     count = group.size - math.floor(k * group.size + 0.5)
     step = _step(group, round_to)
     count = max(math.floor(count / step + 0.5), 1) * step if group.size >= step else group.size
-    return min(max(count, min_kept, 1), group.size)
+    return min(max(count, _least(group, min_kept)), group.size)
 
 
 def _step(group: ChannelGroup, round_to: int) -> int:
@@ -288,7 +288,7 @@ def _step(group: ChannelGroup, round_to: int) -> int:
 
 
 def _least(group: ChannelGroup, min_kept: int) -> int:
-    return min(max(min_kept, 1), group.size)
+    return min(max(min_kept, group.least), group.size)
 
 
 def without(group: ChannelGroup, gone: np.ndarray) -> np.ndarray:

@@ -290,6 +290,25 @@ def _soft(p: Problem) -> Any:
     return learned.soft_masks(_weight_gates(p), jax.random.key(KEY), 1, steps=2)
 
 
+def _mixture(params: Any, x: jax.Array) -> jax.Array:
+    """Two of four experts for each token."""
+    weights, experts = jax.lax.top_k(jax.nn.softmax(x @ params["router"]), 2)
+    routed = jnp.sum(jax.nn.one_hot(experts, 4, dtype=jnp.float32) * weights[..., None], 1)
+    return jnp.einsum("te,td,edf->tf", routed, x, params["experts"])
+
+
+def _experts(p: Problem) -> Any:
+    kernel = jnp.asarray(PARAMS["b"]["kernel"], jnp.float32)
+    params = {"router": kernel[:4, :4], "experts": jnp.stack([kernel[:4], kernel[4:], -kernel[:4], 2 * kernel[4:]])}
+    return structured.trace(_mixture, params, p.x), params
+
+
+def _select_experts(p: Problem) -> Any:
+    graph, params = _experts(p)
+    (use,) = structured.expert_use(graph, params, [p.x]).values()
+    return structured.select_experts(graph, {graph.groups[0].name: use.reap}, 0.25).to_json()
+
+
 def _prune_blocks(p: Problem) -> Any:
     data = [np.asarray(apply(p.params, p.x))]
     source = jaxprune.save_sparse(p.folder / "blocks.safetensors", [p.params["b"]["kernel"]] * 2).path
@@ -449,6 +468,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
     "jaxprune.structured.count_bytes": lambda p: structured.count_bytes(p.graph, p.plan),
     "jaxprune.structured.count_macs": lambda p: structured.count_macs(p.graph, p.plan),
     "jaxprune.structured.count_parameters": lambda p: structured.count_parameters(p.graph, p.plan),
+    "jaxprune.structured.expert_use": lambda p: structured.expert_use(*_experts(p), [p.x]),
     "jaxprune.structured.group_lasso": lambda p: structured.group_lasso(p.graph, p.params),
     "jaxprune.structured.masked": lambda p: structured.masked(p.graph)(p.params, structured.channel_masks(p.plan, p.params), p.x),
     "jaxprune.structured.measure_blocks": lambda p: structured.measure_blocks(
@@ -477,6 +497,7 @@ CALLS: dict[str, Callable[[Problem], Any]] = {
         structured.select_channels_globally(p.graph, p.params, 2_000, isomorphic=isomorphic).to_json()
         for isomorphic in (False, True)
     ],
+    "jaxprune.structured.select_experts": _select_experts,
     "jaxprune.structured.select_in_sequence": lambda p: [
         (plan.to_json(), params)
         for target in ("dense", "current")

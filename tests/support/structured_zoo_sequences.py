@@ -250,7 +250,7 @@ def swin() -> Case:
 
 
 def experts() -> Case:
-    """Tokens choose experts: whatever an expert does inside can be cut, the experts cannot."""
+    """Tokens choose experts: these can be cut, with the router's outputs, and so can whatever an expert does inside."""
     params = {"router": normal(4, 3), "up": normal(3, 4, 8), "down": normal(3, 8, 4)}
 
     def fn(params: Any, x: Any) -> Any:
@@ -259,7 +259,7 @@ def experts() -> Case:
         y = jnp.einsum("tef,efd->ted", jnp.tanh(jnp.einsum("td,edf->tef", x, params["up"])), params["down"])
         return (y * weights[..., None]).sum(1)
 
-    return Case(fn, params, (normal(5, 4),), {"up[2]": (8, 2)})
+    return Case(fn, params, (normal(5, 4),), {"router[1]": (3, 3), "up[2]": (8, 2, ("router[1]",))})
 
 
 def loops() -> Case:

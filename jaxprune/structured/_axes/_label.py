@@ -16,9 +16,10 @@ from jaxprune._jaxpr import _equations, _records
 from jaxprune._jaxpr._equations import Body, Equation
 from jaxprune._jaxpr._primitives import COPIES, CUSTOM, LAYOUT, REMAT
 from jaxprune.structured._axes import _elementwise, _indexing, _layout, _reductions
+from jaxprune.structured._axes._choices import note_choice, note_compared, settle_choices
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, size, step_along, unify
 from jaxprune.structured._axes._program import Node, Program, Rule, Value, free, opaque
-from jaxprune.structured._axes._reasons import COMPARED, SCANNED
+from jaxprune.structured._axes._reasons import SCANNED
 
 RULES: dict[str, Rule] = {
     **_elementwise.RULES,
@@ -43,7 +44,9 @@ def label(body: Body, ins: Sequence[Value], *, differentiated: bool = False, cal
     """
     nodes: list[Node] = []
     outs = _run(body, ins, nodes, differentiated, caller)
-    return Program(list(ins), nodes, outs)
+    program = Program(list(ins), nodes, outs)
+    settle_choices(program)
+    return program
 
 
 def _run(
@@ -217,7 +220,7 @@ def _pullback(node: Node, inner: Body) -> Program:
 
 
 def _note(node: Node) -> None:
-    """Remember what was summed over, divisions of a sum by how many were summed (a mean), and parameters' layouts."""
+    """Remember what was summed over, divisions of a sum by how many were summed (a mean), layouts, chosen numbers."""
     if node.name in ("reduce_sum", "psum"):
         node.outs[0].summed = tuple(node.ins[0].dims[axis] for axis in _records.axes(node.equation))
     elif node.name in LAYOUT or node.name == "dynamic_slice":
@@ -230,17 +233,9 @@ def _note(node: Node) -> None:
         (along,) = _records.axes(node.equation)
         node.outs[0].numbering = node.outs[0].dims[along]
     elif node.name == "eq":
-        _note_chosen(node)
+        note_compared(node)
     elif node.name == "div" and node.ins[0].summed is not None:
         count = node.ins[1].const
         if count is not None and np.ndim(count) == 0 and float(count) == math.prod(map(size, node.ins[0].summed)):
             node.notes.count = node.ins[0].summed
-
-
-def _note_chosen(node: Node) -> None:
-    """Where numbers of elements are compared with something else, that chooses elements (one_hot): they stay."""
-    left, right = node.ins
-    if (left.numbering is None) != (right.numbering is None):
-        chosen = left.numbering if right.numbering is None else right.numbering
-        assert chosen is not None
-        freeze(chosen, node.because(COMPARED))
+    note_choice(node)

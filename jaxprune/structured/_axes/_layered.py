@@ -29,7 +29,7 @@ def _values(program: Program, inside: frozenset[Var]) -> Iterator[tuple[Value, f
     for value in (*program.ins, *program.outs):
         yield value, inside | _stacked(value)
     for node in program.nodes:
-        made, summed = node.name in GENERATED, sums(node)
+        made, summed = node.name in GENERATED and not node.notes.renumbered, sums(node)
         for value in node.ins:
             yield value, frozenset() if value.const is not None else inside if summed else inside | _stacked(value)
         for value in node.outs:

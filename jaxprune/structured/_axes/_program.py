@@ -23,6 +23,7 @@ class Value:
         summed: the axes that were summed over to obtain it, where that was the last thing done.
         sources: the numbers of the parameters that it is another layout of.
         numbering: the axis whose elements' numbers it holds, where it holds just these.
+        chosen: where it holds numbers of elements that were chosen along an axis, as top_k does: the axis, and why it would stay.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Value:
     summed: Dims | None = None
     sources: tuple[int, ...] = ()
     numbering: Dim | None = None
+    chosen: tuple[Dim, Reason] | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,6 +62,8 @@ class Notes:
         count: of a mean's division, the axes that were summed over.
         steps: of a scan, the axis that it steps along.
         stream: of a sum ``x + f(x)``, which operand is x.
+        compared: of an equality, the axis of which it compares chosen numbers with all (one_hot).
+        renumbered: whether numbers are made that are compared so and used for nothing else: those after a cut.
     """
 
     opaque: bool = False
@@ -73,6 +77,8 @@ class Notes:
     count: Dims | None = None
     steps: Dim | None = None
     stream: int | None = None
+    compared: Dim | None = None
+    renumbered: bool = False
 
 
 @dataclasses.dataclass(eq=False)

@@ -66,12 +66,6 @@ def _reduce(node: Node) -> list[list[Dim]]:
     return [[dim for axis, dim in enumerate(node.ins[0].dims) if axis not in gone]]
 
 
-def _arg_reduce(node: Node) -> list[list[Dim]]:
-    for axis in axes(node.equation):
-        freeze(node.ins[0].dims[axis], node.because(_reasons.numbers(node.name), renumbers=True))
-    return _reduce(node)
-
-
 def _along(node: Node) -> list[list[Dim]]:
     """Cumulative sums, sorting: a result of the same shape that depends on the order along one axis."""
     (along,) = axes(node.equation)
@@ -85,7 +79,6 @@ def _along(node: Node) -> list[list[Dim]]:
 
 def _top_k(node: Node) -> list[list[Dim]]:
     (value,), (axis,) = node.ins, axes(node.equation)
-    freeze(value.dims[axis], node.because(_reasons.numbers("top_k"), renumbers=True))
     dims = list(value.dims)
     dims[axis] = fresh(node.shapes[0][axis], node.because(_reasons.numbers("top_k")))
     return [list(dims) for _ in node.shapes]
@@ -123,7 +116,7 @@ RULES: dict[str, Rule] = {
     "sort": _along,
     "top_k": _top_k,
     **dict.fromkeys(REDUCTIONS, _reduce),
-    **dict.fromkeys(ARG_REDUCTIONS, _arg_reduce),
+    **dict.fromkeys(ARG_REDUCTIONS, _reduce),
     **dict.fromkeys(CUMULATIVE, _along),
     **dict.fromkeys(WINDOWED, _windowed),
     "select_and_scatter_add": _scattered_windows,

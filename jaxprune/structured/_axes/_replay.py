@@ -134,6 +134,8 @@ class Replay:
     def _generate(self, node: Node, values: list[Any]) -> Any:
         """Make whole what belongs to places, then cut it; random keys are cut before."""
         (out,) = node.outs
+        if node.notes.renumbered:
+            return _equations.evaluate(resized(node.equation, tuple(map(self._size, out.dims))), values)[0]
         keys = len(node.ins[0].shape) if node.ins else 0
         uncut = {var: n for var, n in self.sizes.items() if var not in self.kept}
         shape = tuple(kept_size(dim, uncut) for dim in out.dims[keys:])
@@ -318,10 +320,14 @@ def _masked(node: Node, values: list[Any], masks: Masks) -> list[Any]:
 
 
 def _lowest(dtype: Any) -> Any:
+    if dtype == np.bool_:
+        return False
     return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
 
 
 def _highest(dtype: Any) -> Any:
+    if dtype == np.bool_:
+        return True
     return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
 
 
@@ -336,6 +342,9 @@ _NEUTRAL: dict[str, Callable[[Any], Any]] = {
     "reduce_and": lambda dtype: True,
     "reduce_or": lambda dtype: False,
     "reduce_xor": lambda dtype: False,
+    "top_k": _lowest,
+    "argmax": _lowest,
+    "argmin": _highest,
 }
 
 
