@@ -70,8 +70,9 @@ def measure_times(
 
     Groups that are alike in structure and size, as those of equal layers, are cut at once, and each is given its share:
     one program for each such kind and width, and a larger difference than any one of them would make. All programs are timed in
-    turns, and the least time of each counts, which other programs on the machine disturb least. Noise decides nothing: what
-    a group takes is made to rise with its width, by isotonic regression.
+    turns, and the lower quartile of each counts: other programs on the machine make times longer, and a clock that is set right
+    makes few of them shorter. Noise decides nothing: what a group takes is made to rise with its width, by isotonic
+    regression. Where groups share matrices, as convolutions one after the other do, all are cut at once as well.
 
     Times are those of the device and the shapes that they are measured with; keep them by `Times.to_json`.
 
@@ -164,11 +165,11 @@ def _overlap(
     plans: Sequence[Plan],
     taken: Sequence[float],
 ) -> float:
-    """Return the overlap by which times of cuts of all groups are predicted best, by least squares; 1 where none is known."""
+    """Return the overlap by which times of cuts of all groups are predicted best, by least squares, from 0 to 1; 1 where none is known."""
     sums = np.array([sum(whole - found[part.name][width] for part, width in parts) for parts in joint])
     expected = sums * np.array([times.had_twice(parts, plan) for parts, plan in zip(joint, plans, strict=True)])
     missing = sums - (whole - np.array(taken))
-    return max(float(expected @ missing / (expected @ expected)), 0.0) if expected.any() else 1.0
+    return float(np.clip(expected @ missing / (expected @ expected), 0.0, 1.0)) if expected.any() else 1.0
 
 
 def check_times(
@@ -176,7 +177,7 @@ def check_times(
 ) -> Prediction:
     """Compare what times say of a smaller function with what it takes.
 
-    The smaller and the whole function are timed in turns, and the least times count. A machine that is slower now than when the
+    The smaller and the whole function are timed in turns, and lower quartiles count. A machine that is slower now than when the
     times were measured is no error of theirs: the smaller function's share of the whole one's time is what is compared.
 
     Args:
@@ -219,13 +220,13 @@ def _measure(
     timer: Timer,
     progress: bool,
 ) -> list[float]:
-    """Return the least seconds of each smaller function; its parameters are cut anew each time, not to be held for all."""
+    """Return the seconds of each smaller function; its parameters are cut anew each time, not to be held for all."""
     functions = [rebuild(graph, plan) for plan in plans]
-    taken = np.full(len(plans), np.inf)
-    for _ in tracked(range(repeats), "rounds", progress):
+    taken = np.zeros((repeats, len(plans)))
+    for row in tracked(taken, "rounds", progress):
         for n, (fn, plan) in enumerate(zip(functions, plans, strict=True)):
-            taken[n] = min(taken[n], timer(fn, cut_out(plan, params), *cut_inputs(graph, plan, inputs)))
-    return taken.tolist()
+            row[n] = timer(fn, cut_out(plan, params), *cut_inputs(graph, plan, inputs))
+    return np.quantile(taken, 0.25, axis=0, method="lower").tolist()
 
 
 def _kinds(times: Times, groups: Iterable[ChannelGroup]) -> tuple[list[list[ChannelGroup]], list[list[Block]]]:

@@ -47,7 +47,7 @@ class Times(Printable):
         whole: of the whole function.
         widths: by the name of each group, for widths that rise, never falling.
         blocks: without each residual branch, by its name.
-        overlap: by how much the sum of what cuts save is to be less, for each share by which their multiply-accumulates are.
+        overlap: by which share the sum of what cuts save is to be less, of that by which their multiply-accumulates are: 0 to 1.
     """
 
     graph: Graph
