@@ -78,7 +78,9 @@ def _resnet(params: Tree) -> tuple[nn.Module, dict[nn.Module, str]]:
     names: dict[nn.Module, str] = {stem.convolution: "stem/w"}
     for number, block in enumerate(blocks):
         layers = {"a": block.a, "b": block.b, "skip": block.skip}
-        names |= {layer.convolution: f"blocks/{number}/{n}/w" for n, layer in layers.items() if isinstance(layer, _Layer)}
+        names |= {
+            layer.convolution: f"blocks/{number}/{n}/w" for n, layer in layers.items() if isinstance(layer, _Layer)
+        }
     head = _dense(params["head"])
     return nn.Sequential(stem, nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head), names
 

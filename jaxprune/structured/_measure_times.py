@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxprune._progress import tracked
 from jaxprune.structured._blocks import Block
-from jaxprune.structured._count import count_macs
 from jaxprune.structured._graph import Graph, require_graph
 from jaxprune.structured._groups import ChannelGroup
 from jaxprune.structured._naming import by_group
@@ -71,8 +70,9 @@ def measure_times(
 
     Groups that are alike in structure and size, as those of equal layers, are cut at once, and each is given its share:
     one program for each such kind and width, and a larger difference than any one of them would make. All programs are timed in
-    turns, and the least time of each counts, which other programs on the machine disturb least. Noise decides nothing: what
-    a group takes is made to rise with its width, by isotonic regression.
+    turns, and the lower quartile of each counts: other programs on the machine make times longer, and a clock that is set right
+    makes few of them shorter. Noise decides nothing: what a group takes is made to rise with its width, by isotonic
+    regression. Where groups share matrices, as convolutions one after the other do, all are cut at once as well.
 
     Times are those of the device and the shapes that they are measured with; keep them by `Times.to_json`.
 
@@ -113,34 +113,63 @@ def measure_times(
     steps = by_group(graph, round_to, "round_to", 1, check_whole)
     names = [group.name for group in groups_among(graph, among)]
     graph = at_shapes(graph, inputs)
-    times = Times(graph, _device(params), 0.0, {}, {})
+    times = Times(graph, _device(params), 0.0, {}, {}, 1.0)
     groups, blocks = _kinds(times, [graph.group(name) for name in names])
-    cuts: list[tuple[Sequence[Part], int]] = [((), 0)]
-    for same in groups:
-        step, last = steps[same[0].name], 1 - 1 / same[0].size
-        asked = {*widths_of(same[0], options, step, min_kept), kept_count(same[0], last, step, min_kept)}
-        cuts += [(same, width) for width in sorted(asked - {same[0].size})]
+    widths = {}
+    for group in (kind[0] for kind in groups):
+        step, last = steps[group.name], 1 - 1 / group.size
+        asked = {*widths_of(group, options, step, min_kept), kept_count(group, last, step, min_kept)}
+        widths[group.name] = sorted(asked - {group.size})
+    cuts: list[tuple[Sequence[Part], int]] = [(kind, width) for kind in groups for width in widths[kind[0].name]]
     cuts += [(kind, 0) for kind in blocks]
-    plans = [cut(graph, *each) for each in cuts]
+    alone = [[(part, width) for part in kind] for kind, width in cuts]
+    joint = _joint(times, groups, widths)
+    plans = [cut(graph, each) for each in ([], *alone, *joint)]
     whole, *taken = _measure(graph, plans, params, inputs, repeats, timer, progress)
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     dropped: dict[str, float] = {}
-    for _, rows in itertools.groupby(zip(cuts[1:], plans[1:], taken, strict=True), key=lambda row: id(row[0][0])):
-        each = list(rows)
-        saved = whole - _rising([seconds for _, _, seconds in each] + [whole])
-        for ((kind, width), plan, _), of_all in zip(each, saved, strict=False):
-            together = count_macs(graph) - count_macs(graph, plan)
+    for _, rows in itertools.groupby(zip(cuts, taken, strict=False), key=lambda row: id(row[0][0])):
+        kind_widths, times_taken = zip(*rows, strict=True)
+        for (kind, width), rising in zip(kind_widths, _rising([*times_taken, whole]), strict=False):
+            each = whole - (whole - float(rising)) / len(kind)
             for part in kind:
-                share = times.macs_saved(part, width) / together if together else 1 / len(kind)
                 if isinstance(part, Block):
-                    dropped[part.name] = whole - share * float(of_all)
+                    dropped[part.name] = each
                 else:
-                    found[part.name][width] = whole - share * float(of_all)
-    for name, widths in found.items():
-        widths[graph.group(name).size] = whole
-    return Times(
-        graph, times.device, whole, found, {b.name: dropped[b.name] for b in graph.blocks if b.name in dropped}
-    )
+                    found[part.name][width] = each
+    for name, table in found.items():
+        table[graph.group(name).size] = whole
+    dropped = {block.name: dropped[block.name] for block in graph.blocks if block.name in dropped}
+    overlap = _overlap(times, whole, found, joint, plans[-len(joint) :] if joint else [], taken[len(alone) :])
+    return Times(graph, times.device, whole, found, dropped, overlap)
+
+
+def _joint(
+    times: Times, kinds: Sequence[Sequence[ChannelGroup]], widths: Mapping[str, Sequence[int]]
+) -> list[list[tuple[Part, int]]]:
+    """Return cuts of all groups at once, to the least width of each, the next one and so on; none where what they save adds up."""
+    found: list[list[tuple[Part, int]]] = []
+    for level in range(max((len(each) for each in widths.values()), default=0)):
+        tables = [(kind, widths[kind[0].name]) for kind in kinds if widths[kind[0].name]]
+        parts: list[tuple[Part, int]] = [(group, w[min(level, len(w) - 1)]) for kind, w in tables for group in kind]
+        if times.had_twice(parts, cut(times.graph, parts)) > 0:
+            found.append(parts)
+    return found
+
+
+def _overlap(
+    times: Times,
+    whole: float,
+    found: Mapping[str, Mapping[int, float]],
+    joint: Sequence[Sequence[tuple[Part, int]]],
+    plans: Sequence[Plan],
+    taken: Sequence[float],
+) -> float:
+    """Return the overlap by which times of cuts of all groups are predicted best, by least squares, from 0 to 1; 1 where none is known."""
+    sums = np.array([sum(whole - found[part.name][width] for part, width in parts) for parts in joint])
+    expected = sums * np.array([times.had_twice(parts, plan) for parts, plan in zip(joint, plans, strict=True)])
+    missing = sums - (whole - np.array(taken))
+    return float(np.clip(expected @ missing / (expected @ expected), 0.0, 1.0)) if expected.any() else 1.0
 
 
 def check_times(
@@ -148,7 +177,7 @@ def check_times(
 ) -> Prediction:
     """Compare what times say of a smaller function with what it takes.
 
-    The smaller and the whole function are timed in turns, and the least times count. A machine that is slower now than when the
+    The smaller and the whole function are timed in turns, and lower quartiles count. A machine that is slower now than when the
     times were measured is no error of theirs: the smaller function's share of the whole one's time is what is compared.
 
     Args:
@@ -178,7 +207,7 @@ def check_times(
     require_plan(plan, "check_times(times, plan, params, *inputs)")
     check_whole(repeats, "repeats")
     predicted = times(plan)
-    whole, small = _measure(times.graph, [cut(times.graph, ()), plan], params, inputs, repeats, timer, False)
+    whole, small = _measure(times.graph, [cut(times.graph, []), plan], params, inputs, repeats, timer, False)
     return Prediction(predicted, times.whole * small / whole)
 
 
@@ -191,17 +220,20 @@ def _measure(
     timer: Timer,
     progress: bool,
 ) -> list[float]:
-    """Return the least seconds of each smaller function; its parameters are cut anew each time, not to be held for all."""
+    """Return the seconds of each smaller function; its parameters are cut anew each time, not to be held for all."""
     functions = [rebuild(graph, plan) for plan in plans]
-    taken = np.full(len(plans), np.inf)
-    for _ in tracked(range(repeats), "rounds", progress):
+    taken = np.zeros((repeats, len(plans)))
+    for row in tracked(taken, "rounds", progress):
         for n, (fn, plan) in enumerate(zip(functions, plans, strict=True)):
-            taken[n] = min(taken[n], timer(fn, cut_out(plan, params), *cut_inputs(graph, plan, inputs)))
-    return taken.tolist()
+            row[n] = timer(fn, cut_out(plan, params), *cut_inputs(graph, plan, inputs))
+    return np.quantile(taken, 0.25, axis=0, method="lower").tolist()
 
 
 def _kinds(times: Times, groups: Iterable[ChannelGroup]) -> tuple[list[list[ChannelGroup]], list[list[Block]]]:
-    """Return groups, and branches, that are alike in structure, sizes and multiply-accumulates, in one list each."""
+    """Return groups, and branches, that are alike in structure, sizes and multiply-accumulates, in one list each.
+
+    Where what they save does not add up, as of channels of convolutions one after the other, each is alone.
+    """
     graph = times.graph
     structure = structures(graph)
 
@@ -213,7 +245,7 @@ def _kinds(times: Times, groups: Iterable[ChannelGroup]) -> tuple[list[list[Chan
         return tuple(sorted(graph.by_path[path] for path in block.paths)), times.macs_saved(block, 0)
 
     branches = [block for block in graph.blocks if not block.members]
-    return _together(groups, of_group), _together(branches, of_block)
+    return _apart(times, _together(groups, of_group), 1), _apart(times, _together(branches, of_block), 0)
 
 
 def _together(parts: Iterable[P], key: Callable[[P], Hashable]) -> list[list[P]]:
@@ -221,6 +253,15 @@ def _together(parts: Iterable[P], key: Callable[[P], Hashable]) -> list[list[P]]
     for part in parts:
         found.setdefault(key(part), []).append(part)
     return list(found.values())
+
+
+def _apart(times: Times, kinds: Iterable[list[P]], width: int) -> list[list[P]]:
+    found = []
+    for kind in kinds:
+        parts = [(part, width) for part in kind]
+        adds_up = times.had_twice(parts, cut(times.graph, parts)) == 0
+        found += [kind] if adds_up else [[part] for part in kind]
+    return found
 
 
 def _rising(taken: Sequence[float]) -> np.ndarray:

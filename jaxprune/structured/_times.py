@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,23 +18,28 @@ from jaxprune.structured._plan import Plan, dropped_branches, plan_of, solve
 if TYPE_CHECKING:
     from jaxprune._tables import Table
 
-# Groups that are cut to one width, or branches that are dropped.
+# A group that is cut to a width, or a branch that is dropped.
 Part = ChannelGroup | Block
 
 
-def cut(graph: Graph, parts: Sequence[Part], width: int = 0) -> Plan:
-    """Return the plan that cuts groups to a width, the first channels staying, and drops branches."""
-    kept = {part.var: np.arange(width) for part in parts if isinstance(part, ChannelGroup) and width < part.size}
-    return plan_of(graph, kept, [part for part in parts if isinstance(part, Block)])
+def cut(graph: Graph, parts: Iterable[tuple[Part, int]]) -> Plan:
+    """Return the plan that cuts groups to widths, the first channels staying, and drops branches."""
+    kept, branches = {}, []
+    for part, width in parts:
+        if isinstance(part, Block):
+            branches.append(part)
+        elif width < part.size:
+            kept[part.var] = np.arange(width)
+    return plan_of(graph, kept, branches)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Times(Printable):
     """What a function takes, in seconds, with one group alone cut or one branch alone dropped; called with a plan, what it takes then.
 
-    Between widths that were measured times are interpolated. What several cuts save adds up, times what they save in
-    multiply-accumulates together over the sum of what each saves alone: where two groups share a matrix that is less
-    than all of it. Prints as a table.
+    Between widths that were measured times are interpolated. What several cuts save adds up, but for what they have in common: where
+    two groups share a matrix, they save fewer multiply-accumulates together than the sum of what each saves alone. How much of
+    that share of the time is had only once was measured with all groups cut at once. Prints as a table.
 
     Attributes:
         graph: the function.
@@ -42,6 +47,7 @@ class Times(Printable):
         whole: of the whole function.
         widths: by the name of each group, for widths that rise, never falling.
         blocks: without each residual branch, by its name.
+        overlap: by which share the sum of what cuts save is to be less, of that by which their multiply-accumulates are: 0 to 1.
     """
 
     graph: Graph
@@ -49,6 +55,7 @@ class Times(Printable):
     whole: float
     widths: Mapping[str, Mapping[int, float]]
     blocks: Mapping[str, float]
+    overlap: float
     _alone: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, plan: Plan) -> float:
@@ -70,9 +77,7 @@ class Times(Printable):
             if not {member.path for member in groups[var].members} <= set(plan.dropped):
                 found.append((groups[var], indices.shape[-1]))
         saved = sum(self._saved(*each) for each in found)
-        alone = sum(self.macs_saved(*each) for each in found)
-        together = count_macs(self.graph) - count_macs(self.graph, plan)
-        return self.whole - saved * (min(together / alone, 1.0) if alone else 1.0)
+        return self.whole - saved * max(1 - self.overlap * self.had_twice(found, plan), 0.0)
 
     def _saved(self, part: Part, width: int) -> float:
         table: Mapping[str, object] = self.blocks if isinstance(part, Block) else self.widths
@@ -85,16 +90,22 @@ class Times(Printable):
         widths = self.widths[part.name]
         return self.whole - float(np.interp(width, list(widths), list(widths.values())))
 
+    def had_twice(self, parts: Iterable[tuple[Part, int]], plan: Plan) -> float:
+        """Return by which share the multiply-accumulates that cuts save together are fewer than the sum of those of each alone."""
+        alone = sum(self.macs_saved(*each) for each in parts)
+        together = count_macs(self.graph) - count_macs(self.graph, plan)
+        return max(1 - together / alone, 0.0) if alone else 0.0
+
     def macs_saved(self, part: Part, width: int) -> int:
         """Return the multiply-accumulates that a group alone saves at a width, or a branch alone, dropped."""
         key = part.name if isinstance(part, ChannelGroup) else f"dropped {part.name}", width
         if key not in self._alone:
-            self._alone[key] = count_macs(self.graph) - count_macs(self.graph, cut(self.graph, [part], width))
+            self._alone[key] = count_macs(self.graph) - count_macs(self.graph, cut(self.graph, [(part, width)]))
         return self._alone[key]
 
     def to_json(self) -> str:
         """Return the times as JSON text, with the device and the version of JAX; `from_json` reads them."""
-        parts = {"device": self.device, "jax": jax.__version__, "whole": self.whole}
+        parts = {"device": self.device, "jax": jax.__version__, "whole": self.whole, "overlap": self.overlap}
         return json.dumps({**parts, "widths": self.widths, "blocks": self.blocks}, indent=1)
 
     @classmethod
@@ -114,7 +125,7 @@ class Times(Printable):
             raise ValueError(
                 f"The times are of another function: this one has no {some(others)} of that size. Measure anew."
             )
-        return cls(graph, parts["device"], parts["whole"], widths, parts["blocks"])
+        return cls(graph, parts["device"], parts["whole"], widths, parts["blocks"], parts["overlap"])
 
     def _in_short(self) -> str:
         return (
