@@ -23,7 +23,7 @@ def test_learned_masks_have_the_sparsity_they_are_asked_for(tmp_path):
 
 
 def test_experts_are_dropped_and_merged(tmp_path):
-    arguments = ["--steps", "2", "--width", "8", "--layers", "1", "--windows", "16", "--sparsities", "0.25"]
+    arguments = ["--steps", "2", "--width", "8", "--windows", "16", "--sparsities", "0.25"]
     experts.main([*arguments, "--json", str(tmp_path / "results.json")])
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["way"] for row in rows] == ["random", "frequency", "frequency, merged", "REAP", "REAP, merged"]
