@@ -36,10 +36,12 @@ def measure(name: str, network: shrink.Network, options: argparse.Namespace, con
     graph, told = structured.trace(fn, params, x), {"repeats": options.repeats}
     if options.cpu_time:
         told["timer"] = cpu_seconds
-    times = structured.measure_times(graph, params, x, options=options.widths, **told)
+    times = structured.measure_times(graph, params, x, options=options.widths, round_to=options.round_to, **told)
     again = structured.check_times(times, structured.Plan({}, {}), params, x, **told)
     sizes = {group: graph.group(group).size for group in times.widths}
-    prices = {group: {n: (1 - n / size) ** 2 for n in range(1, size + 1)} for group, size in sizes.items()}
+    step = options.round_to
+    widths = {group: {*range(step, size + 1, step), size} for group, size in sizes.items()}
+    prices = {group: {n: (1 - n / sizes[group]) ** 2 for n in sorted(each)} for group, each in widths.items()}
     rows = [{"network": name, "share": 1.0, "macs": 1.0, "predicted": again.predicted, "measured": again.measured}]
     for share in options.shares:
         try:
@@ -75,6 +77,8 @@ def table(device: str, rows: Sequence[dict[str, Any]]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure, show a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("digits CNN", "transformer")
+    parser.add_argument("--networks", nargs="+", choices=names, default=list(names), help="(default: all)")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.85, 0.7, 0.55], help="of the time that may be taken"
     )
@@ -84,16 +88,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model-width", type=int, default=128, help="of the transformer")
     parser.add_argument("--length", type=int, default=64, help="tokens of the transformer")
     parser.add_argument("--widths", type=int, default=4, help="measured of each group")
+    parser.add_argument("--round-to", type=int, default=1, help="widths are multiples of it")
     parser.add_argument("--repeats", type=int, default=30, help="rounds")
     parser.add_argument("--cpu-time", action="store_true", help="time by CPU time, where others use the cores")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     networks = {
-        "digits CNN": shrink.cnn(options.size, 8 * options.batch_size),
-        "transformer": shrink.transformer(options.layers, options.batch_size, options.model_width, options.length),
+        "digits CNN": lambda: shrink.cnn(options.size, 8 * options.batch_size),
+        "transformer": lambda: shrink.transformer(
+            options.layers, options.batch_size, options.model_width, options.length
+        ),
     }
     console = Console(width=110)
-    rows = [row for name, network in networks.items() for row in measure(name, network, options, console)]
+    rows = [row for name in options.networks for row in measure(name, networks[name](), options, console)]
     console.print(table(jax.devices()[0].device_kind, rows))
     timing.write_json(options.json, rows)
 
