@@ -213,14 +213,9 @@ class Trainer:
         return 100 * float(self._right(params, masks))
 
 
-class Chosen(NamedTuple):
-    """Plans by the name of the way that chose them."""
-
-    plans: dict[str, structured.Plan]
-    costs: dict[str, int]
-
-
-def choose(fn: Fn, params: Tree, data: Data, graph: structured.Graph, budget: float, seed: int) -> Chosen:
+def choose(
+    fn: Fn, params: Tree, data: Data, graph: structured.Graph, budget: float, seed: int, widths: int
+) -> dict[str, structured.Plan]:
     """Return the plan of each way within the budget of multiply-accumulates."""
     images, labels = data.images[:CALIBRATION], data.labels[:CALIBRATION]
     grams = jaxprune.calibrate_grams(fn, params, [images])
@@ -250,12 +245,12 @@ def choose(fn: Fn, params: Tree, data: Data, graph: structured.Graph, budget: fl
             )
     prices = {
         "estimated": structured.price_widths(graph, params, grams=grams, squares=squares),
-        "measured": structured.measure_widths(graph, params, loss, grams=grams, options=16),
+        "measured": structured.measure_widths(graph, params, loss, grams=grams, options=widths),
     }
     for name, priced in prices.items():
         found = structured.allocate_widths(graph, priced, budget)
         plans[f"knapsack, prices {name}"] = structured.select_channels(graph, params, found.k, grams=grams)
-    return Chosen(plans, {name: structured.count_macs(graph, plan) for name, plan in plans.items()})
+    return plans
 
 
 def removed(graph: structured.Graph, params: Tree, gone: Mapping[str, Sequence[int]]) -> structured.Plan:
@@ -275,7 +270,7 @@ def _name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", key)))
 
 
-def run(network: Network, macs: float, seed: int, torch_pruning: Any) -> dict[str, Any]:
+def run(network: Network, macs: float, seed: int, widths: int, torch_pruning: Any) -> dict[str, Any]:
     """Train, cut in every way, repair, fine-tune; return the accuracies."""
     data, fn = network.data, network.fn
     graph = structured.trace(fn, network.params, data.images[:BATCH])
@@ -284,7 +279,7 @@ def run(network: Network, macs: float, seed: int, torch_pruning: Any) -> dict[st
     params = Trainer(lambda p, _, x: training(p, x), data).train(network.params, nothing, network.epochs, seed)
     params = fold(params, data.images) if network.fn is resnet else params
     budget = macs * structured.count_macs(graph)
-    plans = choose(fn, params, data, graph, budget, seed).plans
+    plans = choose(fn, params, data, graph, budget, seed, widths)
     if torch_pruning is not None:
         for name, gone in torch_pruning(network.name, params, data.images[:1].shape, functools.partial(_cost, graph, params), budget).items():  # fmt: skip
             plans[f"torch-pruning, {name}"] = removed(graph, params, gone)
@@ -341,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tuning", type=int, nargs=2, default=[5, 1], metavar="N", help="epochs after the cut, of each"
     )
+    parser.add_argument("--widths", type=int, default=16, help="of each group that are measured (default: 16)")
     parser.add_argument("--no-digits", action="store_true", help="leave the CNN out")
     parser.add_argument("--no-torch", action="store_true", help="leave torch-pruning out")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -357,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             data = mnist(options.mnist, seed)
             params = resnet_params(seed, options.width)
             networks.append(Network("MNIST ResNet", resnet, params, data, options.epochs[1], options.tuning[1]))
-        results += [run(network, options.macs, seed, torch_pruning) for network in networks]
+        results += [run(network, options.macs, seed, options.widths, torch_pruning) for network in networks]
         timing.write_json(options.json, results)
     for name in dict.fromkeys(result["network"] for result in results):
         console.print(table([result for result in results if result["network"] == name], options.macs))
