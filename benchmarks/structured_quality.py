@@ -4,7 +4,8 @@
 
 The CNN of the examples on handwritten digits of 8 x 8 pixels, and a ResNet on those of MNIST, each trained once for every seed and
 cut by each way to the same budget. Where torch-pruning is installed it chooses on the same weights, exported, by the norm of
-coupled weights (DepGraph), in each layer, over all, and among groups of one structure. Whoever chose, the same functions cut,
+coupled weights (DepGraph), in each layer, over all, and among groups of one structure; a way that empties a layer before it meets
+the budget has no row for that seed. Whoever chose, the same functions cut,
 repair, measure and train: networks are masked, which computes what smaller ones do and compiles once.
 
 "repaired" is the cut network after least squares on training images (`structured.repair`); "fine-tuned" starts from that. MNIST is read from a folder with two gzipped IDX files (t10k-*): of its 10,000 images 6,000 are
@@ -212,14 +213,9 @@ class Trainer:
         return 100 * float(self._right(params, masks))
 
 
-class Chosen(NamedTuple):
-    """Plans by the name of the way that chose them."""
-
-    plans: dict[str, structured.Plan]
-    costs: dict[str, int]
-
-
-def choose(fn: Fn, params: Tree, data: Data, graph: structured.Graph, budget: float, seed: int) -> Chosen:
+def choose(
+    fn: Fn, params: Tree, data: Data, graph: structured.Graph, budget: float, seed: int, widths: int
+) -> dict[str, structured.Plan]:
     """Return the plan of each way within the budget of multiply-accumulates."""
     images, labels = data.images[:CALIBRATION], data.labels[:CALIBRATION]
     grams = jaxprune.calibrate_grams(fn, params, [images])
@@ -249,12 +245,12 @@ def choose(fn: Fn, params: Tree, data: Data, graph: structured.Graph, budget: fl
             )
     prices = {
         "estimated": structured.price_widths(graph, params, grams=grams, squares=squares),
-        "measured": structured.measure_widths(graph, params, loss, grams=grams),
+        "measured": structured.measure_widths(graph, params, loss, grams=grams, options=widths),
     }
     for name, priced in prices.items():
         found = structured.allocate_widths(graph, priced, budget)
         plans[f"knapsack, prices {name}"] = structured.select_channels(graph, params, found.k, grams=grams)
-    return Chosen(plans, {name: structured.count_macs(graph, plan) for name, plan in plans.items()})
+    return plans
 
 
 def removed(graph: structured.Graph, params: Tree, gone: Mapping[str, Sequence[int]]) -> structured.Plan:
@@ -274,7 +270,7 @@ def _name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", key)))
 
 
-def run(network: Network, macs: float, seed: int, torch_pruning: Any) -> dict[str, Any]:
+def run(network: Network, macs: float, seed: int, widths: int, torch_pruning: Any) -> dict[str, Any]:
     """Train, cut in every way, repair, fine-tune; return the accuracies."""
     data, fn = network.data, network.fn
     graph = structured.trace(fn, network.params, data.images[:BATCH])
@@ -283,7 +279,7 @@ def run(network: Network, macs: float, seed: int, torch_pruning: Any) -> dict[st
     params = Trainer(lambda p, _, x: training(p, x), data).train(network.params, nothing, network.epochs, seed)
     params = fold(params, data.images) if network.fn is resnet else params
     budget = macs * structured.count_macs(graph)
-    plans = choose(fn, params, data, graph, budget, seed).plans
+    plans = choose(fn, params, data, graph, budget, seed, widths)
     if torch_pruning is not None:
         for name, gone in torch_pruning(network.name, params, data.images[:1].shape, functools.partial(_cost, graph, params), budget).items():  # fmt: skip
             plans[f"torch-pruning, {name}"] = removed(graph, params, gone)
@@ -321,10 +317,11 @@ def table(results: Sequence[Mapping[str, Any]], macs: float) -> Table:
     columns = ("macs", "cut", "repaired", "fine-tuned")
     for column in columns:
         shown.add_column("MACs, %" if column == "macs" else column, justify="right")
-    for name in first["rows"]:
-        values = {column: [result["rows"][name][column] for result in results] for column in columns}
-        cells = [of(values[column]) for column in columns[1:]]
-        shown.add_row(name, f"{100 * np.mean(values['macs']):.1f}", *cells)
+    for name in dict.fromkeys(name for result in results for name in result["rows"]):
+        rows = [result["rows"][name] for result in results if name in result["rows"]]
+        few = "" if len(rows) == len(results) else f" ({len(rows)} of {len(results)} seeds)"
+        cells = [of([row[column] for row in rows]) for column in columns[1:]]
+        shown.add_row(name + few, f"{100 * np.mean([row['macs'] for row in rows]):.1f}", *cells)
     return shown
 
 
@@ -339,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tuning", type=int, nargs=2, default=[5, 1], metavar="N", help="epochs after the cut, of each"
     )
+    parser.add_argument("--widths", type=int, default=16, help="of each group that are measured (default: 16)")
+    parser.add_argument("--no-digits", action="store_true", help="leave the CNN out")
     parser.add_argument("--no-torch", action="store_true", help="leave torch-pruning out")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
@@ -346,15 +345,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch_pruning = None if options.no_torch else _torch(console)
     results = []
     for seed in track(options.seeds, "seeds", console=Console(stderr=True)):
-        networks = [Network("digits CNN", cnn, cnn_params(seed), digits(seed), options.epochs[0], options.tuning[0])]
+        networks = []
+        if not options.no_digits:
+            data = digits(seed)
+            networks.append(Network("digits CNN", cnn, cnn_params(seed), data, options.epochs[0], options.tuning[0]))
         if options.mnist is not None:
             data = mnist(options.mnist, seed)
             params = resnet_params(seed, options.width)
             networks.append(Network("MNIST ResNet", resnet, params, data, options.epochs[1], options.tuning[1]))
-        results += [run(network, options.macs, seed, torch_pruning) for network in networks]
+        results += [run(network, options.macs, seed, options.widths, torch_pruning) for network in networks]
+        timing.write_json(options.json, results)
     for name in dict.fromkeys(result["network"] for result in results):
         console.print(table([result for result in results if result["network"] == name], options.macs))
-    timing.write_json(options.json, results)
 
 
 def _torch(console: Console) -> Any:
