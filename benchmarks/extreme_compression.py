@@ -96,8 +96,41 @@ PUBLISHED = {
     ),
 }
 
-Prune = Callable[..., optax.GradientTransformation]  # of `make` and a schedule, as `jaxprune.prune`
-METHODS: dict[str, Prune] = {"prune": jaxprune.prune, "prune and regrow": transforms.prune_and_regrow}
+
+class Way(NamedTuple):
+    """What a method is told: the sparsity of kernels, the steps of the training, and how masks are made."""
+
+    sparsity: float
+    steps: int
+    make: Callable[[Any, Any], Any]
+
+    def adam(self) -> optax.GradientTransformation:
+        """The optimizer of all methods: Adam under a cosine."""
+        return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, self.steps))
+
+
+def dense(way: Way) -> optax.GradientTransformation:
+    """Nothing is pruned."""
+    return way.adam()
+
+
+def prune(way: Way) -> optax.GradientTransformation:
+    """Magnitude, along the cubic schedule."""
+    begin, end = round(BEGIN * way.steps), round(END * way.steps)
+    cubic = optax.polynomial_schedule(0.0, way.sparsity, 3, transition_steps=end - begin, transition_begin=begin)
+    every = max(1, way.steps // CHANGES)
+    return optax.chain(way.adam(), jaxprune.prune(way.make, cubic, every=every, until=end))
+
+
+def elsa(way: Way) -> optax.GradientTransformation:
+    """ADMM over the training steps, the penalty rising in a straight line; ranked by magnitude, as gradients fade here."""
+    until = round(ELSA_END * way.steps)
+    penalty = optax.linear_schedule(0.0, PENALTY, until)
+    every = max(1, min(ELSA_EVERY, until))
+    return transforms.elsa(way.adam(), way.make, way.sparsity, penalty=penalty, every=every, until=until, metric=None)
+
+
+METHODS = {"prune": prune, "ELSA": elsa}
 
 
 class Data(NamedTuple):
@@ -125,18 +158,6 @@ def sparsity_for(params: Any, compression: float) -> float:
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     kernels = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
     return 1 - (total / compression - (total - kernels)) / kernels
-
-
-def optimizer(params: Any, method: str | None, compression: float, steps: int) -> optax.GradientTransformation:
-    """Adam under a cosine; behind it what prunes, along the cubic schedule."""
-    adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-    if method is None:
-        return adam
-    begin, end = round(BEGIN * steps), round(END * steps)
-    sparsity = sparsity_for(params, compression)
-    cubic = optax.polynomial_schedule(0.0, sparsity, 3, transition_steps=end - begin, transition_begin=begin)
-    make = functools.partial(jaxprune.make_masks, rule=rules.global_sparsity)
-    return optax.chain(adam, METHODS[method](make, cubic, every=max(1, steps // CHANGES), until=end))
 
 
 def train(
@@ -181,13 +202,16 @@ def run_seed(case: Case, folder: Path, seed: int, options: argparse.Namespace, c
     steps = epochs * (len(found.train[1]) // BATCH_SIZE)
     total = sum(leaf.size for leaf in jax.tree.leaves(first))
     asked = [(method, times) for method in options.methods for times in options.compressions or case.compressions]
+    make = functools.partial(jaxprune.make_masks, rule=rules.global_sparsity)
     rows = []
-    for method, times in track([(None, 1), *asked], f"seed {seed}", console=console):
-        params = train(case.network, first, optimizer(first, method, times, steps), found, epochs, seed)
+    for method, times in track([("dense", 1), *asked], f"seed {seed}", console=console):
+        way = Way(sparsity_for(first, times), steps, make)
+        tx = METHODS[method](way) if method != "dense" else dense(way)
+        params = train(case.network, first, tx, found, epochs, seed)
         left = sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(params))
         images, labels = found.held_out
         error = 100 * float((case.network.apply(params, images).argmax(-1) != labels).mean())
-        rows.append(Row(seed, method or "dense", times, total / left, error))
+        rows.append(Row(seed, method, times, total / left, error))
     return rows
 
 
