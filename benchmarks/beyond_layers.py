@@ -44,6 +44,7 @@ PATTERNS = {
 }
 # As shares of the steps: where gradual pruning ends, and where ELSA prunes.
 GRADUAL_END, ELSA_END = 0.5, 0.75
+ELSA_EVERY = 32  # updates: as published; the weights must have the time to follow
 
 
 class Found(NamedTuple):
@@ -115,7 +116,8 @@ def gradual(model: Model, grams: Any, pattern: Pattern, training: Training, befo
 def elsa(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """The loss itself under the constraint, by ADMM over the training steps."""
     make = functools.partial(jaxprune.make_masks, rule=pattern.rule, prunable=language_model.in_blocks)
-    schedule = {"every": max(1, training.updates // 64), "until": round(ELSA_END * training.updates)}
+    until = round(ELSA_END * training.updates)
+    schedule = {"every": min(ELSA_EVERY, until), "until": until}
     wrapped = transforms.elsa(
         training.adam(), make, pattern.k, penalty=training.penalty, prunable=language_model.in_blocks, **schedule
     )
@@ -197,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="each behind what it begins with")
     parser.add_argument("--updates", type=int, default=250, help="of whatever is trained, each on 4,096 bytes")
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest of learning, where weights are trained")
-    parser.add_argument("--penalty", type=float, default=0.01, help="of ELSA")
+    parser.add_argument("--penalty", type=float, default=0.1, help="of ELSA")
     learned_masks.add_subject(parser)
     options = parser.parse_args(arguments)
     console, rows = Console(width=120), []

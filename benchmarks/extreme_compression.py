@@ -37,11 +37,9 @@ from jaxprune import rules, transforms
 IMAGES, LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
 TRAIN, CHOOSE = 0.6, 0.2  # of the images; the others test
 BATCH_SIZE, LEARNING_RATE = 100, 3e-3
-BEGIN, END, CHANGES = (
-    0.1,
-    0.5,
-    100,
-)  # pruning's begin and end as shares of the steps; how often masks change in a training
+BEGIN, END = 0.1, 0.5  # of gradual pruning, as shares of the steps
+CHANGES = 100  # of masks, in a training
+ELSA_END, ELSA_EVERY, PENALTY = 0.6, 20, 0.03
 
 
 class LeNet300(nn.Module):

@@ -408,6 +408,14 @@ def test_learned_masks_are_real():
     assert (spectral(learned.pattern_masks(gates, PARAMS, 2)).reshape(2, 4, 4).sum(1) == 2).all()
 
 
+def test_healing():
+    def loss(params, scale):
+        return scale * jnp.sum(jnp.real(params["spectral"]["kernel"]))  # whose gradient is the scale
+
+    found = transforms.heal(loss, PARAMS, MASKS, [jnp.float32(0.5)], optax.sgd(1.0))
+    np.testing.assert_allclose(spectral(found.params), np.where(spectral(MASKS), W - 0.5, 0), rtol=1e-6)
+
+
 def test_rows_compressed():
     sparse = storage.to_bcsr(PARAMS, MASKS)["spectral"]["kernel"]
     x = jnp.ones((3, 8), jnp.complex64)
