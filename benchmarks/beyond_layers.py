@@ -34,7 +34,8 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxprune
-from benchmarks import learned_masks, timing
+from benchmarks import learned_masks
+from benchmarks.learned_masks import Rows
 from jaxprune import oneshot, rules, transforms
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -156,7 +157,7 @@ def _trained(model: Model, tx: optax.GradientTransformation, training: Training)
     return Found(params, jaxprune.masks_in(state))
 
 
-def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Rows:
     """Load or train one network; prune it in every way to every pattern."""
     subject = learned_masks.subject(seed, options, console)
     dense = subject.quality(subject.model.params)
@@ -177,7 +178,7 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[d
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
+def table(rows: Rows) -> Table:
     """Show the means over the seeds, and what a way costs by itself, beside what it begins with."""
     seeds = len({row["seed"] for row in rows})
     dense = statistics.mean(row["dense"] for row in rows)
@@ -193,20 +194,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, run every seed, show the table, write JSON."""
+    """Prune every network in every way, and show the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="each behind what it begins with")
     parser.add_argument("--updates", type=int, default=250, help="of whatever is trained, each on 4,096 bytes")
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest of learning, where weights are trained")
     parser.add_argument("--penalty", type=float, default=0.1, help="of ELSA")
-    learned_masks.add_subject(parser)
-    options = parser.parse_args(arguments)
-    console, rows = Console(width=120), []
-    for seed in options.seeds:
-        rows += run_seed(seed, options, console)
-        timing.write_json(options.json, rows)
-    console.print(table(rows))
+    learned_masks.run_seeds(parser, arguments, run_seed, table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ what can be compared is what compression adds to the error of the dense network.
 
 import argparse
 import functools
-import gzip
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,10 +30,9 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxprune
-from benchmarks import timing
+from benchmarks import mnist, timing
 from jaxprune import rules, transforms
 
-IMAGES, LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
 TRAIN, CHOOSE = 0.6, 0.2  # of the images; the others test
 BATCH_SIZE, LEARNING_RATE = 100, 3e-3
 BEGIN, END = 0.1, 0.5  # of gradual pruning, as shares of the steps
@@ -140,8 +138,7 @@ class Data(NamedTuple):
 
 def load(folder: Path, seed: int, *, test: bool) -> Data:
     """Read the images and split them by the seed; measure on those that test, or on those that settings are chosen on."""
-    pixels = np.frombuffer(gzip.decompress((folder / IMAGES).read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28, 1)
-    labels = np.frombuffer(gzip.decompress((folder / LABELS).read_bytes()), np.uint8, offset=8).astype(np.int32)
+    pixels, labels = mnist.read(folder)
     order = np.random.default_rng(seed).permutation(len(labels))
     train, choose, others = np.split(order, [round(share * len(order)) for share in (TRAIN, TRAIN + CHOOSE)])
 

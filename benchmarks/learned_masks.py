@@ -128,8 +128,16 @@ def subject(seed: int, options: argparse.Namespace, console: Console) -> Subject
     return Subject(model, jaxprune.calibrate_grams(fn, model.params, batches), quality, sources)
 
 
-def add_subject(parser: argparse.ArgumentParser) -> None:
-    """Add what networks are asked for by."""
+Rows = list[dict[str, Any]]
+
+
+def run_seeds(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    run_seed: Callable[[int, argparse.Namespace, Console], Rows],
+    table: Callable[[Rows], Table],
+) -> None:
+    """Read a command line that also says which networks, run every seed, show the table, write JSON."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks")
     parser.add_argument("--steps", type=int, default=1300, help="of the transformer's training")
     parser.add_argument("--windows", type=int, default=512, help="of text to measure with")
@@ -137,9 +145,15 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="where transformers are kept")
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that everything runs")
     parser.add_argument("--json", type=Path, help="write every number here")
+    options = parser.parse_args(arguments)
+    console, rows = Console(width=120), Rows()
+    for seed in options.seeds:
+        rows += run_seed(seed, options, console)
+        timing.write_json(options.json, rows)
+    console.print(table(rows))
 
 
-def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Rows:
     """Learn masks of one network from every start, for every pattern."""
     model, grams, quality, sources = subject(seed, options, console)
     dense, rows = quality(model.params), []
@@ -172,7 +186,7 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> list[d
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
+def table(rows: Rows) -> Table:
     """Show the means over the seeds."""
     seeds = len({row["seed"] for row in rows})
     shown = Table("pattern", "begins with", title=f"bits per byte, mean of {seeds} seed(s)", title_justify="left")
@@ -188,19 +202,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, run every seed, show the table, write JSON."""
+    """Learn masks of every network, and show the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["60 %", "2:4"])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--updates", type=int, default=2000, help="of the gates, each on 4,096 bytes")
     parser.add_argument("--rate", type=float, default=RATE, help="of learning, at most")
-    add_subject(parser)
-    options = parser.parse_args(arguments)
-    console, rows = Console(width=120), []
-    for seed in options.seeds:
-        rows += run_seed(seed, options, console)
-        timing.write_json(options.json, rows)
-    console.print(table(rows))
+    run_seeds(parser, arguments, run_seed, table)
 
 
 if __name__ == "__main__":

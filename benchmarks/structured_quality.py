@@ -6,15 +6,16 @@ The CNN of the examples on handwritten digits of 8 x 8 pixels, and a ResNet on t
 cut by each way to the same budget. Where torch-pruning is installed it chooses on the same weights, exported, by the norm of
 coupled weights (DepGraph), in each layer, over all, and among groups of one structure; a way that empties a layer before it meets
 the budget has no row for that seed. Whoever chose, the same functions cut,
-repair, measure and train: networks are masked, which computes what smaller ones do and compiles once.
+repair, measure and train: parameters are masked, which computes what smaller ones do and compiles once.
 
-"repaired" is the cut network after least squares on training images (`structured.repair`); "fine-tuned" starts from that. MNIST is read from a folder with two gzipped IDX files (t10k-*): of its 10,000 images 6,000 are
-trained on, 2,000 left for choosing (here unused) and 2,000 tested on, drawn by the seed.
+"repaired" is the cut network after least squares on training images (`structured.repair`); "fine-tuned" starts from that. The
+ResNet trains with norms over the batch, is cut with these folded into scales and offsets, and has them measured anew
+wherever it is tested. MNIST is read from a folder with two gzipped IDX files (t10k-*): of its 10,000 images 6,000 are trained on, 2,000
+left for choosing (here unused) and 2,000 tested on, drawn by the seed.
 """
 
 import argparse
 import functools
-import gzip
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,13 +32,13 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import jaxprune
-from benchmarks import timing
+from benchmarks import mnist, timing
 from jaxprune import scores, structured
 
 Tree = Any
 Fn = Callable[[Tree, jax.Array], jax.Array]
 BATCH, LEARNING_RATE, MOMENTUM, TUNING_RATE = 64, 0.05, 0.9, 0.01
-CALIBRATION, GRADIENTS, EPSILON = 512, 256, 1e-5
+CALIBRATION, GRADIENTS, STATISTICS, EPSILON = 512, 256, 1024, 1e-5
 STAGES = ((1, 1), (2, 2), (4, 2))  # widths of the ResNet, strides of the first of two convolutions
 
 
@@ -51,14 +52,24 @@ class Data(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A function of parameters, how to make and train these, and for how long."""
+    """A function of parameters, how to make and train these, and for how long.
+
+    Attributes:
+        fn: what is cut and tested.
+        training: what is trained: the same, or with norms over the batch.
+        fold: parameters that were trained, and images, to those of `fn`.
+        macs: the share of its multiply-accumulates that may stay.
+    """
 
     name: str
     fn: Fn
+    training: Fn
+    fold: Callable[[Tree, jax.Array], Tree]
     params: Tree
     data: Data
     epochs: int
     tuning: int
+    macs: float
 
 
 def _split(images: np.ndarray, labels: np.ndarray, seed: int, train: int, test: int) -> Data:
@@ -73,14 +84,10 @@ def digits(seed: int) -> Data:
     return _split(source.images[..., None].astype(np.float32) / 16, source.target.astype(np.int32), seed, 1437, 360)
 
 
-def mnist(folder: Path, seed: int) -> Data:
+def pixels(folder: Path, seed: int) -> Data:
     """The 10,000 images of MNIST's test set."""
-    pixels, labels = (
-        np.frombuffer(gzip.decompress((folder / f"t10k-{name}-ubyte.gz").read_bytes()), np.uint8)[start:]
-        for name, start in (("images-idx3", 16), ("labels-idx1", 8))
-    )
-    images = pixels.reshape(-1, 28, 28, 1).astype(np.float32) / 255
-    return _split(images, labels.astype(np.int32), seed, 6000, 2000)
+    images, labels = mnist.read(folder)
+    return _split(images.astype(np.float32) / 255, labels, seed, 6000, 2000)
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> jax.Array:
@@ -182,21 +189,30 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class Trainer:
-    """Trains and tests a function whose parameters may come with masks; compiled once."""
+    """Trains and tests a network's parameters under masks; compiled once for all of them."""
 
-    def __init__(self, fn: Callable[[Tree, Tree, jax.Array], jax.Array], data: Data) -> None:
-        self._tx = optax.sgd(1.0, MOMENTUM)
+    def __init__(self, network: Network) -> None:
+        data, self._tx = network.data, optax.sgd(1.0, MOMENTUM)
         self._data = data
 
         @jax.jit
         def step(params: Tree, state: Any, masks: Tree, batch: jax.Array, rate: jax.Array) -> Any:
-            loss = lambda p: cross_entropy(fn(p, masks, data.images[batch]), data.labels[batch])  # noqa: E731
+            def loss(params: Tree) -> jax.Array:
+                logits = network.training(jaxprune.apply_masks(params, masks), data.images[batch])
+                return cross_entropy(logits, data.labels[batch])
+
             updates, state = self._tx.update(jax.grad(loss)(params), state)
             return optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates)), state
 
         self._step = step  # no scan: XLA's convolutions on a CPU are slow in loops
+
+        @jax.jit
+        def folded(params: Tree, masks: Tree) -> Tree:
+            return network.fold(jaxprune.apply_masks(params, masks), data.images[:STATISTICS])
+
+        self.folded = folded
         self._right = jax.jit(
-            lambda params, masks: (fn(params, masks, data.test_images).argmax(-1) == data.test_labels).mean()
+            lambda params: (network.fn(params, data.test_images).argmax(-1) == data.test_labels).mean()
         )
 
     def train(self, params: Tree, masks: Tree, epochs: int, seed: int, rate: float = LEARNING_RATE) -> Tree:
@@ -209,8 +225,17 @@ class Trainer:
         return params
 
     def accuracy(self, params: Tree, masks: Tree) -> float:
-        """Return the share of right answers in percent."""
-        return 100 * float(self._right(params, masks))
+        """Return the share of right answers in percent, norms being measured anew behind what masks remove."""
+        return 100 * float(self._right(self.folded(params, masks)))
+
+
+def with_norms(params: Tree, trained: Tree) -> Tree:
+    """Return parameters with the scales and offsets that were trained in place of those that are folded."""
+
+    def take(path: tuple[Any, ...], leaf: jax.Array, own: jax.Array) -> jax.Array:
+        return own if _name(path[-1]) in ("scale", "offset") else leaf
+
+    return jax.tree_util.tree_map_with_path(take, params, trained)
 
 
 def choose(
@@ -270,38 +295,43 @@ def _name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "idx", key)))
 
 
-def run(network: Network, macs: float, seed: int, widths: int, torch_pruning: Any) -> dict[str, Any]:
+def run(network: Network, seed: int, widths: int, torch_pruning: Any) -> dict[str, Any]:
     """Train, cut in every way, repair, fine-tune; return the accuracies."""
-    data, fn = network.data, network.fn
+    data, fn, trainer = network.data, network.fn, Trainer(network)
     graph = structured.trace(fn, network.params, data.images[:BATCH])
     nothing = structured.channel_masks(structured.Plan({}, {}), network.params)
-    training = batch_normed if network.fn is resnet else fn
-    params = Trainer(lambda p, _, x: training(p, x), data).train(network.params, nothing, network.epochs, seed)
-    params = fold(params, data.images) if network.fn is resnet else params
-    budget = macs * structured.count_macs(graph)
+    trained = trainer.train(network.params, nothing, network.epochs, seed)
+    params = trainer.folded(trained, nothing)
+    budget = network.macs * structured.count_macs(graph)
     plans = choose(fn, params, data, graph, budget, seed, widths)
     if torch_pruning is not None:
         for name, gone in torch_pruning(network.name, params, data.images[:1].shape, functools.partial(_cost, graph, params), budget).items():  # fmt: skip
             plans[f"torch-pruning, {name}"] = removed(graph, params, gone)
     grams = jaxprune.calibrate_grams(fn, params, [data.images[:CALIBRATION]])
-    trainer = Trainer(structured.masked(graph), data)
     rows = {}
     for name, plan in plans.items():
         if structured.count_macs(graph, plan) > budget:
             raise RuntimeError(f"{name} costs {structured.count_macs(graph, plan):,}, more than {budget:,.0f}.")
         masks, repaired = structured.channel_masks(plan, params), structured.repair(plan, params, grams)
+        repaired = with_norms(repaired, trained)
         tuned = trainer.train(repaired, masks, network.tuning, seed, TUNING_RATE)
-        stages = {"cut": params, "repaired": repaired, "fine-tuned": tuned}
+        stages = {"cut": trained, "repaired": repaired, "fine-tuned": tuned}
         rows[name] = {stage: trainer.accuracy(found, masks) for stage, found in stages.items()}
         rows[name]["macs"] = structured.count_macs(graph, plan) / structured.count_macs(graph)
-    return {"network": network.name, "seed": seed, "dense": trainer.accuracy(params, nothing), "rows": rows}
+    return {
+        "network": network.name,
+        "macs": network.macs,
+        "seed": seed,
+        "dense": trainer.accuracy(trained, nothing),
+        "rows": rows,
+    }
 
 
 def _cost(graph: structured.Graph, params: Tree, gone: Mapping[str, Sequence[int]]) -> int:
     return structured.count_macs(graph, removed(graph, params, gone))
 
 
-def table(results: Sequence[Mapping[str, Any]], macs: float) -> Table:
+def table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Show the mean over seeds of one network, and the standard error of the mean."""
     first = results[0]
 
@@ -311,7 +341,8 @@ def table(results: Sequence[Mapping[str, Any]], macs: float) -> Table:
 
     dense = of([result["dense"] for result in results])
     shown = Table(
-        title=f"{first['network']}, {len(results)} seeds, {macs:.0%} of the MACs; dense {dense} %", title_justify="left"
+        title=f"{first['network']}, {len(results)} seeds, {first['macs']:.0%} of the MACs; dense {dense} %",
+        title_justify="left",
     )
     shown.add_column("channels chosen by")
     columns = ("macs", "cut", "repaired", "fine-tuned")
@@ -330,7 +361,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--mnist", type=Path, help="the folder with MNIST; without it the ResNet is left out")
-    parser.add_argument("--macs", type=float, default=0.1, help="the share that may stay (default: 0.1)")
+    parser.add_argument(
+        "--macs",
+        type=float,
+        nargs=2,
+        default=[0.1, 0.25],
+        metavar="SHARE",
+        help="that may stay, of each (default: 0.1 0.25)",
+    )
     parser.add_argument("--width", type=int, default=8, help="of the ResNet's first stage (default: 8)")
     parser.add_argument("--epochs", type=int, nargs=2, default=[12, 6], metavar="N", help="for the CNN, for the ResNet")
     parser.add_argument(
@@ -348,15 +386,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         networks = []
         if not options.no_digits:
             data = digits(seed)
-            networks.append(Network("digits CNN", cnn, cnn_params(seed), data, options.epochs[0], options.tuning[0]))
+            made, as_it_is = cnn_params(seed), lambda params, images: params
+            networks.append(
+                Network(
+                    "digits CNN", cnn, cnn, as_it_is, made, data, options.epochs[0], options.tuning[0], options.macs[0]
+                )
+            )
         if options.mnist is not None:
-            data = mnist(options.mnist, seed)
-            params = resnet_params(seed, options.width)
-            networks.append(Network("MNIST ResNet", resnet, params, data, options.epochs[1], options.tuning[1]))
-        results += [run(network, options.macs, seed, options.widths, torch_pruning) for network in networks]
+            data = pixels(options.mnist, seed)
+            made = resnet_params(seed, options.width)
+            networks.append(
+                Network(
+                    "MNIST ResNet",
+                    resnet,
+                    batch_normed,
+                    fold,
+                    made,
+                    data,
+                    options.epochs[1],
+                    options.tuning[1],
+                    options.macs[1],
+                )
+            )
+        results += [run(network, seed, options.widths, torch_pruning) for network in networks]
         timing.write_json(options.json, results)
     for name in dict.fromkeys(result["network"] for result in results):
-        console.print(table([result for result in results if result["network"] == name], options.macs))
+        console.print(table([result for result in results if result["network"] == name]))
 
 
 def _torch(console: Console) -> Any:

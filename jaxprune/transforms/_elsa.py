@@ -114,7 +114,8 @@ def elsa(
         k: what `make` is given: a sparsity, or the n of n:m.
         penalty: lambda, >= 0, a number or an optax schedule of the update's number, looked at where z changes only. The
             paper's command for a language model of 7B has 0.01; it depends on the loss and the learning rate.
-        every: updates from one change of z to the next, >= 1.
+        every: updates from one change of z to the next, >= 1. As many as weights need to come near z: u adds up how far they stayed
+            behind, and where they never catch up it drives them to and fro.
         until: the number of the update that prunes, >= every.
         metric: a function of the inner state that gives v, a tree like the parameters, or None where there is none;
             None itself goes by magnitudes always.

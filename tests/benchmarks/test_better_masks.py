@@ -1,10 +1,10 @@
-"""The benchmarks of learned masks and of experts run at a tiny size and report what they should."""
+"""The benchmarks of masks beyond one layer, of learned masks and of experts run at a tiny size and report what they should."""
 
 import json
 
 import pytest
 
-from benchmarks import experts, learned_masks
+from benchmarks import beyond_layers, experts, learned_masks
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +20,17 @@ def test_learned_masks_have_the_sparsity_they_are_asked_for(tmp_path):
         assert row["removed"] == pytest.approx({"60 %": 0.6, "2:4": 0.5}[row["pattern"]], abs=1e-4)
         assert row["bytes"] == 2 * 4096
     assert rows[2]["before"] == pytest.approx(rows[2]["admm"])  # ADMM's weights under its own masks
+
+
+def test_whatever_chooses_masks_removes_as_many(tmp_path):
+    arguments = ["--small", "--steps", "2", "--updates", "4", "--windows", "8", "--out", str(tmp_path)]
+    beyond_layers.main([*arguments, "--patterns", "90 %", "--json", str(tmp_path / "results.json")])
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["way"] for row in rows] == list(beyond_layers.WAYS)
+    for row in rows:
+        assert row["removed"] == pytest.approx(0.9, abs=1e-4), row
+        assert row["bytes"] == (4 * 4096 if row["way"] in beyond_layers.TRAINED else 0)
+        assert 0 < row["quality"] < 12
 
 
 def test_experts_are_dropped_and_merged(tmp_path):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import extreme_compression, sparse_quality, sparse_step, timing
+from benchmarks import extreme_compression, mnist, sparse_quality, sparse_step, timing
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +54,8 @@ def test_networks_are_as_many_times_smaller_as_asked(tmp_path):
     pixels = np.zeros((200, 28, 28), np.uint8)
     pixels[np.arange(200), 2 * labels + 4] = 255
     for name, header, content in (
-        (extreme_compression.IMAGES, 16, pixels),
-        (extreme_compression.LABELS, 8, labels.astype(np.uint8)),
+        (mnist.IMAGES, 16, pixels),
+        (mnist.LABELS, 8, labels.astype(np.uint8)),
     ):
         (tmp_path / name).write_bytes(gzip.compress(bytes(header) + content.tobytes()))
     arguments = ("--data", str(tmp_path), "--networks", "LeNet-300-100", "--seeds", "1", "--epochs", "8")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_way_to_choose_keeps_the_budget(tmp_path):
-    arguments = ("--seeds", "0", "--epochs", "2", "0", "--tuning", "1", "0", "--no-torch", "--macs", "0.2")
+    arguments = ("--seeds", "0", "--epochs", "2", "0", "--tuning", "1", "0", "--no-torch", "--macs", "0.2", "0.2")
     structured_quality.main([*arguments, "--json", str(tmp_path / "results.json")])
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert result["network"] == "digits CNN"
@@ -40,7 +40,7 @@ def test_mnist_is_read_from_its_files(tmp_path):
     pixels, labels = np.arange(3 * 784).astype(np.uint8), np.array([7, 1, 4], np.uint8)
     for name, head, data in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
         (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(bytes(head) + data.tobytes()))
-    data = structured_quality.mnist(tmp_path, 0)
+    data = structured_quality.pixels(tmp_path, 0)
     order = np.random.default_rng(0).permutation(3)
     np.testing.assert_array_equal(data.labels, labels[order])
     np.testing.assert_allclose(data.images, pixels.reshape(3, 28, 28, 1)[order] / 255, rtol=1e-6)
