@@ -12,9 +12,9 @@ from jaxprune.structured._blocks import Block
 from jaxprune.structured._count import count_macs
 from jaxprune.structured._graph import Graph, require_graph
 from jaxprune.structured._groups import ChannelGroup
-from jaxprune.structured._knapsack import Choice, Drop, Taken, take
 from jaxprune.structured._plan import Plan, plan_of
 from jaxprune.structured._select_channels import Cost, families, require_budget
+from jaxprune.structured._widths._knapsack import Choice, Drop, Taken, take
 
 # How often the aim is halved between what meets the budgets and what does not, where costs do not add up.
 _HALVINGS = 16

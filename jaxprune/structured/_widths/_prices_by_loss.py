@@ -13,9 +13,9 @@ from jaxprune.structured._importance import Importance, order_by
 from jaxprune.structured._losses import repaired_readers
 from jaxprune.structured._naming import by_group
 from jaxprune.structured._plan import plan_of
-from jaxprune.structured._price_widths import widths_of
 from jaxprune.structured._repair import repair
 from jaxprune.structured._select_channels import check_whole, groups_among, without
+from jaxprune.structured._widths._price_widths import widths_of
 
 
 def measure_widths(

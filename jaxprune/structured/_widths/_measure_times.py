@@ -14,12 +14,12 @@ from jaxprune.structured._graph import Graph, require_graph
 from jaxprune.structured._groups import ChannelGroup
 from jaxprune.structured._naming import by_group
 from jaxprune.structured._plan import Plan, require_plan
-from jaxprune.structured._price_widths import widths_of
 from jaxprune.structured._rebuild import at_shapes, rebuild
 from jaxprune.structured._select_channels import check_whole, groups_among, kept_count
 from jaxprune.structured._shrink import cut_inputs, cut_out
 from jaxprune.structured._structures import structures
-from jaxprune.structured._times import Part, Times, cut
+from jaxprune.structured._widths._price_widths import widths_of
+from jaxprune.structured._widths._times import Part, Times, cut
 
 P = TypeVar("P", bound=Part)
 # (a function, its arguments) -> the seconds that one call takes.
