@@ -5,7 +5,8 @@
 
 Writes SmolLM2-135M-Instruct as float32 in shards of a few layers, and prunes it by SparseGPT to a half in four ways, each in a
 process of its own, whose peak of resident memory is measured (VmHWM, Python and JAX included; on Linux from after they are
-loaded). All see the same text. The masks of the last three are compared. Then, on paper, what a Llama of 7 thousand million
+loaded). All see the same text. The masks of the last three are compared. With `--repeat 4` each layer comes four times: a larger model,
+of which memory from disk holds one layer as before. Then, on paper, what a Llama of 7 thousand million
 parameters in bfloat16 would hold, from shapes alone. `--small` does the same with a tiny model, for tests.
 """
 
@@ -132,8 +133,8 @@ def _keep(task: Task, params: Any, masks: Any, name: str = "pruned.safetensors")
     jaxprune.save_sparse(task.out / name, params, masks, force=True)
 
 
-def prepare(folder: Path, *, small: bool, calibration: int, length: int) -> llama.Config:
-    """Write the model, in shards, and the windows of text."""
+def prepare(folder: Path, *, small: bool, calibration: int, length: int, repeat: int = 1) -> llama.Config:
+    """Write the model, in shards, each layer several times, and the windows of text."""
     if small:
         config = SMALL
         tokens = np.random.default_rng(0).integers(config.vocabulary, size=(calibration, length), dtype=np.int32)
@@ -143,13 +144,13 @@ def prepare(folder: Path, *, small: bool, calibration: int, length: int) -> llam
 
         model = smollm2.load(scan=False)
         config, params, tokens = model.network.config, model.params, model.windows("train", calibration, length, 0)
+    config = config._replace(layers=config.layers * repeat)
     (folder / "model").mkdir()
     np.save(folder / "windows.npy", tokens)
     for first in range(0, config.layers, LAYERS_PER_SHARD):
-        layers = [f"layer_{i}" for i in range(first, min(first + LAYERS_PER_SHARD, config.layers))]
-        jaxprune.save_sparse(
-            folder / "model" / f"{first:03}.safetensors", {name: params[name] for name in layers}, force=True
-        )
+        layers = range(first, min(first + LAYERS_PER_SHARD, config.layers))
+        shard = {f"layer_{i}": params[f"layer_{i // repeat}"] for i in layers}
+        jaxprune.save_sparse(folder / "model" / f"{first:03}.safetensors", shard, force=True)
     jaxprune.save_sparse(
         folder / "model" / "ends.safetensors", {name: params[name] for name in ("embed", "norm")}, force=True
     )
@@ -229,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
     )
+    parser.add_argument("--repeat", type=int, default=1, help="how often each layer comes (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -239,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = prepare(folder, small=options.small, calibration=options.calibration, length=options.length)
+        settings = {name: getattr(options, name) for name in ("small", "calibration", "length", "repeat")}
+        config = prepare(folder, **settings)
         (folder / "config.json").write_text(json.dumps(config._asdict()))
         size = sum(shard.stat().st_size for shard in (folder / "model").iterdir())
         rows = []

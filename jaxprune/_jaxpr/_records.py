@@ -132,6 +132,7 @@ class Gather(NamedTuple):
         collapsed: the axes of the operand along which a window is one element that has no axis in the result.
         batch: the axes of the operand, and of the indices, that number separate gathers.
         clip: whether indices out of range read the nearest entry.
+        fill: whether indices out of range read a number that stands for no entry.
     """
 
     window: _Axes
@@ -140,6 +141,7 @@ class Gather(NamedTuple):
     collapsed: _Axes
     batch: tuple[_Axes, _Axes]
     clip: bool
+    fill: bool
 
     @classmethod
     def of(cls, equation: Equation) -> Self:
@@ -153,6 +155,7 @@ class Gather(NamedTuple):
             _plain(numbers.collapsed_slice_dims),
             (_plain(numbers.operand_batching_dims), _plain(numbers.start_indices_batching_dims)),
             params["mode"] == jax.lax.GatherScatterMode.CLIP,
+            params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP,
         )
 
 
@@ -161,11 +164,13 @@ class Scatter(NamedTuple):
 
     Attributes:
         window: the axes of the updates that run through a window.
+        chosen: the axes of the operand that the entries of an index stand for.
         inserted: the axes of the operand along which a window is one element that has no axis in the updates.
         batch: the axes of the operand, and of the indices, that number separate scatters.
     """
 
     window: _Axes
+    chosen: _Axes
     inserted: _Axes
     batch: tuple[_Axes, _Axes]
 
@@ -175,6 +180,7 @@ class Scatter(NamedTuple):
         numbers = equation.eqn.params["dimension_numbers"]
         return cls(
             _plain(numbers.update_window_dims),
+            _plain(numbers.scatter_dims_to_operand_dims),
             _plain(numbers.inserted_window_dims),
             (_plain(numbers.operand_batching_dims), _plain(numbers.scatter_indices_batching_dims)),
         )

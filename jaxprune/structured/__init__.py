@@ -4,7 +4,7 @@ from jaxprune.structured._blocks import Block as Block
 from jaxprune.structured._count import count_bytes as count_bytes
 from jaxprune.structured._count import count_macs as count_macs
 from jaxprune.structured._count import count_parameters as count_parameters
-from jaxprune.structured._experts import ExpertUse as ExpertUse
+from jaxprune.structured._expert_meter import ExpertUse as ExpertUse
 from jaxprune.structured._experts import expert_use as expert_use
 from jaxprune.structured._experts import select_experts as select_experts
 from jaxprune.structured._graph import Graph as Graph

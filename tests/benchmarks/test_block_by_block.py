@@ -13,9 +13,12 @@ pytestmark = pytest.mark.slow
 def test_a_tiny_model_is_pruned_alike_in_processes_of_their_own(tmp_path):
     ways = ["in sequence", "block by block, from disk"]
     benchmark.main(
-        ["--small", "--calibration", "8", "--length", "16", "--ways", *ways, "--json", str(tmp_path / "results")]
+        ["--small", "--calibration", "8", "--length", "16", "--repeat", "2", "--ways", *ways, "--json"]
+        + [str(tmp_path / "results")]
     )
     found = json.loads((tmp_path / "results").read_text())
+    weights = 2 * 3 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32)  # of each layer twice
+    assert found["model_bytes"] > 4 * weights
     assert [row["way"] for row in found["rows"]] == ways
     for row in found["rows"]:
         assert row["same_masks"] == {"in sequence": 1.0}

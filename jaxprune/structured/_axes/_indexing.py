@@ -5,6 +5,7 @@ from typing import Any
 from jaxprune._jaxpr import _records
 from jaxprune._jaxpr._primitives import SCATTERS
 from jaxprune._jaxpr._records import Gather, Scatter
+from jaxprune.structured._axes._choices import looks_up
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, unify
 from jaxprune.structured._axes._program import Node, Rule, together
 from jaxprune.structured._axes._reasons import CHOSEN, Reason
@@ -20,10 +21,11 @@ def _gather(node: Node) -> list[list[Dim]]:
         unify(operand.dims[axis], indices.dims[other], node.because("gather"))
     windows: list[Dim] = []
     taken: list[Dim | None] = []  # for each axis of the operand: what a window of it is, where that may be cut
+    looked_up = looks_up(node, gather.chosen)
     for axis, (dim, width) in enumerate(zip(operand.dims, gather.window, strict=True)):
         whole = width == operand.shape[axis] and axis not in batch
         if axis in (*gather.collapsed, *batch):
-            if axis in gather.collapsed:
+            if axis in gather.collapsed and not (looked_up and axis in gather.chosen):
                 freeze(dim, node.because(CHOSEN, renumbers=True))
             taken.append(None)
             continue
@@ -46,7 +48,14 @@ def _scatter(node: Node) -> list[list[Dim]]:
     freeze(indices.dims[-1], chosen)
     for axis, other in zip(*scatter.batch, strict=True):
         unify(operand.dims[axis], indices.dims[other], reason)
-    for axis in scatter.inserted:
+    # Where the sum of what is added begins with zeros, it stays zero for what was not chosen.
+    counted = (
+        node.name == "scatter-add"
+        and operand.uniform == 0
+        and scatter.chosen == scatter.inserted
+        and looks_up(node, scatter.chosen)
+    )
+    for axis in () if counted else scatter.inserted:
         freeze(operand.dims[axis], chosen)
     hidden = (*scatter.inserted, *scatter.batch[0])
     shown = [axis for axis in range(len(operand.shape)) if axis not in hidden]

@@ -16,7 +16,7 @@ from jaxprune._jaxpr import _equations, _records
 from jaxprune._jaxpr._equations import Body, Equation
 from jaxprune._jaxpr._primitives import COPIES, CUSTOM, LAYOUT, REMAT
 from jaxprune.structured._axes import _elementwise, _indexing, _layout, _reductions
-from jaxprune.structured._axes._choices import note_choice, note_compared, settle_choices
+from jaxprune.structured._axes._choices import known_number, note_choice, note_compared, settle_choices
 from jaxprune.structured._axes._dims import Dim, freeze, fresh, size, step_along, unify
 from jaxprune.structured._axes._program import Node, Program, Rule, Value, free, opaque
 from jaxprune.structured._axes._reasons import SCANNED
@@ -67,7 +67,8 @@ def _run(
 
 
 def _constant(value: Any) -> Value:
-    return Value(np.shape(value), jnp.result_type(value), tuple(free(np.shape(value))), const=value)
+    dims = tuple(free(np.shape(value)))
+    return Value(np.shape(value), jnp.result_type(value), dims, const=value, uniform=known_number(value))
 
 
 def _label_node(node: Node, inner: Body | None, differentiated: bool) -> None:
@@ -223,10 +224,12 @@ def _note(node: Node) -> None:
     """Remember what was summed over, divisions of a sum by how many were summed (a mean), layouts, chosen numbers."""
     if node.name in ("reduce_sum", "psum"):
         node.outs[0].summed = tuple(node.ins[0].dims[axis] for axis in _records.axes(node.equation))
+        node.outs[0].dealt = node.ins[0].dealt
     elif node.name in LAYOUT or node.name == "dynamic_slice":
         origins = node.ins if node.name in COPIES else node.ins[:1] * len(node.outs)
         for value, origin in zip(node.outs, origins, strict=True):
             value.summed, value.sources, value.numbering = origin.summed, origin.sources, origin.numbering
+            value.dealt, value.uniform = origin.dealt, origin.uniform
     elif node.name in ("concatenate", "stack"):
         node.outs[0].sources = tuple(dict.fromkeys(source for value in node.ins for source in value.sources))
     elif node.name == "iota":

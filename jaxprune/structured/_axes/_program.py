@@ -23,7 +23,11 @@ class Value:
         summed: the axes that were summed over to obtain it, where that was the last thing done.
         sources: the numbers of the parameters that it is another layout of.
         numbering: the axis whose elements' numbers it holds, where it holds just these.
+        uniform: the number that all its elements are, where that is known.
         chosen: where it holds numbers of elements that were chosen along an axis, as top_k does: the axis, and why it would stay.
+        shifted: the same where something was added to the numbers, which what is read in the end must not depend on.
+        never: whether it is known to be False everywhere.
+        dealt: the axis along which it is 0 for all elements that were not chosen, as where those that were are counted.
     """
 
     shape: tuple[int, ...]
@@ -33,7 +37,11 @@ class Value:
     summed: Dims | None = None
     sources: tuple[int, ...] = ()
     numbering: Dim | None = None
+    uniform: Any = None
     chosen: tuple[Dim, Reason] | None = None
+    shifted: tuple[Dim, Reason] | None = None
+    never: bool = False
+    dealt: Dim | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,6 +71,7 @@ class Notes:
         steps: of a scan, the axis that it steps along.
         stream: of a sum ``x + f(x)``, which operand is x.
         compared: of an equality, the axis of which it compares chosen numbers with all (one_hot).
+        looked_up: of a gather or a scatter, whether its index is a number of what was chosen along the axis that it stands for.
         renumbered: whether numbers are made that are compared so and used for nothing else: those after a cut.
     """
 
@@ -78,6 +87,7 @@ class Notes:
     steps: Dim | None = None
     stream: int | None = None
     compared: Dim | None = None
+    looked_up: bool = False
     renumbered: bool = False
 
 

@@ -95,6 +95,10 @@ COMPARED = (
     "elements are chosen by their number (arange compared with something, as in one_hot), and a cut renumbers them; "
     "choose by a slice or a mask that is an argument"
 )
+DEALT = (
+    "rows are dealt out along it (ragged_dot) by sizes that may be more than 0 for what top_k or argmax did not choose; count what "
+    "they chose: jnp.bincount(experts.reshape(-1), length=number_of_experts)"
+)
 WINDOW = "the window of a convolution keeps its size; give the layer a smaller kernel instead"
 CONVOLVED = "a convolution runs along it and mixes neighbours; it is free where window and stride are 1"
 POOLED = "a window runs along it and mixes neighbours (pooling); pool along other axes"

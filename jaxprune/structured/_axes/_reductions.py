@@ -3,10 +3,10 @@
 from typing import Any
 
 from jaxprune._jaxpr._primitives import ARG_REDUCTIONS, CUMULATIVE, REDUCTIONS, WINDOWED
-from jaxprune._jaxpr._records import Convolution, Dot, Windows, axes
+from jaxprune._jaxpr._records import Convolution, Dot, RaggedDot, Windows, axes
 from jaxprune.structured._axes import _reasons
-from jaxprune.structured._axes._dims import Dim, freeze, fresh, product, unify
-from jaxprune.structured._axes._program import Node, Rule, free, together
+from jaxprune.structured._axes._dims import Dim, freeze, fresh, product, resolve, unify
+from jaxprune.structured._axes._program import Node, Rule, free, opaque, together
 
 
 def _dot_general(node: Node) -> list[list[Dim]]:
@@ -22,6 +22,34 @@ def _dot_general(node: Node) -> list[list[Dim]]:
     # For each operand the axes that number the units of a layer, and those that a unit sums over.
     node.notes.units = [(free_left, summed), (free_right, [right.dims[axis] for axis in right_sum])]
     return [[*batch, *free_left, *free_right]]
+
+
+def _ragged_dot(node: Node) -> list[list[Dim]]:
+    """Rows dealt out to groups, one behind the other: a group that was not chosen has none, and can go."""
+    left, right, *sizes = node.ins
+    ragged = RaggedDot.of(node.equation)
+    (left_sum, right_sum), (left_batch, _) = ragged.contract, ragged.batch
+    if (
+        left_batch
+        or len(sizes) != 1
+        or len(sizes[0].shape) != 1
+        or len(ragged.groups) != 1
+        or ragged.rows[0] in left_sum
+    ):
+        node.notes.opaque = True  # of vmap, or a gradient
+        return opaque(node)
+    for a, b in zip(left_sum, right_sum, strict=True):
+        unify(left.dims[a], right.dims[b], node.because("a contraction"))
+    (group,) = ragged.groups
+    unify(right.dims[group], sizes[0].dims[0], node.because("ragged_dot"))
+    if sizes[0].dealt is None or resolve(sizes[0].dealt) is not resolve(sizes[0].dims[0]):
+        freeze(right.dims[group], node.because(_reasons.DEALT))
+    rows = [dim for axis, dim in enumerate(left.dims) if axis not in left_sum]
+    units = [dim for axis, dim in enumerate(right.dims) if axis not in (*right_sum, group)]
+    summed = [left.dims[axis] for axis in left_sum]
+    node.notes.macs = [*rows, *units, *summed]
+    node.notes.units = [(rows, summed), (units, [right.dims[axis] for axis in right_sum]), ([], [])]
+    return [[*rows, *units]]
 
 
 def _convolution(node: Node) -> list[list[Dim]]:
@@ -112,6 +140,7 @@ def _scattered_windows(node: Node) -> list[list[Dim]]:
 
 RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
     "sort": _along,
     "top_k": _top_k,

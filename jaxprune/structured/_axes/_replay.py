@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._jaxpr import _equations
-from jaxprune._jaxpr._primitives import CUSTOM, GENERATED, REMAT
-from jaxprune._jaxpr._records import Convolution, Dot, Remat, StaticSlice, axes, edges, resized, window_sizes
+from jaxprune._jaxpr._primitives import CONTRACTIONS, CUSTOM, GENERATED, REMAT
+from jaxprune._jaxpr._records import Convolution, Dot, RaggedDot, Remat, StaticSlice, axes, edges, resized, window_sizes
 from jaxprune.structured._axes._dims import (
     Cat,
     Dim,
@@ -299,7 +299,7 @@ def mask_of(dim: Dim, masks: Masks) -> Any:
 
 def sums(node: Node) -> bool:
     """Whether an equation sums over axes of its operands, or looks for the largest along them."""
-    return node.name in ("dot_general", "conv_general_dilated") or node.name in _NEUTRAL
+    return node.name in CONTRACTIONS or node.name in _NEUTRAL
 
 
 def _masked(node: Node, values: list[Any], masks: Masks) -> list[Any]:
@@ -311,6 +311,8 @@ def _masked(node: Node, values: list[Any], masks: Masks) -> list[Any]:
     elif node.name == "conv_general_dilated":
         conv = Convolution.of(node.equation)
         summed = (conv.image[1:2], conv.kernel[1:2])
+    elif node.name == "ragged_dot_general":
+        summed = (*RaggedDot.of(node.equation).contract, ())
     elif node.name in _NEUTRAL:
         summed, neutral = (axes(node.equation),), _NEUTRAL[node.name](node.ins[0].dtype)
     if not summed:
