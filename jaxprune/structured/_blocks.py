@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxprune.structured._axes._dims import Var
 from jaxprune.structured._axes._program import Node, Program, Value
@@ -33,6 +33,14 @@ class Block:
     members: tuple[Member, ...] = dataclasses.field(default=(), repr=False)
     outputs: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     inputs: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+
+
+def parts(block: Block) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield what can be dropped alone of a block, by name: each layer with its number, or the branch."""
+    if block.members:
+        yield from ((f"{block.name}[{layer}]", (layer,)) for layer in range(block.size))
+    else:
+        yield block.name, ()
 
 
 def find_blocks(

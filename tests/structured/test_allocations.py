@@ -16,6 +16,7 @@ from jaxprune.structured import (
     count_macs,
     count_parameters,
     measure_blocks,
+    select_blocks,
     select_channels,
     trace,
 )
@@ -149,7 +150,10 @@ def test_mistakes_are_named():
     graph = trace(layers, params, x)
     prices = {"0/up[1]": {2: 1.0, 4: 0.0}, "1/up[1]": {2: 1.0, 4: 0.0}}
     for blocks, words in (
-        ({"2": 1.0}, "blocks names '2', which is no residual branch of this function; there are 0, 1"),
+        (
+            {"2": 1.0},
+            "blocks names '2', which is no residual branch of this function and no layer of a scan; there are 0, 1",
+        ),
         ({"1": float("inf")}, "The price of dropping 1 is inf"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -166,13 +170,57 @@ def test_mistakes_are_named():
         allocate_widths(graph, prices, [10, 0.5], cost=opposed[::-1])
 
 
-def test_layers_of_a_scan_are_not_dropped_here():
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *three(4, 4))
-    step = lambda x, layer: (x + jnp.tanh(x @ layer["up"]) @ layer["down"], None)  # noqa: E731
-    fn = lambda p, x: jax.lax.scan(step, x, p)[0]  # noqa: E731
+def scanned(params: Any, x: Any) -> Any:
+    def step(x: Any, layer: Any) -> Any:
+        return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+
+    return jax.lax.scan(step, x, params["layers"])[0] @ params["head"]
+
+
+STACKED = {"layers": {"up": normal(4, 4, 6), "down": normal(4, 6, 4)}, "head": normal(4, 2)}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_layers_of_a_scan_go_where_that_is_cheapest(seed):
+    graph = trace(scanned, STACKED, normal(7, 4))
+    random = np.random.default_rng(seed)
+    (name,) = (group.name for group in graph.groups if group.size == 6)
+    prices = {name: dict(zip(range(6, 0, -1), [0.0, *np.sort(random.exponential(size=5))], strict=True))}
+    blocks = {f"layers[{layer}]": float(price) for layer, price in enumerate(random.exponential(size=4))}
+    costs = [functools.partial(count, graph) for count in (count_macs, count_parameters)]
+    every = [
+        (prices[name][width] + sum(blocks[f"layers[{layer}]"] for layer in gone), 8 * width * (4 - len(gone)) + 8)
+        for width in range(1, 7)
+        for number in range(4)
+        for gone in itertools.combinations(range(4), number)
+    ]
+    for share in (0.9, 0.6, 0.3, 0.1):
+        budgets = [share * count_macs(graph), 0.8 * count_parameters(graph)]
+        found = allocate_widths(graph, prices, budgets, cost=costs, blocks=blocks)
+        fitting = [price for price, parameters in every if 7 * parameters <= budgets[0] and parameters <= budgets[1]]
+        assert found.price == pytest.approx(min(fitting))
+        plan = plan_for(graph, STACKED, found)
+        assert found.costs == tuple(cost(plan) for cost in costs)
+        assert all(cost <= budget for cost, budget in zip(found.costs, budgets, strict=True))
+    few = {"layers[0]": 0.1, "layers[2]": 0.2}  # no others may go
+    assert allocate_widths(graph, prices, 24 * 7, blocks=few).blocks.kept["layers/up"][0] == (1, 3)
+    with pytest.raises(ValueError, match="at the least 168, uncut 1,400"):
+        allocate_widths(graph, prices, 23 * 7, blocks=few)
+
+
+def test_layers_of_a_scan_are_priced_by_the_loss_without_each():
     x = normal(7, 4)
-    graph = trace(fn, params, x)
-    (block,) = graph.blocks
-    assert measure_blocks(graph, params, lambda fn, p: jnp.sum(fn(p, x))) == {}
-    with pytest.raises(ValueError, match="layers of a scan are dropped by select_blocks"):
-        allocate_widths(graph, {graph.groups[0].name: {2: 1.0, 4: 0.0}}, 1e9, blocks={block.name: 1.0})
+    graph, whole = trace(scanned, STACKED, x), scanned(STACKED, x)
+
+    def loss(fn: Any, params: Any) -> Any:
+        return jnp.mean(jnp.abs(fn(params, x) - whole))
+
+    found = measure_blocks(graph, STACKED, loss)
+    assert list(found) == [f"layers[{layer}]" for layer in range(4)]
+    for layer in range(4):
+        left = jax.tree.map(lambda leaf: np.delete(leaf, layer, 0), STACKED["layers"])
+        expected = loss(scanned, STACKED | {"layers": left}) - loss(scanned, STACKED)
+        np.testing.assert_allclose(found[f"layers[{layer}]"], expected, rtol=1e-4)
+    prices = {group.name: {1: 9.0, group.size: 0.0} for group in graph.groups if group.size == 6}
+    gone = allocate_widths(graph, prices, 7 * (3 * 48 + 8), blocks=found).blocks
+    assert gone.kept == select_blocks(graph, STACKED, 1, loss).kept

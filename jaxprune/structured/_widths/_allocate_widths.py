@@ -1,6 +1,7 @@
 """A width for each group of channels, so that together they cost the loss least within budgets: a knapsack."""
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune._printing import some
-from jaxprune.structured._blocks import Block
+from jaxprune.structured._axes._dims import Var
+from jaxprune.structured._blocks import Block, parts
 from jaxprune.structured._count import count_macs
 from jaxprune.structured._graph import Graph, require_graph
 from jaxprune.structured._groups import ChannelGroup
@@ -27,7 +29,7 @@ class Allocation(NamedTuple):
 
     Attributes:
         k: the fraction removed of each group, by its name: k of `select_channels`.
-        blocks: a plan that drops the residual branches that go, and cuts nothing: for `combine`.
+        blocks: a plan that drops the residual branches and the layers of scans that go, and cuts nothing: for `combine`.
         price: the sum of the prices: by how much the loss is to rise.
         costs: what the smaller function costs, in the order of the budgets; none of them is above its budget.
     """
@@ -51,7 +53,8 @@ def allocate_widths(
 
     One of each group's widths is taken (a multiple-choice knapsack, solved exactly as an integer program): no channel
     is spent where another layer needs it more, and what a channel costs in the budget counts as well as what it
-    saves the loss. Residual branches may be dropped in the same choice, with all of their groups. Exact where costs add up,
+    saves the loss. Residual branches may be dropped in the same choice, with all of their groups; so may layers of a scan, which cost the
+    same each, so that those of the least price go, as many as is best (a width is priced as if all stayed). Exact where costs add up,
     as those of perceptrons and heads in a transformer do: multiply-accumulates, parameters. Where two groups share a matrix, as
     the channels of convolutions one after the other do, they are taken to add up around what was found before, a few times: what
     is found meets the budgets, but need not be the best.
@@ -67,8 +70,8 @@ def allocate_widths(
             width, and need not rise evenly.
         alike: names or patterns, of which each means groups that get the same width, as in `select_channels_globally`: what a
             configuration with one width for all layers can express.
-        blocks: by the names of residual branches in ``graph.blocks`` what dropping each costs the loss, from `measure_blocks` of
-            the same loss as the prices; None drops none.
+        blocks: by the names of residual branches in ``graph.blocks``, and of layers as `measure_blocks` names them, what dropping
+            each costs the same loss as that of the prices; None drops none. Of a scan at least one layer stays.
 
     Returns:
         The allocation: the fraction removed of each group, which branches go, the price and the costs expected.
@@ -109,7 +112,22 @@ def allocate_widths(
         for group in family:
             if set(prices[group.name]) != set(prices[first]):
                 raise ValueError(f"alike asks for one width of {first} and {group.name}, which are priced at others.")
-    return _Problem(graph, prices, costs, together, _branches(graph, blocks or {})).within(budgets)
+    _check_blocks(graph, blocks or {})
+    priced = [
+        (block, blocks[block.name]) for block in graph.blocks if blocks and block.name in blocks and not block.members
+    ]
+    best = problem = None
+    for price, kept in _fewer_layers(graph, blocks or {}):
+        problem = _Problem(graph, prices, costs, together, priced, kept)
+        if best is not None and price + problem.bound() >= best.price:
+            break  # those that follow cost no less
+        found = problem.within(budgets)
+        if found is not None and (best is None or price + found.price < best.price):
+            best = found._replace(price=price + found.price)
+    if best is None:
+        assert problem is not None
+        raise problem.refusal(budgets)
+    return best
 
 
 def _check_prices(graph: Graph, prices: Mapping[str, Mapping[int, float]]) -> None:
@@ -126,21 +144,35 @@ def _check_prices(graph: Graph, prices: Mapping[str, Mapping[int, float]]) -> No
                 raise ValueError(f"The price of {name} at {width} channels is {price}; leave out what cannot be had.")
 
 
-def _branches(graph: Graph, prices: Mapping[str, float]) -> list[tuple[Block, float]]:
-    known = {block.name: block for block in graph.blocks}
+def _check_blocks(graph: Graph, prices: Mapping[str, float]) -> None:
+    known = [name for block in graph.blocks for name, _ in parts(block)]
     for name, price in prices.items():
-        if name not in known or known[name].members:
+        if name not in known:
             raise ValueError(
-                f"blocks names {name!r}, which is no residual branch of this function"
-                + (
-                    "; layers of a scan are dropped by select_blocks, before widths are chosen."
-                    if name in known
-                    else f"; there are {some(block.name for block in graph.blocks if not block.members)}."
-                )
+                f"blocks names {name!r}, which is no residual branch of this function and no layer of a scan; there are {some(known)}."
             )
         if not math.isfinite(price):
             raise ValueError(f"The price of dropping {name} is {price}; leave out what cannot be had.")
-    return [(known[name], price) for name, price in prices.items()]
+
+
+def _fewer_layers(graph: Graph, prices: Mapping[str, float]) -> list[tuple[float, dict[Var, np.ndarray]]]:
+    """Return what may stay of each scan's layers, and what dropping the others costs; the least costly first.
+
+    Layers of one scan cost the same of each budget, whatever their width: of so many that go, they are those of the least price.
+    """
+    scans = []
+    for block in graph.blocks:
+        layers = [(prices[name], place[0]) for name, place in parts(block) if place and name in prices]
+        if layers:
+            assert isinstance(block.place, Var)
+            order = sorted(layers)[: block.size - 1]
+            scans.append([(block.place, order[:number]) for number in range(len(order) + 1)])
+    found = []
+    for choice in itertools.product(*scans):
+        price = sum(price for _, gone in choice for price, _ in gone)
+        kept = {var: np.delete(np.arange(var.size), [layer for _, layer in gone]) for var, gone in choice if gone}
+        found.append((price, kept))
+    return sorted(found, key=lambda choice: choice[0])
 
 
 class _Linear(NamedTuple):
@@ -159,7 +191,8 @@ class _Linear(NamedTuple):
 class _Problem:
     """The widths, the branches and their costs.
 
-    A choice is made for groups that keep one width together; where some of these may go with a branch, for each of them.
+    A choice is made for groups that keep one width together; where some of these may go with a branch, for each of them. Which layers of
+    scans stay is given.
     """
 
     def __init__(
@@ -169,8 +202,9 @@ class _Problem:
         costs: Sequence[Cost],
         together: Sequence[Sequence[ChannelGroup]],
         branches: Sequence[tuple[Block, float]],
+        layers: dict[Var, np.ndarray],
     ) -> None:
-        self._graph, self._costs, self._branches = graph, costs, branches
+        self._graph, self._costs, self._branches, self._layers = graph, costs, branches, layers
         self._units: list[Sequence[ChannelGroup]] = []
         self._alike: list[list[int]] = []
         for family in together:
@@ -186,8 +220,30 @@ class _Problem:
         ]
         self._frees = [[n for n, unit in enumerate(self._units) if _inside(unit[0], block)] for block, _ in branches]
 
-    def within(self, budgets: Sequence[float]) -> Allocation:
-        """Return the allocation of the least price that costs no more than the budgets."""
+    def bound(self) -> float:
+        """Return a price that none is below."""
+        gone = sum(min(price, 0.0) for _, price in self._branches)
+        freed = set(itertools.chain.from_iterable(self._frees))
+        return gone + sum(min(lost.min(), 0.0 if n in freed else math.inf) for n, lost in enumerate(self._lost))
+
+    def refusal(self, budgets: Sequence[float]) -> ValueError:
+        """Return why the budgets cannot be met."""
+        linear = self._around([unit[0].size for unit in self._units])
+        for number, budget in enumerate(budgets):
+            spent = self._allocation(self._cheapest(linear, number)).costs[number]
+            if spent > budget:
+                whole = self._costs[number](plan_of(self._graph, {}))
+                return ValueError(
+                    f"A budget of {budget:,.6g} cannot be met: at the widths given the function costs at the least "
+                    f"{spent:,.6g}, uncut {whole:,.6g}. Raise the budget, which is no fraction, or price less wide ones."
+                )
+        return ValueError(
+            f"The budgets of {', '.join(f'{each:,.6g}' for each in budgets)} cannot be met together. Raise one of them, "
+            "or price less wide ones."
+        )
+
+    def within(self, budgets: Sequence[float]) -> Allocation | None:
+        """Return the allocation of the least price that costs no more than the budgets; None where they allow none."""
         point, best = [unit[0].size for unit in self._units], None
         for _ in range(_ROUNDS):
             linear = self._around(point)
@@ -200,11 +256,6 @@ class _Problem:
             narrowest = Taken([int(np.argmin(c.costs[:, 0])) for c in linear.choices], [False] * len(self._branches))
             if np.allclose(linear.costs(narrowest), self._allocation(narrowest).costs, rtol=1e-9, atol=0):
                 break
-        if best is None:
-            raise ValueError(
-                f"The budgets of {', '.join(f'{each:,.6g}' for each in budgets)} cannot be met together. Raise one of them, "
-                "or price less wide ones."
-            )
         return best
 
     def _around(self, point: Sequence[int]) -> _Linear:
@@ -222,7 +273,10 @@ class _Problem:
 
     def _search(self, linear: _Linear, budgets: Sequence[float]) -> Allocation | None:
         """Return what is best of all that meets the budgets, if costs add up; else of what is aimed at below them."""
-        least = np.array([self._least(linear, number, budget) for number, budget in enumerate(budgets)])
+        cheapest = [self._cheapest(linear, number) for number in range(len(budgets))]
+        if any(self._allocation(taken).costs[n] > budgets[n] for n, taken in enumerate(cheapest)):
+            return None
+        least = np.array([linear.costs(taken)[n] for n, taken in enumerate(cheapest)])
         most = np.maximum(least, budgets)
 
         def at(share: float) -> tuple[bool, Allocation | None]:
@@ -243,20 +297,13 @@ class _Problem:
                     low, found = middle, allocation or found
         return found
 
-    def _least(self, linear: _Linear, number: int, budget: float) -> float:
-        """Return the least that the function costs in one unit, and raise where that is more than a budget."""
+    def _cheapest(self, linear: _Linear, number: int) -> Taken:
+        """Return what costs least of one budget."""
         choices = [choice._replace(prices=choice.costs[:, number]) for choice in linear.choices]
         drops = [drop._replace(price=drop.costs[number]) for drop in linear.drops]
         taken = take(choices, drops, self._alike, [math.inf] * len(self._costs))
         assert taken is not None
-        spent = self._allocation(taken).costs[number]
-        if spent > budget:
-            whole = self._costs[number](plan_of(self._graph, {}))
-            raise ValueError(
-                f"A budget of {budget:,.6g} cannot be met: at the widths given the function costs at the least "
-                f"{spent:,.6g}, uncut {whole:,.6g}. Raise the budget, which is no fraction, or price less wide ones."
-            )
-        return float(linear.costs(taken)[number])
+        return taken
 
     def _measure(self, widths: Sequence[int], gone: Sequence[Block]) -> np.ndarray:
         return np.array([cost(self._plan(widths, gone)) for cost in self._costs], float)
@@ -264,7 +311,7 @@ class _Problem:
     def _plan(self, widths: Sequence[int], gone: Sequence[Block]) -> Plan:
         pairs = [(group, width) for unit, width in zip(self._units, widths, strict=True) for group in unit]
         kept = {group.var: np.arange(width) for group, width in pairs if width < group.size}
-        return plan_of(self._graph, kept, gone)
+        return plan_of(self._graph, self._layers | kept, gone)
 
     def _allocation(self, taken: Taken) -> Allocation:
         gone = [(block, price) for (block, price), drop in zip(self._branches, taken.dropped, strict=True) if drop]
@@ -279,7 +326,7 @@ class _Problem:
                 for (unit, *_), width in zip(made, widths, strict=True)
                 for group in unit
             },
-            plan_of(self._graph, {}, blocks),
+            plan_of(self._graph, self._layers, blocks),
             sum(paid) + sum(price for _, price in gone),
             tuple(cost(plan) for cost in self._costs),
         )

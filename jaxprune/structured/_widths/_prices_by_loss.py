@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxprune._progress import tracked
 from jaxprune.sites._calibrate import Grams
+from jaxprune.structured._blocks import parts
 from jaxprune.structured._gated import Loss, gated
 from jaxprune.structured._graph import Graph, require_graph
 from jaxprune.structured._importance import Importance, order_by
@@ -95,9 +96,9 @@ def measure_widths(
 
 
 def measure_blocks(graph: Graph, params: Any, loss: Loss, *, progress: bool = False) -> dict[str, float]:
-    """Return by how much the loss rises when a residual branch alone is left out: measured.
+    """Return by how much the loss rises when a layer of a scan, or a residual branch, alone is left out: measured.
 
-    Compiles the loss once. Layers of a scan are no branches: drop these by `select_blocks`, before widths are chosen.
+    Compiles the loss once.
 
     Args:
         graph: the function, by `trace`.
@@ -106,8 +107,9 @@ def measure_blocks(graph: Graph, params: Any, loss: Loss, *, progress: bool = Fa
         progress: whether to show a progress bar on stderr.
 
     Returns:
-        By the name of each branch in ``graph.blocks`` the loss without it less the loss of the whole function. One without
-        which the loss is not finite is left out.
+        By the name of each branch in ``graph.blocks``, and for layers of a scan by the scan's name and their number,
+        ``"layers[0]"``, the loss without it less the loss of the whole function. One without which the loss is not finite is left
+        out.
 
     Raises:
         ValueError: the loss is no scalar, or is not finite of the whole function.
@@ -128,13 +130,14 @@ def measure_blocks(graph: Graph, params: Any, loss: Loss, *, progress: bool = Fa
     require_graph(graph, "measure_blocks(graph, params, loss)")
     measure, nothing = gated(graph, loss), _nothing_dropped(graph)
     before = _finite(float(measure(params, {}, nothing)))
-    branches = [number for number, block in enumerate(graph.blocks) if not block.members]
+    every = [(number, part) for number, block in enumerate(graph.blocks) for part in parts(block)]
     found = {}
-    for number in tracked(branches, "branches", progress):
-        gates = [*nothing[:number], np.array(False), *nothing[number + 1 :]]
-        value = float(measure(params, {}, gates))
+    for number, (name, layer) in tracked(every, "blocks", progress):
+        gate = nothing[number].copy()
+        gate[layer] = False
+        value = float(measure(params, {}, [*nothing[:number], gate, *nothing[number + 1 :]]))
         if np.isfinite(value):
-            found[graph.blocks[number].name] = value - before
+            found[name] = value - before
     return found
 
 
