@@ -1,5 +1,6 @@
 """Gram matrices made fit to be inverted: dead features, damping that escalates, and triangular roots."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from jaxtyping import Array, Bool, Float
 _MAX_CONDITION = 1e6
 # Where no damping was asked for but some is needed; and what is enough for any matrix of finite numbers.
 _FIRST, _LAST = 1e-6, 10.0
+# Roots of up to so many rows are inverted by one call of a solver.
+_SOLVED_WHOLE = 512
 
 
 # The damping, the root found with it, its condition, and the condition of the first attempt (negative before it).
@@ -56,7 +59,8 @@ def factorise(gram: Float[Array, "inputs inputs"], damping: Float[Array, ""]) ->
         root = _reverse(jnp.linalg.cholesky(_reverse(damped(share)), symmetrize_input=False))
         pivots = jnp.square(jnp.diagonal(root))
         condition = jnp.max(pivots * lives) / jnp.min(jnp.where(dead, jnp.inf, pivots))
-        return share, root, jnp.where(jnp.isfinite(root).all(), condition, jnp.inf)
+        # What is not finite anywhere in a row of the root is not in its pivot.
+        return share, root, jnp.where(jnp.isfinite(pivots).all(), condition, jnp.inf)
 
     def unfit(state: _State) -> jax.Array:
         share, _, condition, _ = state
@@ -77,8 +81,16 @@ def factorise(gram: Float[Array, "inputs inputs"], damping: Float[Array, ""]) ->
 
 def inverse_root(root: Float[Array, "inputs inputs"]) -> Float[Array, "inputs inputs"]:
     """The upper triangular U of ``gram^-1 = U^T U``."""
-    identity = jnp.eye(len(root), dtype=root.dtype)
-    return lax.linalg.triangular_solve(root, identity, left_side=True, lower=False)
+    size = len(root)
+    if size <= _SOLVED_WHOLE:
+        identity = jnp.eye(size, dtype=root.dtype)
+        return lax.linalg.triangular_solve(root, identity, left_side=True, lower=False)
+    # A solver does not know that the right-hand side is a triangle, too; a third of its work is enough.
+    half = size // 2
+    first, last = inverse_root(root[:half, :half]), inverse_root(root[half:, half:])
+    dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    between = -dot(first, dot(root[:half, half:], last))
+    return jnp.block([[first, between], [jnp.zeros((size - half, half), root.dtype), last]])
 
 
 def _reverse(matrix: Float[Array, "inputs inputs"]) -> Float[Array, "inputs inputs"]:
