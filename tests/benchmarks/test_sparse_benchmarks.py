@@ -63,6 +63,8 @@ def test_networks_are_as_many_times_smaller_as_asked(tmp_path):
     dense, *pruned = rows
     assert (dense["method"], dense["error"]) == ("dense", 0)
     assert [row["method"] for row in pruned] == list(extreme_compression.METHODS)
+    again, *pruned = pruned
+    assert (again["asked"], again["compression"], again["error"]) == (1, 1, 0)
     for row in pruned:
         assert row["asked"] == 20
         # Biases stay; one that is exactly zero counts as gone.
