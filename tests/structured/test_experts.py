@@ -209,6 +209,18 @@ def test_tokens_of_experts_are_counted_in_several_ways(counts):
     np.testing.assert_allclose(expert_use(graph, PARAMS, [X])["router[1]"].added, norms, rtol=1e-4)
 
 
+def test_counts_that_a_scan_carries_need_not_be_zero():
+    def deep(params, x):
+        def step(carry, layer):
+            x, counts = carry
+            return (x + sorted_by(lambda _, experts: counts.at[experts].add(1), layer, x), counts + 1), None
+
+        return jax.lax.scan(step, (x, jnp.zeros(EXPERTS, jnp.int32)), params)[0][0]
+
+    graph = trace(deep, jax.tree.map(lambda leaf: np.stack([leaf, -leaf]), PARAMS), X)
+    assert {(axis.path, axis.axis) for axis in graph.frozen} >= {("up", 1), ("down", 1)}
+
+
 def test_channels_inside_of_experts_that_rows_are_dealt_out_to():
     graph = trace(by_sorting, PARAMS, X)
     kept = (0, 2, 3)
@@ -235,11 +247,12 @@ def test_channels_inside_of_experts_that_rows_are_dealt_out_to():
         lambda params, experts: jnp.full(EXPERTS, 4),
         lambda params, experts: jnp.ones(EXPERTS, jnp.int32).at[experts].add(1),
         lambda params, experts: jnp.bincount(experts + 1, length=EXPERTS),
+        lambda params, experts: jnp.bincount((experts + 1)[jnp.argsort(experts)], length=EXPERTS),
         lambda params, experts: jnp.zeros(EXPERTS, jnp.int32).at[experts - 1].add(1),
         lambda params, experts: jnp.roll(counts_by_one_hot(params, experts), 1),
         lambda params, experts: jnp.zeros(EXPERTS, jnp.int32).at[experts].set(4),
     ],
-    ids=["fixed", "from one", "of others", "from the end", "of neighbours", "set"],
+    ids=["fixed", "from one", "of others", "of others in order", "from the end", "of neighbours", "set"],
 )
 def test_experts_stay_where_tokens_may_be_dealt_out_to_others(counts):
     graph = trace(functools.partial(sorted_by, counts), PARAMS, X)

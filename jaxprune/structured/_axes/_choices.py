@@ -81,7 +81,7 @@ def _follow(node: Node) -> Sequence[Value]:
         whole = not Gather.of(node.equation).fill
         if whole:
             _hand_on(out, ins[0].chosen)
-        return ins[:1] * whole + ins[1:] * node.notes.looked_up
+        return ins[:1] * (whole and ins[0].shifted is None) + ins[1:] * node.notes.looked_up
     if node.notes.looked_up:
         out.dealt = ins[1].chosen[0] if ins[1].chosen is not None else None
         return ins[1:2]
@@ -98,7 +98,7 @@ def _from_the_end(node: Node, out: Value) -> Sequence[Value]:
     numbers, other = node.ins if node.ins[0].chosen is not None else reversed(node.ins)
     if node.name == "add":
         out.shifted = numbers.chosen
-    elif other.uniform is None or other.uniform > 0 or (node.name == "lt" and numbers is not node.ins[0]):
+    elif other.uniform != 0 or (node.name == "lt" and numbers is not node.ins[0]):
         return ()
     elif node.name == "max":
         _hand_on(out, numbers.chosen)

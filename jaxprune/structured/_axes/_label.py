@@ -144,8 +144,8 @@ def _cond(node: Node, branches: Sequence[Body], differentiated: bool) -> list[li
 
 
 def _plain(values: Sequence[Value]) -> list[Value]:
-    """The same values as arguments of a body: what is constant outside need not be cut again inside."""
-    return [dataclasses.replace(value, const=None) for value in values]
+    """The same values as arguments of a body: what is constant outside need not be cut again inside, nor stay as it is at first."""
+    return [dataclasses.replace(value, const=None, uniform=None, never=False, dealt=None) for value in values]
 
 
 # ---- functions that bring a derivative of their own
