@@ -20,7 +20,7 @@ from jaxprune.structured import (
     select_channels,
     trace,
 )
-from tests.structured.test_allocations import plan_for
+from tests.structured.test_allocations import STACKED, plan_for, scanned
 from tests.structured.test_widths import layers, three
 from tests.support.structured_zoo import normal
 
@@ -127,6 +127,33 @@ def test_mistakes_are_named():
         measure_times(graph, params, x, repeats=0)
     assert "ms on" in repr(times)
     assert "dropped" in str(times)
+
+
+def test_layers_of_a_scan_take_the_same_each():
+    x, scales = normal(7, 4), Scales()
+    graph = trace(scanned, STACKED, x)
+    (group,) = graph.groups
+    times = measure_times(graph, STACKED, x, options=2, repeats=1, timer=scales)
+    assert scales.calls == [200, 200 - 4 * 40, 200 - 4 * 24, 200 - 2 * 48]  # 6 channels to 1 and 3, half of the layers
+    assert times.widths == {group.name: {1: 50.0, 3: 114.0, 6: 210.0}}
+    assert times.blocks == {"layers": 162.0}
+    # Of two layers less, a narrower one saves half of what it saves of four.
+    for gone, k in ((1, 0.0), (2, 0.5), (3, 5 / 6)):
+        layers_left = select_blocks(graph, STACKED, gone, lambda fn, params: jnp.sum(fn(params, x)))
+        plan = combine(select_channels(graph, STACKED, k), layers_left)
+        assert times(plan) == pytest.approx(10 + count_parameters(graph, plan), rel=1e-6)
+        assert check_times(times, plan, STACKED, x, timer=scales, repeats=1).error == pytest.approx(0.0)
+    again = Times.from_json(times.to_json(), graph)
+    assert again.blocks == times.blocks
+    assert "1 layer dropped" in str(times)
+    # So an allocation by them is that by parameters.
+    prices = {group.name: {width: float(6 - width) ** 2 for width in range(1, 7)}}
+    blocks = {f"layers[{n}]": 3.0 * n for n in range(4)}
+    for budget in (40, 90, 150):
+        found = allocate_widths(graph, prices, budget, cost=times, blocks=blocks)
+        cost = functools.partial(count_parameters, graph)
+        assert found.price == pytest.approx(allocate_widths(graph, prices, budget - 10, cost=cost, blocks=blocks).price)
+        assert times(plan_for(graph, STACKED, found)) == found.costs[0] <= budget
 
 
 def test_plans_of_several_budgets():

@@ -66,13 +66,14 @@ def measure_times(
     timer: Timer = seconds,
     progress: bool = False,
 ) -> Times:
-    """Measure what a function takes, compiled, at some widths of each group, and without each residual branch.
+    """Measure what a function takes, compiled, at some widths of each group, and without each residual branch and layer of a scan.
 
     Groups that are alike in structure and size, as those of equal layers, are cut at once, and each is given its share:
-    one program for each such kind and width, and a larger difference than any one of them would make. All programs are timed in
-    turns, and the lower quartile of each counts: other programs on the machine make times longer, and a clock that is set right
-    makes few of them shorter. Noise decides nothing: what a group takes is made to rise with its width, by isotonic
-    regression. Where groups share matrices, as convolutions one after the other do, all are cut at once as well.
+    one program for each such kind and width, and a larger difference than any one of them would make. Of a scan's layers half are
+    dropped, as each takes the same. All programs are timed in turns, and the lower quartile of each counts: other programs on the
+    machine make times longer, and a clock that is set right makes few of them shorter. Noise decides nothing: what a group takes
+    is made to rise with its width, by isotonic regression. Where groups share matrices, as convolutions one after the other do, all
+    are cut at once as well.
 
     Times are those of the device and the shapes that they are measured with; keep them by `Times.to_json`.
 
@@ -122,6 +123,8 @@ def measure_times(
         widths[group.name] = sorted(asked - {group.size})
     cuts: list[tuple[Sequence[Part], int]] = [(kind, width) for kind in groups for width in widths[kind[0].name]]
     cuts += [(kind, 0) for kind in blocks]
+    # Half of a scan's layers: of one alone it would be no loop any more.
+    cuts += [([block], (block.size + 1) // 2) for block in graph.blocks if block.size > 1]
     alone = [[(part, width) for part in kind] for kind, width in cuts]
     joint = _joint(times, groups, widths)
     plans = [cut(graph, each) for each in ([], *alone, *joint)]
@@ -131,8 +134,10 @@ def measure_times(
     for _, rows in itertools.groupby(zip(cuts, taken, strict=False), key=lambda row: id(row[0][0])):
         kind_widths, times_taken = zip(*rows, strict=True)
         for (kind, width), rising in zip(kind_widths, _rising([*times_taken, whole]), strict=False):
-            each = whole - (whole - float(rising)) / len(kind)
+            saved = whole - float(rising)
             for part in kind:
+                gone = part.size - width if isinstance(part, Block) else 1  # layers of a scan
+                each = whole - saved / len(kind) / gone
                 if isinstance(part, Block):
                     dropped[part.name] = each
                 else:
