@@ -75,7 +75,8 @@ def of_cnn() -> Iterator[dict[str, Any]]:
     yield row("bundle", expected, bundle(), opened)
     yield row("bundle, sparse", expected, bundle(masks=masks), opened)
     yield row("bundle, sparse, 8 bits", expected, bundle(masks=masks, quantize=8), opened)
-    grams = jaxprune.calibrate_grams(fn, params, [jax.random.normal(jax.random.key(2), (4096, 28, 28, 1))])
+    images = jax.random.normal(jax.random.key(2), (4096, 28, 28, 1))
+    grams = jaxprune.calibrate_grams(fn, params, [images], where=lambda site: len(site.shape) == 2)
     found = oneshot.gptq(
         params,
         grams,

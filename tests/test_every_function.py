@@ -20,14 +20,14 @@ from tests.test_public_names import public
 
 @contextlib.contextmanager
 def checks() -> Iterator[None]:
-    with jax.debug_nans(True), jax.checking_leaks():
+    # At once: which of them it was that failed is soon seen, and each alone would compile everything again.
+    with jax.enable_x64(True), jax.debug_nans(True), jax.checking_leaks():
         yield
 
 
 # All of them, and the meshes, where dtypes and ranks are never promoted: so says `conftest.py`.
 FLAGS = {
-    "x64": lambda: jax.enable_x64(True),
-    "NaN and leaks": checks,
+    "x64, NaN and leaks": checks,
     "no jit": jax.disable_jit,
 }
 MESHES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         mesh = None
         if setting in MESHES:
             mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(MESHES[setting],) * 2)
-        return Problem(tmp_path_factory.mktemp(setting.replace(" ", "_")), mesh)
+        return Problem(tmp_path_factory.mktemp(setting.replace(", ", "_").replace(" ", "_")), mesh)
 
     return problem
 

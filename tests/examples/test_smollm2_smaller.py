@@ -32,6 +32,20 @@ STAGES = ["dense", "fewer layers", "cut", "repaired", "distilled"]
 OF_THE_MOMENT = {"prefill", "decode", "cpu_seconds", "peak_bytes"}
 
 
+@pytest.fixture(autouse=True)
+def _trained_once(monkeypatch):
+    monkeypatch.setattr(smollm2_smaller, "train_small", train_small)
+
+
+@functools.cache
+def train_small(*, scan):
+    """The small model, trained once for all runs: in a scan the same layers."""
+    if not scan:
+        return smollm2.train_small(scan=False)
+    model = train_small(scan=False)
+    return model._replace(network=llama.Llama(smollm2.SMALL, scan=True), params=llama.stack(model.params))
+
+
 def rows(folder):
     """The rows of a run, without what differs from run to run."""
     found = json.loads((folder / "results.json").read_text())["rows"]
@@ -49,9 +63,7 @@ def test_a_smaller_llama_is_recovered_from_its_parameters():
 
 
 @pytest.mark.slow
-def test_a_small_run_gets_smaller_stage_by_stage_and_goes_on(tmp_path, capsys, monkeypatch):
-    train_small = functools.cache(smollm2.train_small)
-    monkeypatch.setattr(smollm2_smaller, "train_small", train_small)  # once for all runs
+def test_a_small_run_gets_smaller_stage_by_stage_and_goes_on(tmp_path, capsys):
     options = [*OPTIONS, "--out", str(tmp_path)]
     smollm2_smaller.run(options)
     found = rows(tmp_path)
@@ -106,9 +118,7 @@ def test_a_small_run_gets_smaller_stage_by_stage_and_goes_on(tmp_path, capsys, m
 
 
 @pytest.mark.slow
-def test_layers_of_their_own_widths_have_as_many_parameters_in_all(tmp_path, monkeypatch):
-    train_small = functools.cache(smollm2.train_small)
-    monkeypatch.setattr(smollm2_smaller, "train_small", train_small)
+def test_layers_of_their_own_widths_have_as_many_parameters_in_all(tmp_path):
     options = [*OPTIONS, "--kv", "0"]
     for widths in ("equal", "own"):
         smollm2_smaller.run([*options, "--drop-layers", "0", "--widths", widths, "--out", str(tmp_path / widths)])
@@ -134,8 +144,7 @@ def test_layers_of_their_own_widths_have_as_many_parameters_in_all(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_other_choices_and_a_model_from_nothing_are_there_to_compare(tmp_path, monkeypatch):
-    monkeypatch.setattr(smollm2_smaller, "train_small", functools.cache(smollm2.train_small))
+def test_other_choices_and_a_model_from_nothing_are_there_to_compare(tmp_path):
     smollm2_smaller.run([*OPTIONS, "--channels", "random", "--from-scratch", "--out", str(tmp_path)])
     found = {row["name"]: row for row in rows(tmp_path)}
     assert list(found) == [*STAGES, "from scratch"]
