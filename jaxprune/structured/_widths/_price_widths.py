@@ -35,6 +35,9 @@ def price_widths(
     less. So prices of different layers and of heads and perceptrons can be compared, and `allocate_widths` shares a
     budget out by them.
 
+    Where most of a group goes, no estimate of second order holds: the price is too low, several times. Leave more by ``min_kept``, or
+    measure (`measure_widths`).
+
     Args:
         graph: the function's channels, by `trace`.
         params: its parameters.
