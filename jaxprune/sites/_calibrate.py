@@ -368,13 +368,18 @@ def _accumulator(
 
 def require_finite(found: _Sums) -> None:
     """Raise a ValueError that names the first parameter whose statistics are not finite."""
-    finite = jax.jit(lambda sums: jax.tree.map(lambda x: jnp.isfinite(x).all(), sums))(found.sums)
+    finite = dict(zip(found.sums, _are_finite(list(found.sums.values())), strict=True))
     for site in found.sites:
         if not all(bool(finite[group]) for group in site.groups):
             raise ValueError(
                 f"The activations that meet {site.name} are NaN or infinite, or their squares overflow float32. "
                 "It is the first such parameter; look at what comes before it, or at the batches."
             )
+
+
+@jax.jit  # once for all blocks of one shape: they are told apart by the groups' numbers alone
+def _are_finite(sums: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(array).all() for array in sums]
 
 
 def _warn_of_few_samples(found: Grams) -> None:
