@@ -253,3 +253,31 @@ def test_on_meshes(kind: AxisType):
     close(rebuild(GRAPH, plan)(small, X), expected)
     close(masked(GRAPH)(sharded, masks, X), expected)
     np.testing.assert_allclose(group_lasso(GRAPH, sharded), group_lasso(GRAPH, PARAMS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("depths", [(2, 3), (3, 2), (3, 3)])
+def test_scans_of_other_depths_keep_their_own(depths):
+    stacks = [{"up": normal(n, WIDTH, INNER, salt=n), "down": normal(n, INNER, WIDTH, salt=9)} for n in depths]
+
+    def step(x: Any, p: Any) -> Any:
+        return x + jnp.tanh(x @ p["up"]) @ p["down"], None
+
+    def fn(params: Any, x: Any) -> Any:
+        for stack in params:
+            x = lax.scan(step, x, stack)[0]
+        return x
+
+    graph = trace(fn, stacks, X)
+    grams = jaxprune.calibrate_grams(fn, stacks, [X])
+    plan = select_channels(graph, stacks, 0.5, grams=grams)
+    assert [np.shape(plan.kept[f"{n}/up"][2]) for n in (0, 1)] == [(depth, INNER // 2) for depth in depths]
+    params = repair(plan, stacks, grams)
+    expected = X
+    for n, (stack, depth) in enumerate(zip(params, depths, strict=True)):
+        for number, kept in zip(range(depth), map(np.array, plan.kept[f"{n}/up"][2]), strict=True):
+            h = jnp.tanh(expected @ stack["up"][number][:, kept])
+            expected = expected + h @ stack["down"][number][kept]
+    close(rebuild(graph, plan)(shrink(plan, params), X), expected)
+    close(fn(jaxprune.apply_masks(params, channel_masks(plan, params)), X), expected)
+    assert verify(graph, plan, params, X).passed
+    assert Plan.from_json(plan.to_json()) == plan

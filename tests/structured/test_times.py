@@ -156,6 +156,30 @@ def test_layers_of_a_scan_take_the_same_each():
         assert times(plan_for(graph, STACKED, found)) == found.costs[0] <= budget
 
 
+def test_two_scans_and_a_branch_between_them():
+    def step(x: Any, layer: Any) -> Any:
+        return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+
+    def fn(params: Any, x: Any) -> Any:
+        x = jax.lax.scan(step, x, params["a"])[0]
+        x = x + jnp.tanh(x @ params["mid"]["up"]) @ params["mid"]["down"]
+        return jax.lax.scan(step, x, params["b"])[0]
+
+    params = {name: {"up": normal(*n, 4, m), "down": normal(*n, m, 4)} for name, n, m in (("a", (4,), 6), ("mid", (), 9), ("b", (3,), 8))}  # fmt: skip
+    x = normal(7, 4)
+    graph = trace(fn, params, x)
+    times = measure_times(graph, params, x, options=2, repeats=1, timer=Scales())
+    assert times.blocks == {"a": times.whole - 48, "mid": times.whole - 72, "b": times.whole - 64}
+    seen = set()
+    for n, k in ((1, 0.0), (2, 0.5), (3, 0.25), (4, 0.75)):
+        gone = select_blocks(graph, params, n, lambda fn, params, n=n: jnp.sum(jnp.sin(n + fn(params, x))))
+        plan = combine(select_channels(graph, params, k), gone)
+        assert times(plan) == pytest.approx(10 + count_parameters(graph, plan), rel=1e-6)
+        seen |= {"mid"} if gone.dropped else set()
+        seen |= {path.split("/")[0] for path in gone.kept}
+    assert seen >= {"a", "b"}
+
+
 def test_plans_of_several_budgets():
     params, x = three(8, 8, 6), normal(7, 4)
     graph = trace(layers, params, x)

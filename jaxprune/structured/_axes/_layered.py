@@ -47,13 +47,14 @@ def _stacked(value: Value) -> frozenset[Var]:
 
 def kept_of(dim: Dim, kept: Kept) -> np.ndarray:
     """Return the elements of an axis that stay, in rising order; ``[layers, n]`` where each layer keeps its own."""
-    layers = {len(kept[var]) for var in leaves(dim) if var in kept and kept[var].ndim == 2}
+    own = {var: kept[var] for var in leaves(dim) if var in kept}  # of other scans there may be fewer layers
+    layers = {len(each) for each in own.values() if each.ndim == 2}
     if not layers:
-        return kept_indices(dim, kept)
-    return np.stack([kept_indices(dim, of_layer(kept, number)) for number in range(layers.pop())])
+        return kept_indices(dim, own)
+    return np.stack([kept_indices(dim, _of_layer(own, number)) for number in range(layers.pop())])
 
 
-def of_layer(kept: Kept, number: int) -> dict[Var, np.ndarray]:
+def _of_layer(kept: Kept, number: int) -> dict[Var, np.ndarray]:
     """Return what one layer keeps."""
     return {var: each[number] if each.ndim == 2 else each for var, each in kept.items()}
 
