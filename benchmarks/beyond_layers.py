@@ -1,10 +1,10 @@
-"""Masks chosen beyond one pass over a layer: bits per byte of a byte-level transformer, by method and sparsity.
+"""Masks chosen beyond one pass over a layer: bits per byte of a language model, by method and sparsity.
 
     python -m benchmarks.beyond_layers
 
-The network is that of `examples/language_model.py`, trained once and kept. Layer by layer, without training: ADMM; the
-masks of it swapped, and the weights reconstructed; ADMM in sequence. With training, every method on the same windows of
-text in the same order:
+The model is the byte-level transformer of `examples/language_model.py`, trained once and kept, or SmolLM2 (`--smollm2`).
+Layer by layer, without training: ADMM; the masks of it swapped, and the weights reconstructed; ADMM in sequence. With
+training, every method on the same windows of text in the same order:
 
 - healed: what ADMM in sequence left is trained under its masks (`transforms.heal`);
 - gradual: from the dense network, masks by magnitude tighten along the cubic schedule in the first half (`prune`);
@@ -24,17 +24,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import language_model
-import numpy as np
 import optax
-from _support import text
-from language_model import Model, Pattern
+from language_model import Pattern
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jaxprune
 from benchmarks import learned_masks
+from benchmarks.language_subjects import Subject, smollm2_135m, transformer
 from benchmarks.learned_masks import Rows
 from jaxprune import oneshot, rules, transforms
 
@@ -56,80 +54,71 @@ class Found(NamedTuple):
 
 
 class Training(NamedTuple):
-    """How whatever is trained is trained."""
+    """How whatever is trained is trained; the seed chooses the text, the same for every method."""
 
-    data: np.ndarray
     updates: int
     rate: float
     penalty: float
     seed: int
-
-    def windows(self) -> Iterator[np.ndarray]:
-        """The windows of each step, the same for every method."""
-        for place in np.random.default_rng(self.seed).integers(2**31, size=self.updates):
-            yield text.windows(self.data, language_model.BATCH_SIZE, language_model.CONTEXT, int(place))
 
     def adam(self) -> optax.GradientTransformation:
         """Adam, with a short warm-up, then a cosine to zero."""
         return optax.adam(optax.warmup_cosine_decay_schedule(0.0, self.rate, self.updates // 20, self.updates))
 
 
-# (model, Grams, pattern, training, what came before by name) -> what it leaves
-Way = Callable[[Model, Any, Pattern, Training, dict[str, Found]], Found]
+# (network, pattern, training, what came before by name) -> what it leaves
+Way = Callable[[Subject, Pattern, Training, dict[str, Found]], Found]
 
 
-def admm(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+def admm(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """ADMM, all layers at once."""
-    solve = functools.partial(oneshot.admm, rule=pattern.rule, prunable=language_model.in_blocks)
-    return Found(*solve(model.params, grams, pattern.k))
+    return Found(*oneshot.admm(subject.params, subject.grams, pattern.k, rule=pattern.rule, **subject.which))
 
 
-def swapped(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+def swapped(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """ADMM's masks after swaps priced with what makes up for them."""
     within = pattern.rule.m if pattern.rule.m > 1 else None
-    found = oneshot.swap_and_reconstruct(model.params, before["ADMM"].masks, grams, within=within)
+    found = oneshot.swap_and_reconstruct(subject.params, before["ADMM"].masks, subject.grams, within=within)
     return Found(found.params, found.masks)
 
 
-def in_sequence(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+def in_sequence(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """ADMM, each layer behind those that were pruned before it."""
     solve = functools.partial(oneshot.admm, k=pattern.k, rule=pattern.rule)
-    return Found(
-        *oneshot.sequential(model.apply, model.params, model.batches, solve, prunable=language_model.in_blocks)
-    )
+    return Found(*oneshot.sequential(subject.apply, subject.params, subject.batches, solve, **subject.which))
 
 
-def healed(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+def healed(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """ADMM in sequence, then trained under its masks."""
     params, masks = before["ADMM, in sequence"]
-    return Found(transforms.heal(model.loss, params, masks, training.windows(), training.adam()).params, masks)
+    lessons = subject.lessons(training.updates, training.seed)
+    return Found(transforms.heal(subject.loss, params, masks, lessons, training.adam()).params, masks)
 
 
-def gradual(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+def gradual(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """Magnitude, tightening while the network trains; N:M at once."""
-    make = functools.partial(jaxprune.make_masks, rule=pattern.rule, prunable=language_model.in_blocks)
+    make = functools.partial(jaxprune.make_masks, rule=pattern.rule, **subject.which)
     end = round(GRADUAL_END * training.updates)
     cubic = optax.polynomial_schedule(0.0, pattern.k, 3, transition_steps=end) if pattern.k < 1 else pattern.k
     every = max(1, training.updates // 64)
-    return _trained(model, optax.chain(training.adam(), jaxprune.prune(make, cubic, every=every, until=end)), training)
+    tx = optax.chain(training.adam(), jaxprune.prune(make, cubic, every=every, until=end))
+    return _trained(subject, tx, training)
 
 
-def elsa(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+def elsa(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """The loss itself under the constraint, by ADMM over the training steps."""
-    make = functools.partial(jaxprune.make_masks, rule=pattern.rule, prunable=language_model.in_blocks)
+    make = functools.partial(jaxprune.make_masks, rule=pattern.rule, **subject.which)
     until = round(ELSA_END * training.updates)
     schedule = {"every": min(ELSA_EVERY, until), "until": until}
-    wrapped = transforms.elsa(
-        training.adam(), make, pattern.k, penalty=training.penalty, prunable=language_model.in_blocks, **schedule
-    )
-    return _trained(model, wrapped, training)
+    tx = transforms.elsa(training.adam(), make, pattern.k, penalty=training.penalty, **schedule, **subject.which)
+    return _trained(subject, tx, training)
 
 
-def learned(model: Model, grams: Any, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
+def learned(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """Gates on ADMM's weights; what it pruned has its dense value, should a mask take it back."""
-    start = learned_masks.admm_weights(model, grams, pattern, learned_masks.Start(*before["ADMM"]))
+    start = learned_masks.admm_weights(subject, pattern, learned_masks.Start(*before["ADMM"]))
     settings = {"steps": training.updates, "rate": learned_masks.RATE, "seed": training.seed}
-    masks = learned_masks.learn(model, start, pattern, training.data, **settings)
+    masks = learned_masks.learn(subject, start, pattern, **settings)
     return Found(jaxprune.apply_masks(start.params, masks), masks)
 
 
@@ -145,37 +134,33 @@ WAYS: dict[str, Way] = {
 TRAINED = ("ADMM in sequence, healed", "gradual", "ELSA", "learned masks")
 
 
-def _trained(model: Model, tx: optax.GradientTransformation, training: Training) -> Found:
+def _trained(subject: Subject, tx: optax.GradientTransformation, training: Training) -> Found:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, windows: jax.Array) -> Any:
-        updates, state = tx.update(jax.grad(model.loss)(params, windows), state, params)
+        updates, state = tx.update(jax.grad(subject.loss)(params, windows), state, params)
         return optax.apply_updates(params, updates), state
 
-    params, state = jax.tree.map(jnp.copy, (model.params, tx.init(model.params)))
-    for windows in training.windows():
+    params, state = jax.tree.map(jnp.copy, (subject.params, tx.init(subject.params)))
+    for windows in subject.lessons(training.updates, training.seed):
         params, state = step(params, state, windows)
     return Found(params, jaxprune.masks_in(state))
 
 
-def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Rows:
+def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
     """Load or train one network; prune it in every way to every pattern."""
-    subject = learned_masks.subject(seed, options, console)
-    dense = subject.quality(subject.model.params)
-    training = Training(subject.text.train, options.updates, options.rate, options.penalty, seed)
-    rows = []
-    runs = [(pattern, way) for pattern in options.patterns for way in options.ways]
-    done: dict[str, dict[str, Found]] = {pattern: {} for pattern in options.patterns}
-    for pattern, way in track(runs, f"pruning, seed {seed}", console=console):
-        began = time.process_time()
-        found = WAYS[way](subject.model, subject.grams, PATTERNS[pattern], training, done[pattern])
-        jax.block_until_ready(found)
-        cpu = time.process_time() - began
-        done[pattern][way] = found
-        removed = float(jaxprune.sparsity(found.masks, prunable=language_model.in_blocks))
-        text_bytes = options.updates * language_model.BATCH_SIZE * language_model.CONTEXT if way in TRAINED else 0
-        row = {"seed": seed, "pattern": pattern, "way": way, "dense": dense, "removed": removed, "cpu": cpu}
-        rows.append(row | {"quality": subject.quality(found.params), "bytes": text_bytes})
-    return rows
+    subject = (smollm2_135m if options.smollm2 else transformer)(seed, options, console)
+    dense = subject.quality(subject.params)
+    training = Training(options.updates, options.rate, options.penalty, seed)
+    for pattern in track(options.patterns, f"pruning, seed {seed}", console=console):
+        done: dict[str, Found] = {}
+        for way in options.ways:
+            began = time.process_time()
+            done[way] = found = jax.block_until_ready(WAYS[way](subject, PATTERNS[pattern], training, done))
+            cpu = time.process_time() - began
+            removed = float(jaxprune.sparsity(found.masks, **subject.which))
+            tokens = options.updates * subject.tokens if way in TRAINED else 0
+            row = {"seed": seed, "pattern": pattern, "way": way, "dense": dense, "removed": removed, "cpu": cpu}
+            yield row | {"quality": subject.quality(found.params), "tokens": tokens}
 
 
 def table(rows: Rows) -> Table:
@@ -184,12 +169,12 @@ def table(rows: Rows) -> Table:
     dense = statistics.mean(row["dense"] for row in rows)
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     title = f"bits per byte, mean of {seeds} seed(s); dense {dense:.3f}"
-    shown = Table("method", *patterns, "bytes of text", "CPU, s", title=title, title_justify="left")
+    shown = Table("method", *patterns, "tokens", "CPU, s", title=title, title_justify="left")
     for way in dict.fromkeys(row["way"] for row in rows):
         same = [row for row in rows if row["way"] == way]
         means = [statistics.mean(row["quality"] for row in same if row["pattern"] == pattern) for pattern in patterns]
         cpu = statistics.mean(row["cpu"] for row in same)
-        shown.add_row(way, *(f"{mean:.3f}" for mean in means), f"{same[0]['bytes']:,}", f"{cpu:.0f}")
+        shown.add_row(way, *(f"{mean:.3f}" for mean in means), f"{same[0]['tokens']:,}", f"{cpu:.0f}")
     return shown
 
 
@@ -198,9 +183,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="each behind what it begins with")
-    parser.add_argument("--updates", type=int, default=250, help="of whatever is trained, each on 4,096 bytes")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=250,
+        help="of whatever is trained, each on 4,096 bytes, or 512 of SmolLM2's tokens",
+    )
     parser.add_argument("--rate", type=float, default=1e-3, help="the highest of learning, where weights are trained")
     parser.add_argument("--penalty", type=float, default=0.1, help="of ELSA")
+    parser.add_argument("--smollm2", action="store_true", help="in place of the byte-level transformer")
     learned_masks.run_seeds(parser, arguments, run_seed, table)
 
 

@@ -11,22 +11,21 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import language_model
-import numpy as np
 import optax
-from _support import text
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import jaxprune
 from benchmarks import timing
+from benchmarks.language_subjects import Subject, transformer
 from jaxprune import learned, oneshot, rules, scores
 
 PATTERNS = {pattern.name: pattern for pattern in language_model.PATTERNS}
@@ -40,21 +39,21 @@ class Start(NamedTuple):
     masks: Any
 
 
-def wanda(model: language_model.Model, grams: Any, pattern: Any, admm: Start) -> Start:
+def wanda(subject: Subject, pattern: Any, admm: Start) -> Start:
     """Wanda's masks on the dense weights."""
-    found = scores.wanda(model.params, grams.norms())
-    make = functools.partial(jaxprune.make_masks, prunable=language_model.in_blocks)
-    return Start(model.params, make(model.params, pattern.k, rule=pattern.by_unit, scores=found))
+    found = scores.wanda(subject.params, subject.grams.norms())
+    make = functools.partial(jaxprune.make_masks, **subject.which)
+    return Start(subject.params, make(subject.params, pattern.k, rule=pattern.by_unit, scores=found))
 
 
-def admm_masks(model: language_model.Model, grams: Any, pattern: Any, admm: Start) -> Start:
+def admm_masks(subject: Subject, pattern: Any, admm: Start) -> Start:
     """ADMM's masks on the dense weights."""
-    return Start(model.params, admm.masks)
+    return Start(subject.params, admm.masks)
 
 
-def admm_weights(model: language_model.Model, grams: Any, pattern: Any, admm: Start) -> Start:
+def admm_weights(subject: Subject, pattern: Any, admm: Start) -> Start:
     """ADMM's masks on its own weights; what it pruned has its dense value, should a mask take it back."""
-    return Start(jax.tree.map(jnp.where, admm.masks, admm.params, model.params), admm.masks)
+    return Start(jax.tree.map(jnp.where, admm.masks, admm.params, subject.params), admm.masks)
 
 
 STARTS: dict[str, Callable[..., Start]] = {
@@ -64,31 +63,30 @@ STARTS: dict[str, Callable[..., Start]] = {
 }
 
 
-def learn(
-    model: language_model.Model, start: Start, pattern: Any, data: np.ndarray, *, steps: int, rate: float, seed: int
-) -> Any:
+def learn(subject: Subject, start: Start, pattern: Any, *, steps: int, rate: float, seed: int) -> Any:
     """Train gates on text, and return the best masks."""
     key = jax.random.key(seed)
-    which = {"prior": start.masks, "prunable": language_model.in_blocks}
+    gates_of = {"prior": start.masks, **subject.which}
     if pattern.rule is rules.layer_sparsity:
-        gates = learned.weight_gates(start.params, key, **which)
+        gates = learned.weight_gates(start.params, key, **gates_of)
         soften = functools.partial(learned.soft_masks, steps=steps)
         harden = lambda gates: jaxprune.make_masks(  # noqa: E731
-            start.params, pattern.k, rule=rules.global_sparsity, scores=gates, prunable=language_model.in_blocks
+            start.params, pattern.k, rule=rules.global_sparsity, scores=gates, **subject.which
         )
     else:
         n, m = pattern.k, pattern.rule.m
-        gates = learned.pattern_gates(start.params, n, m, key, **which)
+        gates = learned.pattern_gates(start.params, n, m, key, **gates_of)
         soften = lambda gates, key, step: learned.soft_patterns(gates, start.params, n, key, step, steps=steps)  # noqa: E731
         harden = lambda gates: learned.pattern_masks(gates, start.params, n)  # noqa: E731
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(5, steps // 2), steps)
     tx = optax.adamw(schedule, b2=0.95, weight_decay=0.0)
+    sites = subject.which.get("sites")
 
     def loss(gates: Any, params: Any, windows: jax.Array, step: jax.Array) -> jax.Array:
         soft = soften(gates, key, step)
-        norm = 10 * (1 - step / steps) * learned.kept_norm(params, soft)
+        norm = 10 * (1 - step / steps) * learned.kept_norm(params, soft, sites=sites)
         off = 7 * learned.sparsity_loss(soft, pattern.k) if pattern.k < 1 else 0.0
-        return model.loss(learned.apply_soft_masks(params, soft), windows) + off - norm
+        return subject.loss(learned.apply_soft_masks(params, soft), windows) + off - norm
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(gates: Any, state: Any, params: Any, windows: jax.Array, step: jax.Array) -> Any:
@@ -96,36 +94,9 @@ def learn(
         return optax.apply_updates(gates, updates), state
 
     state = tx.init(gates)
-    for step, place in enumerate(np.random.default_rng(seed).integers(2**31, size=steps)):
-        windows = text.windows(data, language_model.BATCH_SIZE, language_model.CONTEXT, int(place))
+    for step, windows in enumerate(subject.lessons(steps, seed)):
         gates, state = update(gates, state, start.params, windows, step)
     return harden(gates)
-
-
-class Subject(NamedTuple):
-    """A trained network, what was measured on the text that calibrates it, and its bits per byte on other text."""
-
-    model: language_model.Model
-    grams: Any
-    quality: Callable[[Any], float]
-    text: text.Text
-
-
-def subject(seed: int, options: argparse.Namespace, console: Console) -> Subject:
-    """Load or train a network."""
-    shape = {"layers": 1, "width": 32} if options.small else {}
-    network, sources = language_model.Transformer(**shape), text.load()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"seed-{seed}{'-small' if options.small else ''}-{options.steps}-steps.msgpack"
-    params = language_model.trained(network, sources.train, options.steps, seed, path, console)
-    windows = text.windows(sources.train, 128, language_model.CONTEXT, language_model.CALIBRATION_SEED)
-    batches = [jnp.asarray(windows[start : start + 32, :-1]) for start in range(0, len(windows), 32)]
-    fn = lambda params, tokens: network.apply({"params": params}, tokens)  # noqa: E731
-    model = language_model.Model(fn, jax.tree.map(jnp.asarray, params), batches)
-    others = sources.valid if options.valid else sources.test
-    held_out = text.windows(others, options.windows, language_model.CONTEXT, language_model.TEST_SEED)
-    quality = functools.partial(language_model.evaluate, model, windows=held_out)
-    return Subject(model, jaxprune.calibrate_grams(fn, model.params, batches), quality, sources)
 
 
 Rows = list[dict[str, Any]]
@@ -134,13 +105,13 @@ Rows = list[dict[str, Any]]
 def run_seeds(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
-    run_seed: Callable[[int, argparse.Namespace, Console], Rows],
+    run_seed: Callable[[int, argparse.Namespace, Console], Iterator[dict[str, Any]]],
     table: Callable[[Rows], Table],
 ) -> None:
-    """Read a command line that also says which networks, run every seed, show the table, write JSON."""
+    """Read a command line that also says which networks, run every seed, show the table; JSON is written row by row."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks")
     parser.add_argument("--steps", type=int, default=1300, help="of the transformer's training")
-    parser.add_argument("--windows", type=int, default=512, help="of text to measure with")
+    parser.add_argument("--windows", type=int, help="of text to measure with (default: 512; of SmolLM2's 28)")
     parser.add_argument("--valid", action="store_true", help="measure with the text kept for choosing settings")
     parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="where transformers are kept")
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that everything runs")
@@ -148,42 +119,40 @@ def run_seeds(
     options = parser.parse_args(arguments)
     console, rows = Console(width=120), Rows()
     for seed in options.seeds:
-        rows += run_seed(seed, options, console)
-        timing.write_json(options.json, rows)
+        for row in run_seed(seed, options, console):
+            rows.append(row)
+            timing.write_json(options.json, rows)
     console.print(table(rows))
 
 
-def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Rows:
+def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
     """Learn masks of one network from every start, for every pattern."""
-    model, grams, quality, sources = subject(seed, options, console)
-    dense, rows = quality(model.params), []
+    subject = transformer(seed, options, console)
+    dense = subject.quality(subject.params)
     for name in track(options.patterns, f"learning, seed {seed}", console=console):
         pattern = PATTERNS[name]
-        solve = functools.partial(oneshot.admm, rule=pattern.rule, prunable=language_model.in_blocks)
-        admm = Start(*solve(model.params, grams, pattern.k))
-        reference = quality(admm.params)
+        solve = functools.partial(oneshot.admm, rule=pattern.rule, **subject.which)
+        admm = Start(*solve(subject.params, subject.grams, pattern.k))
+        reference = subject.quality(admm.params)
         for title in options.starts:
-            start = STARTS[title](model, grams, pattern, admm)
+            start = STARTS[title](subject, pattern, admm)
             began = time.process_time()
-            masks = learn(model, start, pattern, sources.train, steps=options.updates, rate=options.rate, seed=seed)
+            masks = learn(subject, start, pattern, steps=options.updates, rate=options.rate, seed=seed)
             cpu = time.process_time() - began
-            found = quality(jaxprune.apply_masks(start.params, masks))
-            rows.append(
-                {
-                    "seed": seed,
-                    "pattern": name,
-                    "start": title,
-                    "dense": dense,
-                    "admm": reference,
-                    "before": quality(jaxprune.apply_masks(start.params, start.masks)),
-                    "after": found,
-                    "won_back": (reference - found) / (reference - dense),
-                    "removed": float(jaxprune.sparsity(masks, prunable=language_model.in_blocks)),
-                    "bytes": options.updates * language_model.BATCH_SIZE * language_model.CONTEXT,
-                    "cpu": cpu,
-                }
-            )
-    return rows
+            found = subject.quality(jaxprune.apply_masks(start.params, masks))
+            yield {
+                "seed": seed,
+                "pattern": name,
+                "start": title,
+                "dense": dense,
+                "admm": reference,
+                "before": subject.quality(jaxprune.apply_masks(start.params, start.masks)),
+                "after": found,
+                "won_back": (reference - found) / (reference - dense),
+                "removed": float(jaxprune.sparsity(masks, **subject.which)),
+                "tokens": options.updates * subject.tokens,
+                "cpu": cpu,
+            }
 
 
 def table(rows: Rows) -> Table:

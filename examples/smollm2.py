@@ -72,7 +72,7 @@ class Model(NamedTuple):
     def bits_per_byte(self, windows: np.ndarray, console: Console) -> float:
         """Measure how well each token but the first of a window is foretold."""
         nats = sum(
-            float(_nats(self.network, self.params, windows[start : start + BATCH_SIZE]))
+            float(total_nats(self.network, self.params, windows[start : start + BATCH_SIZE]))
             for start in track(range(0, len(windows), BATCH_SIZE), "measuring", console=console, transient=True)
         )
         return nats / math.log(2) / float(np.array(self.tokenizer.sizes())[windows[:, 1:]].sum())
@@ -84,7 +84,7 @@ class Model(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(network: llama.Llama, params: Any, windows: jax.Array) -> jax.Array:
+def total_nats(network: llama.Llama, params: Any, windows: jax.Array) -> jax.Array:
     """The sum of the losses, with the logits of one window at a time."""
 
     def of_window(window: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ def train_small(*, scan: bool, steps: int = 300) -> Model:
 
     @jax.jit
     def step(params: Any, state: Any, windows: jax.Array) -> Any:
-        grads = jax.grad(lambda params: _nats(network, params, windows) / windows.size)(params)
+        grads = jax.grad(lambda params: total_nats(network, params, windows) / windows.size)(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

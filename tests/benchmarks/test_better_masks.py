@@ -18,7 +18,7 @@ def test_learned_masks_have_the_sparsity_they_are_asked_for(tmp_path):
     ]
     for row in rows:
         assert row["removed"] == pytest.approx({"60 %": 0.6, "2:4": 0.5}[row["pattern"]], abs=1e-4)
-        assert row["bytes"] == 2 * 4096
+        assert row["tokens"] == 2 * 4096
     assert rows[2]["before"] == pytest.approx(rows[2]["admm"])  # ADMM's weights under its own masks
 
 
@@ -29,7 +29,30 @@ def test_whatever_chooses_masks_removes_as_many(tmp_path):
     assert [row["way"] for row in rows] == list(beyond_layers.WAYS)
     for row in rows:
         assert row["removed"] == pytest.approx(0.9, abs=1e-4), row
-        assert row["bytes"] == (4 * 4096 if row["way"] in beyond_layers.TRAINED else 0)
+        assert row["tokens"] == (4 * 4096 if row["way"] in beyond_layers.TRAINED else 0)
+        assert 0 < row["quality"] < 12
+
+
+def test_whatever_chooses_masks_of_a_scan_removes_as_many(tmp_path):
+    arguments = [
+        "--smollm2",
+        "--small",
+        "--steps",
+        "2",
+        "--updates",
+        "4",
+        "--windows",
+        "2",
+        "--patterns",
+        "60 %",
+        "2:4",
+    ]
+    beyond_layers.main([*arguments, "--json", str(tmp_path / "results.json")])
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["way"] for row in rows] == list(beyond_layers.WAYS)
+    for row in rows:
+        assert row["removed"] == pytest.approx(0.5, abs=1e-4), row
+        assert row["tokens"] == (4 * 2 * 64 if row["way"] in beyond_layers.TRAINED else 0)
         assert 0 < row["quality"] < 12
 
 

@@ -80,3 +80,10 @@ def test_a_network_of_the_papers_has_as_many_parameters():
         kernels = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
         removed = extreme_compression.sparsity_for(params, 111) * kernels
         assert parameters - removed == pytest.approx(kept)
+
+
+def test_a_product_with_patches_is_a_convolution():
+    images, kernel = (np.random.default_rng(0).normal(size=size) for size in ((2, 9, 8, 3), (5, 5, 3, 4)))
+    expected = jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    found = extreme_compression.patches(images, 5) @ kernel.reshape(-1, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
