@@ -173,7 +173,9 @@ import os, signal, sys
 from pathlib import Path
 from jaxprune.storage import _atomic
 number = int(sys.argv[2])
-if sys.argv[3] == "ignored":
+if sys.argv[3] == "default":  # a child of nohup, or of what runs in the background, has some ignored
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+elif sys.argv[3] == "ignored":
     signal.signal(number, signal.SIG_IGN)
 elif sys.argv[3] == "handled":
     signal.signal(number, lambda *_: sys.exit(7))
@@ -236,6 +238,7 @@ def test_ctrl_c_while_importing_is_no_traceback(command, tmp_path):
     # As if it came while optax is imported.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background has it ignored
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'optax':\n"
