@@ -34,19 +34,7 @@ def test_whatever_chooses_masks_removes_as_many(tmp_path):
 
 
 def test_whatever_chooses_masks_of_a_scan_removes_as_many(tmp_path):
-    arguments = [
-        "--smollm2",
-        "--small",
-        "--steps",
-        "2",
-        "--updates",
-        "4",
-        "--windows",
-        "2",
-        "--patterns",
-        "60 %",
-        "2:4",
-    ]
+    arguments = ["--smollm2", "--small", "--steps", "2", "--updates", "4", "--windows", "2", "--patterns", "2:4"]
     beyond_layers.main([*arguments, "--json", str(tmp_path / "results.json")])
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["way"] for row in rows] == list(beyond_layers.WAYS)
