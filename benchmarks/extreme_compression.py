@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--compressions", type=int, nargs="+", metavar="TIMES", help="instead of each network's own")
-    parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="(default: 0 to 4)")
     parser.add_argument("--epochs", type=int, help="instead of each network's own")
     parser.add_argument("--test", action="store_true", help="measure on the images that nothing was chosen on")
     parser.add_argument("--json", type=Path, help="write every number here")
@@ -270,11 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console, results = Console(), {}
     for name in options.networks:
         rows: list[Row] = []
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             rows += run_seed(CASES[name], options.data, seed, options, console)
+            results[name] = [row._asdict() for row in rows]
+            timing.write_json(options.json, results)
         console.print(table(name, rows))
-        results[name] = [row._asdict() for row in rows]
-        timing.write_json(options.json, results)
 
 
 if __name__ == "__main__":
