@@ -16,7 +16,7 @@ import argparse
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,6 +34,7 @@ from rich.table import Table
 import jaxprune
 from benchmarks import mnist, timing
 from jaxprune import rules, transforms
+from jaxprune.plot.style import INK, LINES, frame
 
 TRAIN, CHOOSE = 0.6, 0.2  # of the images; the others test
 BATCH_SIZE, LEARNING_RATE = 100, 3e-3
@@ -234,9 +237,14 @@ def run_seed(case: Case, folder: Path, seed: int, options: argparse.Namespace, c
     return rows
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; zero where there is one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def spread(values: Sequence[float], sign: str = "") -> str:
     """A mean and its standard error."""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    error = f" ± {standard_error(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.2f}{error}"
 
 
@@ -255,6 +263,31 @@ def table(name: str, rows: Sequence[Row]) -> Table:
     return shown
 
 
+def figure(results: Mapping[str, Sequence[Row]]) -> Figure:
+    """Draw the error against compression, a curve for each method, a panel for each network; bars are standard errors."""
+    drawn = Figure(figsize=(5.2 * len(results), 4.2), layout="constrained", dpi=150)
+    for axes, (name, rows) in zip(drawn.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for number, method in enumerate(dict.fromkeys(row.method for row in rows if row.asked > 1)):
+            every = sorted({row.asked for row in rows if row.method == method})
+            errors = [[row.error for row in rows if (row.method, row.asked) == (method, times)] for times in every]
+            means, bars = map(statistics.mean, errors), map(standard_error, errors)
+            axes.errorbar(
+                every, list(means), list(bars), marker="o", markersize=4, color=LINES[number], capsize=2, label=method
+            )
+        dense = statistics.mean(row.error for row in rows if row.method == "dense")
+        axes.axhline(dense, color=INK, linewidth=1, linestyle=":", label="dense")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({row.asked for row in rows if row.asked > 1})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.set_xlabel("fewer parameters", color=INK)
+        axes.set_ylabel("error, %", color=INK)
+        axes.set_title(name, loc="left", color=INK, fontsize="medium")
+        frame(axes)
+        axes.legend(frameon=False, fontsize="small", labelcolor=INK)
+    return drawn
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, run every network and seed, show the tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -266,15 +299,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="instead of each network's own")
     parser.add_argument("--test", action="store_true", help="measure on the images that nothing was chosen on")
     parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--figure", type=Path, help="write the figure here, as .png or .svg")
     options = parser.parse_args(arguments)
-    console, results = Console(), {}
+    console, results = Console(), dict[str, list[Row]]()
     for name in options.networks:
-        rows: list[Row] = []
+        results[name] = []
         for seed in options.seeds:
-            rows += run_seed(CASES[name], options.data, seed, options, console)
-            results[name] = [row._asdict() for row in rows]
-            timing.write_json(options.json, results)
-        console.print(table(name, rows))
+            results[name] += run_seed(CASES[name], options.data, seed, options, console)
+            timing.write_json(options.json, {name: [row._asdict() for row in rows] for name, rows in results.items()})
+        console.print(table(name, results[name]))
+    if options.figure:
+        figure(results).savefig(options.figure)
 
 
 if __name__ == "__main__":

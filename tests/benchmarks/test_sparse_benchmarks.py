@@ -59,7 +59,9 @@ def test_networks_are_as_many_times_smaller_as_asked(tmp_path):
     ):
         (tmp_path / name).write_bytes(gzip.compress(bytes(header) + content.tobytes()))
     arguments = ("--data", str(tmp_path), "--networks", "LeNet-300-100", "--seeds", "0", "--epochs", "8")
+    arguments = (*arguments, "--figure", str(tmp_path / "curve.svg"))
     (rows,) = results(extreme_compression.main, tmp_path, *arguments, "--compressions", "20").values()
+    assert (tmp_path / "curve.svg").read_text().count("<!-- 20x -->") == 1
     dense, *pruned = rows
     assert (dense["method"], dense["error"]) == ("dense", 0)
     assert [row["method"] for row in pruned] == list(extreme_compression.METHODS)
