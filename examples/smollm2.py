@@ -280,7 +280,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=64,
         help="windows of text, in batches of 4 (default: %(default)s)",
     )
-    add("--windows", type=count(1), default=32, help="of held-out text to measure with (default: %(default)s)")
+    add("--windows", type=count(1), default=24, help="of held-out text to measure with (default: %(default)s)")
     add("--length", type=count(2), default=256, help="of a window, in tokens (default: %(default)s)")
     add("--seeds", type=count(0), nargs="+", default=[0], metavar="SEED", help="of the calibration's text (default: 0)")
     add(

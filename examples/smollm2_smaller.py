@@ -307,7 +307,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--calibration", type=count(BATCH_SIZE), default=64, help=f"windows of text, in batches of 4 {default}")
     add("--steps", type=count(2), default=200, help=f"of distillation, two windows in each {default}")
     add("--learning-rate", type=number(1), default=5e-4, help=f"of the distillation, at most {default}")
-    add("--windows", type=count(1), default=32, help=f"of held-out text to measure with {default}")
+    add("--windows", type=count(1), default=24, help=f"of held-out text to measure with {default}")
     add("--length", type=count(2), default=256, help=f"of a window, in tokens {default}")
     add("--seed", type=count(0), default=0, help=f"of the order of the text {default}")
     add("--bits", type=int, choices=STORED, default=8, help=f"of a stored weight, of a table's at least 8 {default}")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import smollm2
+import smollm2_smaller
 from _support import gguf_file, llama, text
 from _support.byte_pairs import BytePairs, Bytes, _letters
 from _support.data import DataError
@@ -263,5 +264,8 @@ def test_smollm2_knows_the_capital_of_france_and_foretells_docstrings():
     model = smollm2.load(scan=True)
     assert model.tokenizer.encode(smollm2.PROMPT) == [504, 3575, 282, 4649, 314]
     assert model.continued(smollm2.PROMPT).startswith("The capital of France is Paris.")
+    for example in (smollm2, smollm2_smaller):  # the text is enough where nothing is said
+        options = example._parse([])
+        assert model.windows("test", options.windows, options.length, seed=0).shape == (options.windows, options.length)
     windows = model.windows("test", 2, 128, seed=0)
     assert model.bits_per_byte(windows, smollm2.Console(quiet=True)) < 1.3
