@@ -60,7 +60,7 @@ class LeNet300(nn.Module):
 class LeNet5(nn.Module):
     """Two convolutions and a hidden layer, of the sizes that pruning's papers use: 431,080 parameters.
 
-    Convolutions are products with patches, whose kernels have the same weights: inside a scan, XLA's own are fourteen times
+    Convolutions are products with patches, whose kernels have the same weights: inside a scan, XLA's own are many times
     slower on CPUs.
     """
 

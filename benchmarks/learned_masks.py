@@ -69,21 +69,21 @@ def learn(subject: Subject, start: Start, pattern: Any, *, steps: int, rate: flo
     gates_of = {"prior": start.masks, **subject.which}
     if pattern.rule is rules.layer_sparsity:
         gates = learned.weight_gates(start.params, key, **gates_of)
-        soften = functools.partial(learned.soft_masks, steps=steps)
+        soften = lambda gates, params, key, step: learned.soft_masks(gates, key, step, steps=steps)  # noqa: E731
         harden = lambda gates: jaxprune.make_masks(  # noqa: E731
             start.params, pattern.k, rule=rules.global_sparsity, scores=gates, **subject.which
         )
     else:
         n, m = pattern.k, pattern.rule.m
         gates = learned.pattern_gates(start.params, n, m, key, **gates_of)
-        soften = lambda gates, key, step: learned.soft_patterns(gates, start.params, n, key, step, steps=steps)  # noqa: E731
+        soften = lambda gates, params, key, step: learned.soft_patterns(gates, params, n, key, step, steps=steps)  # noqa: E731
         harden = lambda gates: learned.pattern_masks(gates, start.params, n)  # noqa: E731
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(5, steps // 2), steps)
     tx = optax.adamw(schedule, b2=0.95, weight_decay=0.0)
     sites = subject.which.get("sites")
 
     def loss(gates: Any, params: Any, windows: jax.Array, step: jax.Array) -> jax.Array:
-        soft = soften(gates, key, step)
+        soft = soften(gates, params, key, step)
         norm = 10 * (1 - step / steps) * learned.kept_norm(params, soft, sites=sites)
         off = 7 * learned.sparsity_loss(soft, pattern.k) if pattern.k < 1 else 0.0
         return subject.loss(learned.apply_soft_masks(params, soft), windows) + off - norm
