@@ -169,13 +169,13 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Iterat
     for pattern in track(options.patterns, f"pruning, seed {seed}", console=console):
         done: dict[str, Found] = {}
         for way in options.ways:
-            began = time.process_time()
+            began, cpu_began = time.perf_counter(), time.process_time()
             done[way] = found = jax.block_until_ready(WAYS[way](subject, PATTERNS[pattern], training, done))
-            cpu = time.process_time() - began
+            spent = {"cpu": time.process_time() - cpu_began, "seconds": time.perf_counter() - began}
             removed = float(jaxprune.sparsity(found.masks, **subject.which))
             tokens = options.updates * subject.tokens if way in TRAINED else 0
-            row = {"seed": seed, "pattern": pattern, "way": way, "dense": dense, "removed": removed, "cpu": cpu}
-            yield row | {"quality": subject.quality(found.params), "tokens": tokens}
+            row = {"seed": seed, "pattern": pattern, "way": way, "dense": dense, "removed": removed}
+            yield row | spent | {"quality": subject.quality(found.params), "tokens": tokens}
 
 
 def table(rows: Rows) -> Table:
@@ -184,12 +184,12 @@ def table(rows: Rows) -> Table:
     dense = statistics.mean(row["dense"] for row in rows)
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     title = f"bits per byte, mean of {seeds} seed(s); dense {dense:.3f}"
-    shown = Table("method", *patterns, "tokens", "CPU, s", title=title, title_justify="left")
+    shown = Table("method", *patterns, "tokens", "CPU, s", "wall, s", title=title, title_justify="left")
     for way in dict.fromkeys(row["way"] for row in rows):
         same = [row for row in rows if row["way"] == way]
         means = [statistics.mean(row["quality"] for row in same if row["pattern"] == pattern) for pattern in patterns]
-        cpu = statistics.mean(row["cpu"] for row in same)
-        shown.add_row(way, *(f"{mean:.3f}" for mean in means), f"{same[0]['tokens']:,}", f"{cpu:.0f}")
+        spent = [f"{statistics.mean(row[name] for row in same):.0f}" for name in ("cpu", "seconds")]
+        shown.add_row(way, *(f"{mean:.3f}" for mean in means), f"{same[0]['tokens']:,}", *spent)
     return shown
 
 
