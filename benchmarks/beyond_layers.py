@@ -12,7 +12,8 @@ training, every method on the same windows of text in the same order:
   pulls at them (`transforms.elsa`);
 - learned masks: gates on ADMM's weights, which stay as they are (`learned`), with the published schedules.
 
-What trains weights is Adam under a cosine, with the same highest rate. `--valid` measures on the text that settings are
+What trains weights is Adam under a cosine, with the same highest rate. Such training is worth something by itself, all the more on
+text of another kind than a network has learnt from: "dense again" is the dense network after it. `--valid` measures on the text that settings are
 chosen on; without it, on text that nothing was chosen on.
 """
 
@@ -96,6 +97,13 @@ def healed(subject: Subject, pattern: Pattern, training: Training, before: dict[
     return Found(transforms.heal(subject.loss, params, masks, lessons, training.adam()).params, masks)
 
 
+def dense_again(subject: Subject, training: Training) -> Any:
+    """Nothing is pruned, and the network is trained as long."""
+    everything = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), subject.params)
+    lessons = subject.lessons(training.updates, training.seed)
+    return transforms.heal(subject.loss, subject.params, everything, lessons, training.adam()).params
+
+
 def gradual(subject: Subject, pattern: Pattern, training: Training, before: dict[str, Found]) -> Found:
     """Magnitude, tightening while the network trains; N:M at once."""
     make = functools.partial(jaxprune.make_masks, rule=pattern.rule, **subject.which)
@@ -166,6 +174,8 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Iterat
     subject = (smollm2_135m if options.smollm2 else transformer)(seed, options, console)
     dense = subject.quality(subject.params)
     training = Training(options.updates, options.rate, seed)
+    trained = not set(TRAINED).isdisjoint(options.ways)
+    again = subject.quality(dense_again(subject, training)) if trained else None
     for pattern in track(options.patterns, f"pruning, seed {seed}", console=console):
         done: dict[str, Found] = {}
         for way in options.ways:
@@ -174,8 +184,8 @@ def run_seed(seed: int, options: argparse.Namespace, console: Console) -> Iterat
             spent = {"cpu": time.process_time() - cpu_began, "seconds": time.perf_counter() - began}
             removed = float(jaxprune.sparsity(found.masks, **subject.which))
             tokens = options.updates * subject.tokens if way in TRAINED else 0
-            row = {"seed": seed, "pattern": pattern, "way": way, "dense": dense, "removed": removed}
-            yield row | spent | {"quality": subject.quality(found.params), "tokens": tokens}
+            row = {"seed": seed, "pattern": pattern, "way": way, "dense": dense, "dense_again": again}
+            yield row | spent | {"removed": removed, "quality": subject.quality(found.params), "tokens": tokens}
 
 
 def table(rows: Rows) -> Table:
@@ -184,6 +194,8 @@ def table(rows: Rows) -> Table:
     dense = statistics.mean(row["dense"] for row in rows)
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     title = f"bits per byte, mean of {seeds} seed(s); dense {dense:.3f}"
+    if rows[0]["dense_again"] is not None:
+        title += f", dense again {statistics.mean(row['dense_again'] for row in rows):.3f}"
     shown = Table("method", *patterns, "tokens", "CPU, s", "wall, s", title=title, title_justify="left")
     for way in dict.fromkeys(row["way"] for row in rows):
         same = [row for row in rows if row["way"] == way]

@@ -31,6 +31,7 @@ def test_whatever_chooses_masks_removes_as_many(tmp_path):
         assert row["removed"] == pytest.approx(0.9, abs=1e-4), row
         assert row["tokens"] == (4 * 4096 if row["way"] in beyond_layers.TRAINED else 0)
         assert 0 < row["quality"] < 12
+        assert row["dense_again"] < row["dense"]
 
 
 def test_whatever_chooses_masks_of_a_scan_removes_as_many(tmp_path):
