@@ -12,9 +12,9 @@ training, every method on the same windows of text in the same order:
   pulls at them (`transforms.elsa`);
 - learned masks: gates on ADMM's weights, which stay as they are (`learned`), with the published schedules.
 
-What trains weights is Adam under a cosine, with the same highest rate. Such training is worth something by itself, all the more on
-text of another kind than a network has learnt from: "dense again" is the dense network after it. `--valid` measures on the text that settings are
-chosen on; without it, on text that nothing was chosen on.
+What trains weights is Adam under a cosine, with the same highest rate. Such training is worth something by itself,
+all the more on text of another kind than a network has learnt from: "dense again" is the dense network after it. `--valid`
+measures on the text that settings are chosen on; without it, on text that nothing was chosen on.
 """
 
 import argparse
