@@ -30,7 +30,8 @@ def kept(leaf: Any, mask: Any) -> jax.Array:
 
 def keeps_all(mask: Any) -> bool:
     """Whether a mask is known to keep everything; not of a traced one."""
-    return is_known(mask) and bool(np.all(mask))
+    # NumPy's own array: under jit jnp traces what it does with known ones, too.
+    return is_known(mask) and bool(np.asarray(mask).all())
 
 
 def check_mask(mask: Any, what: str, leaf: Any) -> None:

@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree._leaves import is_floating, own, require_real
-from jaxprune._tree._masks import align_masks, keeps_all, kept
+from jaxprune._tree._leaves import require_real
+from jaxprune._tree._masks import align_masks, kept
 from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._damping import choose_damping
 from jaxprune.oneshot._least_squares import reconstruct_matrix
 from jaxprune.oneshot._solve import Solution, report, solve_each
 from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.sites._factorise import Factor, check_damping
-from jaxprune.sites._matrices import as_matrices, sites_of
+from jaxprune.sites._matrices import as_masked, as_matrices, is_pruned, sites_of
 
 # A damping that any is at most: what is chosen is no cause for a warning.
 _ANY = float("inf")
@@ -27,7 +27,8 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     to those of the dense layer as the mask allows. Any mask becomes better by it, at the cost of `steps` products of a
     Gram matrix with the weights. Pruned weights are exactly ``+0.0``. Weights of inputs that are zero in all samples
     keep their values. A weight that is not finite counts as zero. Computed in float32; works under ``jit`` and on
-    sharded parameters; deterministic.
+    sharded parameters; deterministic. Where masks cannot be read, as under ``jit``, leaves that multiply no calibrated data
+    are put under theirs.
 
     Args:
         params: a pytree of arrays, the dense parameters: what the masks remove of them is what is made up for.
@@ -71,7 +72,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
     flat = grams.sites.require_params(params)
     leaves = []
     for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):
-        if mask is not None and is_floating(leaf) and not keeps_all(mask):
+        if is_pruned(mask, leaf, grams, path):
             require_real(leaf, name, "reconstruct")
             sites = sites_of(grams, path, "reconstruct")
             dense, leaf = leaf, kept(leaf, mask)
@@ -82,7 +83,7 @@ def reconstruct(params: Any, masks: Any, grams: Grams, *, steps: int = 30, dampi
                 report(found, name, _ANY if damping is None else damping)
                 leaf = site.put(leaf, found.weights)
         else:
-            leaf = own(leaf)
+            leaf = as_masked(leaf, mask)
         leaves.append(leaf)
     return flat.build(leaves)
 

@@ -20,7 +20,7 @@ from jaxprune.rules._layers import is_scalar
 from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.sites._factorise import Factor, factorise
 from jaxprune.sites._matrices import as_matrices, sites_of
-from jaxprune.sites._sites import Site, Sites
+from jaxprune.sites._sites import LEAVE_DENSE, Site, Sites
 
 # Matrices of up to so many entries, with their Gram matrices, are solved side by side; larger ones one by one.
 _SIDE_BY_SIDE = 2**20
@@ -107,15 +107,12 @@ def in_groups(site: Site, leaf: Any, group: int) -> tuple[jax.Array, np.ndarray 
     if site.input_axis is None:
         raise ValueError(
             f"The inputs of {site.name} run along axes {site.in_axes} of {site.shape}, not along one: they form no "
-            f"groups of {group}. Leave this parameter dense with prunable=..."
+            f"groups of {group}. {LEAVE_DENSE}"
         )
     # Rows run over the window for each channel; groups are of channels.
     channels = site.shape[site.input_axis]
     if channels % group:
-        raise ValueError(
-            f"Groups of {group} do not divide the {channels} input channels of {site.name}. Leave this parameter "
-            "dense with prunable=..."
-        )
+        raise ValueError(f"Groups of {group} do not divide the {channels} input channels of {site.name}. {LEAVE_DENSE}")
     order = np.arange(site.matrix_shape[1]).reshape(channels, -1).T.ravel()
     return matrices[:, order], order
 
@@ -139,7 +136,7 @@ def report(found: Solution, name: str, damping: float) -> None:
     if not np.isfinite(used).all():
         raise ValueError(
             f"The Gram matrix of {name} is not finite: some calibration data or activations are NaN or infinite. "
-            "Look at the batches, or leave this parameter dense with prunable=..."
+            f"Look at the batches. {LEAVE_DENSE}"
         )
     raised = used > damping * (1 + 1e-6)
     if raised.any():

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree._leaves import is_floating, own, require_real
-from jaxprune._tree._masks import align_masks, all_true, keeps_all, kept
+from jaxprune._tree._leaves import own, require_real
+from jaxprune._tree._masks import align_masks, all_true, kept
 from jaxprune._tree._paths import read_arrays
 from jaxprune.oneshot._exchange import exchange
 from jaxprune.oneshot._solve import Solution, grams_in, in_groups, put_in, report
 from jaxprune.sites._calibrate import Grams, require_grams
 from jaxprune.sites._factorise import check_damping
-from jaxprune.sites._matrices import sites_of
+from jaxprune.sites._matrices import as_masked, is_pruned, sites_of
 
 
 class Errors(NamedTuple):
@@ -48,7 +48,8 @@ def swap(params: Any, masks: Any, grams: Grams, *, within: int | None = None, sw
 
     Every weight is tried with all partners of its unit, and takes the one by which ``|| (W - V)^T x ||^2`` falls most; a mask
     of which no swap is better is found once a sweep changes nothing. No unit is worse than it began. Counts of
-    units stay, and of groups of inputs with `within`.
+    units stay, and of groups of inputs with `within`. Computed in float32; works under ``jit``, where leaves that multiply no
+    calibrated data are put under their masks.
 
     Args:
         params: a pytree of arrays, the dense parameters.
@@ -147,8 +148,8 @@ def _swapped(
     flat = grams.sites.require_params(params)
     leaves, found_masks, errors = [], [], {}
     for path, name, leaf, mask in zip(flat.paths, flat.names, flat.leaves, align_masks(masks, flat), strict=True):
-        if mask is None or not is_floating(leaf) or keeps_all(mask):
-            leaves.append(own(leaf))
+        if not is_pruned(mask, leaf, grams, path):
+            leaves.append(as_masked(leaf, mask))
             found_masks.append(all_true(leaf) if mask is None else own(mask))
             continue
         require_real(leaf, name, title)

@@ -6,8 +6,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune._tree._leaves import is_floating, is_known, own
+from jaxprune._tree._masks import keeps_all, kept
 from jaxprune.sites._calibrate import Grams
-from jaxprune.sites._sites import Site
+from jaxprune.sites._sites import LEAVE_DENSE, Site
+
+
+def is_pruned(mask: Any, leaf: Any, grams: Grams, path: str) -> bool:
+    """Whether a mask prunes something of a leaf that the others can make up for.
+
+    Of a mask that cannot be read, under jit or on other hosts, it counts whether the leaf multiplies calibrated data.
+    """
+    if mask is None or not is_floating(leaf) or keeps_all(mask):
+        return False
+    return is_known(mask) or grams.sites.prunable(path, leaf)
+
+
+def as_masked(leaf: Any, mask: Any) -> Any:
+    """A copy of a leaf that `is_pruned` says nothing of, under its mask where nobody could read that."""
+    unread = mask is not None and is_floating(leaf) and not is_known(mask)
+    return kept(leaf, mask) if unread else own(leaf)
 
 
 def sites_of(grams: Grams, path: str, title: str) -> tuple[Site, ...]:
@@ -15,19 +33,17 @@ def sites_of(grams: Grams, path: str, title: str) -> tuple[Site, ...]:
     sites = grams.sites.at(path)
     unresolved = [entry.reason for entry in grams.sites.unresolved if entry.path == path]
     if unresolved:
-        raise ValueError(
-            f"{title} knows not all inputs of {sites[0].name}: {'; '.join(unresolved)}. Leave it dense with prunable=..."
-        )
+        raise ValueError(f"{title} knows not all inputs of {sites[0].name}: {'; '.join(unresolved)}. {LEAVE_DENSE}")
     if path in grams.sites.tables:
         both = any(site.operation != "gather" for site in sites)
         raise ValueError(
             f"{sites[0].name} is a table of which rows are read{', and a matrix as well' if both else ''}; "
-            f"{title} prunes what multiplies data only. Leave it dense with prunable=..."
+            f"{title} prunes what multiplies data only. {LEAVE_DENSE}"
         )
     if overlap(sites):
         raise ValueError(
             f"{sites[0].name} multiplies data in {len(sites)} ways that share weights (tied or transposed); {title} "
-            "has one Gram matrix for each way and cannot serve both. Leave it dense with prunable=..."
+            f"has one Gram matrix for each way and cannot serve both. {LEAVE_DENSE}"
         )
     return sites
 

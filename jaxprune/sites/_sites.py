@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Operation = Literal["dot", "conv", "gather"]
 
+# What there is to do about a leaf that a function cannot prune: some choose leaves, others are given masks.
+LEAVE_DENSE = "Leave this parameter dense with prunable=..., or with None in masks."
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -229,7 +232,7 @@ class Sites(Printable):
         known = ", ".join(sorted({site.path for site in self.sites})[:4])
         raise ValueError(
             f"No site multiplies data by {path!r}: {'; '.join(reasons) or 'there is no such leaf, or it was left out'}. "
-            f"There are sites for {known or 'no leaf'}. Leave this parameter dense with prunable=..."
+            f"There are sites for {known or 'no leaf'}. {LEAVE_DENSE}"
         )
 
     def prunable(self, path: str, leaf: Any) -> bool:

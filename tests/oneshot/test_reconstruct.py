@@ -115,6 +115,20 @@ def test_every_matrix_of_a_stack_and_only_leaves_that_lost_weights_are_solved():
     np.testing.assert_array_equal(found["b"]["kernel"], params["b"]["kernel"])
 
 
+def test_under_jit_masks_of_all_leaves_are_taken_as_make_masks_gives_them():
+    weights, gram = oracles.problem(12, 6, 9)
+    params, grams = one(weights, gram)
+    params["a"]["bias"] = jnp.ones(6)
+    masks = jaxprune.make_masks(params, 0.5, rule=rules.layer_sparsity)
+    expected = reconstruct(params, masks, grams)["a"]["kernel"]
+    for found in (
+        jax.jit(reconstruct)(params, masks, grams),
+        jax.jit(lambda params: reconstruct(params, masks, grams))(params),  # known masks, traced parameters
+    ):
+        np.testing.assert_allclose(found["a"]["kernel"], expected, rtol=1e-5)
+        np.testing.assert_array_equal(found["a"]["bias"], np.ones(6))
+
+
 @pytest.mark.slow
 def test_it_improves_every_rule_and_works_under_jit_and_in_bfloat16():
     weights, gram = oracles.problem(32, 16, 12)

@@ -163,6 +163,29 @@ def test_it_betters_what_another_method_found_in_sequence():
     assert float(swapped[1][1].mean()) == pytest.approx(0.4, abs=0.002)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "function", slow_but([oneshot.swap_and_reconstruct], [oneshot.swap, oneshot.swap_and_reconstruct])
+)
+def test_jit_and_half_precision_find_the_same(function, dtype):
+    weights, gram = problem(5)
+    params, masks, grams = _given(weights, random_masks(INPUTS, group=None, seed=5), gram)
+    params = {"a": {"kernel": params["a"]["kernel"].astype(dtype), "bias": jnp.ones(OUTPUTS, dtype)}}
+    masks["a"]["bias"] = jnp.arange(OUTPUTS) > 0
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    expected = function(wide, {"a": masks["a"] | {"bias": None}}, grams)
+    found = jax.jit(function)(params, masks, grams)
+    np.testing.assert_array_equal(found.masks["a"]["kernel"], expected.masks["a"]["kernel"])
+    kernel = found.params["a"]["kernel"]
+    assert kernel.dtype == dtype
+    np.testing.assert_allclose(kernel, expected.params["a"]["kernel"], rtol=2.0**-7 if dtype == jnp.bfloat16 else 1e-5)
+    assert not np.signbit(np.asarray(kernel)[~np.asarray(found.masks["a"]["kernel"])]).any()
+    # No data meets the bias, and its mask cannot be read: it is put under that.
+    np.testing.assert_array_equal(found.params["a"]["bias"], [0] + [1] * (OUTPUTS - 1))
+    assert found.errors.keys() == {"a/kernel"}
+    np.testing.assert_allclose(found.errors["a/kernel"], expected.errors["a/kernel"], rtol=1e-4)
+
+
 REFUSED = {
     "sweeps": ({"sweeps": 0}, "takes a whole number of sweeps, >= 1; got 0"),
     "within": ({"within": 1}, "takes a whole number of within, >= 2; got 1"),
