@@ -7,8 +7,8 @@ draws 6,000 to train on, 2,000 that settings are chosen on (the default; `--test
 test on. Two networks: LeNet-300-100 (two hidden layers) and LeNet-5 (20 and 50 filters, 500 hidden units).
 
 Compression is the number of all parameters, biases included, divided by those that are not zero. Kernels are pruned, all
-by one threshold. As in the papers, every method begins with the trained dense network, and takes as many steps of Adam again, with
-the same batches; one network takes them and stays dense ("dense again"). The papers train on 60,000 images: their errors are
+by one threshold, but for "surgery". As in the papers, every method begins with the trained dense network, and takes as many steps again,
+with the same batches; one network takes them and stays dense ("dense again"). The papers train on 60,000 images: their errors are
 lower than any here, so that what can be compared is what compression adds to the error of the dense network.
 """
 
@@ -33,11 +33,11 @@ from rich.table import Table
 
 import jaxprune
 from benchmarks import mnist, timing
-from jaxprune import rules, transforms
+from jaxprune import rules, scores, transforms
 from jaxprune.plot.style import INK, LINES, frame
 
 TRAIN, CHOOSE = 0.6, 0.2  # of the images; the others test
-BATCH_SIZE, LEARNING_RATE = 100, 3e-3
+BATCH_SIZE, LEARNING_RATE, SGD_RATE = 100, 3e-3, 3e-2
 WARM_UP = 0.05  # of the training that follows, as a share of the steps
 BEGIN, END = 0.1, 0.5  # of gradual pruning, as shares of the steps
 CHANGES = 100  # of masks, in a training
@@ -118,10 +118,22 @@ class Way(NamedTuple):
     steps: int
     make: Callable[[Any, Any], Any]
 
+    def rate(self, highest: float) -> optax.Schedule:
+        """A cosine with a warm-up."""
+        return optax.warmup_cosine_decay_schedule(0.0, highest, round(WARM_UP * self.steps), self.steps)
+
     def adam(self) -> optax.GradientTransformation:
-        """The optimizer of all methods: Adam under a cosine, with a warm-up."""
-        warm_up = round(WARM_UP * self.steps)
-        return optax.adam(optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, warm_up, self.steps))
+        """The optimizer of all methods but one."""
+        return optax.adam(self.rate(LEARNING_RATE))
+
+    def cubic(self) -> optax.Schedule:
+        """The sparsity of gradual pruning."""
+        begin, end = round(BEGIN * self.steps), round(END * self.steps)
+        return optax.polynomial_schedule(0.0, self.sparsity, 3, transition_steps=end - begin, transition_begin=begin)
+
+    def changes(self) -> dict[str, int]:
+        """When masks change."""
+        return {"every": max(1, self.steps // CHANGES), "until": round(END * self.steps)}
 
 
 def dense_again(way: Way) -> optax.GradientTransformation:
@@ -131,10 +143,28 @@ def dense_again(way: Way) -> optax.GradientTransformation:
 
 def prune(way: Way) -> optax.GradientTransformation:
     """Magnitude, along the cubic schedule."""
-    begin, end = round(BEGIN * way.steps), round(END * way.steps)
-    cubic = optax.polynomial_schedule(0.0, way.sparsity, 3, transition_steps=end - begin, transition_begin=begin)
-    every = max(1, way.steps // CHANGES)
-    return optax.chain(way.adam(), jaxprune.prune(way.make, cubic, every=every, until=end))
+    return optax.chain(way.adam(), jaxprune.prune(way.make, way.cubic(), **way.changes()))
+
+
+def surgery(way: Way) -> optax.GradientTransformation:
+    """The same, where pruned weights go on learning behind their mask, and come back when they have grown.
+
+    By SGD, and with a number of weights for each layer: Adam moves pruned weights as far as any, however small their gradients, so
+    that hundreds change places each time, and under one threshold the last layer is cut off.
+    """
+    sgd = optax.sgd(way.rate(SGD_RATE), momentum=0.9)
+    make = functools.partial(jaxprune.make_masks, rule=rules.erk_sparsity)
+    return optax.chain(sgd, transforms.prune_and_splice(make, way.cubic(), **way.changes()))
+
+
+def saliency(way: Way) -> optax.GradientTransformation:
+    """The same by ``|w g|``, the mean over the steps between two changes, in place of ``|w|``."""
+
+    def make(params: Any, mean: Any, k: Any) -> Any:
+        return jaxprune.make_masks(params, k, rule=rules.global_sparsity, scores=mean)
+
+    measured = {"measure": scores.saliency, **way.changes()}
+    return transforms.prune_by_gradients(way.adam(), make, way.cubic(), **measured)
 
 
 def elsa(way: Way) -> optax.GradientTransformation:
@@ -145,7 +175,7 @@ def elsa(way: Way) -> optax.GradientTransformation:
     return transforms.elsa(way.adam(), way.make, way.sparsity, penalty=penalty, every=every, until=until, metric=None)
 
 
-METHODS = {"dense again": dense_again, "prune": prune, "ELSA": elsa}
+METHODS = {"dense again": dense_again, "prune": prune, "saliency": saliency, "surgery": surgery, "ELSA": elsa}
 
 
 class Data(NamedTuple):
@@ -175,18 +205,26 @@ def sparsity_for(params: Any, compression: float) -> float:
 
 
 def train(
-    network: nn.Module, params: Any, tx: optax.GradientTransformation, found: Data, epochs: int, seed: int
+    network: nn.Module,
+    params: Any,
+    tx: optax.GradientTransformation,
+    found: Data,
+    epochs: int,
+    seed: int,
+    *,
+    behind: bool = False,
 ) -> Any:
-    """Return the parameters after so many epochs, each in an order of its own."""
+    """Return the parameters after so many epochs, each in an order of its own; weights may learn `behind` the masks of the state."""
     images, labels = found.train
 
-    def loss(params: Any, batch: jax.Array) -> jax.Array:
-        logits = network.apply(params, images[batch])
+    def loss(params: Any, state: Any, batch: jax.Array) -> jax.Array:
+        seen = transforms.straight_through(params, jaxprune.masks_in(state)) if behind else params
+        logits = network.apply(seen, images[batch])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
 
     def step(carry: Any, batch: jax.Array) -> Any:
         params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        updates, state = tx.update(jax.grad(loss)(params, state, batch), state, params)
         return (optax.apply_updates(params, updates), state), None
 
     epoch = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches)[0], donate_argnums=0)
@@ -232,8 +270,8 @@ def run_seed(case: Case, folder: Path, seed: int, options: argparse.Namespace, c
         (method, times) for method in options.methods for times in ((1,) if METHODS[method] is dense_again else every)
     ]
     for method, times in track(asked, f"seed {seed}", console=console):
-        tx = METHODS[method](Way(sparsity_for(first, times), steps, make))
-        measure(method, times, train(case.network, trained, tx, found, epochs, seed + AGAIN))
+        tx, behind = METHODS[method](Way(sparsity_for(first, times), steps, make)), METHODS[method] is surgery
+        measure(method, times, train(case.network, trained, tx, found, epochs, seed + AGAIN, behind=behind))
     return rows
 
 

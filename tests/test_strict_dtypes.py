@@ -217,6 +217,7 @@ def test_synflow_masks(dtype):
         "static_sparse",
         "elsa",
         "prune_and_splice",
+        "prune_by_gradients",
     ],
 )
 def test_transforms(name, dtype):
@@ -235,6 +236,13 @@ def test_transforms(name, dtype):
         "static_sparse": lambda: transforms.static_sparse(sgd, masks),
         "prune_and_splice": lambda: optax.chain(sgd, transforms.prune_and_splice(make, 0.5, back=0.75, until=1)),
         "elsa": lambda: transforms.elsa(sgd, make, 0.5, penalty=0.25, every=1, until=1),
+        "prune_by_gradients": lambda: transforms.prune_by_gradients(
+            sgd,
+            lambda params, mean, k: jaxprune.make_masks(params, k, rule=rules.layer_sparsity, scores=mean),
+            0.75,
+            measure=scores.saliency,
+            until=1,
+        ),
     }[name]()
 
     @jax.jit

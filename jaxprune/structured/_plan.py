@@ -20,6 +20,8 @@ from jaxprune.structured._axes._reasons import only_renumbers
 from jaxprune.structured._axes._residuals import without
 from jaxprune.structured._blocks import Block
 from jaxprune.structured._graph import Graph
+from jaxprune.structured._indices import as_tuples, check_indices, is_nested
+from jaxprune.structured._json import read_json
 from jaxprune.structured._show import plan_table
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class Plan(Printable):
                     raise ValueError(f"The plan cuts axis {axis} of {path}, which has shape {shape}.")
                 rows: Sequence[Any] = kept if is_nested(kept) else [kept]
                 for row in rows:
-                    _check_indices(row, path, axis, shape)
+                    check_indices(row, path, axis, shape)
                 if is_nested(kept):
                     self._check_layers(kept, path, axis)
 
@@ -158,8 +160,12 @@ class Plan(Printable):
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read what `to_json` wrote."""
-        parts = json.loads(text)
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it did not write that.
+        """
+        parts = read_json(text, ["parameters"], "Plan")
         found = cls._read(parts["parameters"])
         return dataclasses.replace(found, inputs=cls._read(parts["inputs"])) if "inputs" in parts else found
 
@@ -178,26 +184,6 @@ class Plan(Printable):
         )
         shapes = {path: tuple(entry["shape"]) for path, entry in entries.items()}
         return cls(kept, shapes, dropped, to_repair, layers, renumbered)
-
-
-def is_nested(kept: Sequence[Any]) -> bool:
-    """Whether each layer keeps indices of its own."""
-    return len(kept) > 0 and np.ndim(kept[0]) == 1
-
-
-def as_tuples(kept: np.ndarray) -> tuple[Any, ...]:
-    """Return indices as a plan has them."""
-    return tuple(map(tuple, kept.tolist())) if kept.ndim == 2 else tuple(kept.tolist())
-
-
-def _check_indices(kept: Sequence[int], path: str, axis: int, shape: Sequence[int]) -> None:
-    indices = np.asarray(kept)
-    rising = len(indices) > 0 and bool(np.all(np.diff(indices) > 0))
-    if not rising or indices[0] < 0 or indices[-1] >= shape[axis]:
-        raise ValueError(
-            f"The plan keeps {list(kept)!r} along axis {axis} of {path}, of shape {shape}; "
-            f"it must keep some of 0 to {shape[axis] - 1}, rising, each once."
-        )
 
 
 def combine(plan: Plan, other: Plan) -> Plan:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxprune.structured._plan import Plan, as_tuples, is_nested
+from jaxprune.structured._indices import as_tuples, is_nested
+from jaxprune.structured._plan import Plan
 
 
 def parts_of(paths: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -17,8 +17,9 @@ from jaxprune._tree._shapes import require_shapes
 from jaxprune._tree._sharding import without_explicit_axes
 from jaxprune.structured._axes._layered import spread
 from jaxprune.structured._graph import Graph
+from jaxprune.structured._indices import is_nested
 from jaxprune.structured._inputs import with_inputs
-from jaxprune.structured._plan import Plan, cut_shapes, is_nested, require_plan
+from jaxprune.structured._plan import Plan, cut_shapes, require_plan
 from jaxprune.structured._quantized import of_shared, parts_of
 
 

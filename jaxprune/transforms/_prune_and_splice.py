@@ -40,6 +40,9 @@ def prune_and_splice(
     `prune_and_regrow` sets pruned weights to zero at every update, so one comes back by a single large update alone; here by
     many small ones.
 
+    The paper trains by SGD, with a threshold for each layer, and both matter: Adam moves a pruned weight as far as any other, however
+    small its gradient, so that many change places each time, and one threshold for all layers may then cut off the last.
+
     Placement: last in the chain, as `prune`; the masks must be those of the same state that the update is given. Inside
     ``optax.MultiSteps`` it counts the updates that are emitted.
 

@@ -10,6 +10,7 @@ from jax import lax
 
 import jaxprune
 from jaxprune import oneshot, rules
+from jaxprune.oneshot._exchange import exchange
 from tests.support import oracles_oneshot as oracles
 from tests.support.oneshot_problems import one
 from tests.support.slow import slow_but
@@ -184,6 +185,24 @@ def test_jit_and_half_precision_find_the_same(function, dtype):
     np.testing.assert_array_equal(found.params["a"]["bias"], [0] + [1] * (OUTPUTS - 1))
     assert found.errors.keys() == {"a/kernel"}
     np.testing.assert_allclose(found.errors["a/kernel"], expected.errors["a/kernel"], rtol=1e-4)
+
+
+def test_behind_swaps_least_squares_leaves_less():
+    weights, gram = problem(6)
+    params, masks, grams = _given(weights, random_masks(INPUTS, group=None, seed=6), gram)
+    losses = [
+        error(np.asarray(oneshot.reconstruct(params, found, grams)["a"]["kernel"], np.float64), weights, gram).sum()
+        for found in (masks, oneshot.swap(params, masks, grams).masks)
+    ]
+    assert losses[1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("damping", [None, DAMPING])
+def test_memory_is_that_of_a_few_matrices(damping):
+    size = 64
+    weights, grams = jnp.ones((1, size, size)), jnp.eye(size)[None]
+    program = exchange.lower(weights, grams, weights > 0, damping, within=None, sweeps=2, steps=5).compile()
+    assert program.memory_analysis().temp_size_in_bytes < size**3 * 4 / 2  # of rows x inputs x inputs
 
 
 REFUSED = {

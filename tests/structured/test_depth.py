@@ -380,6 +380,11 @@ def test_plans_are_text():
     assert Plan.from_json('{"parameters": {"up": {"shape": [3, 4], "kept": {"1": [0, 2]}}}}') == Plan(
         {"up": {1: (0, 2)}}, {"up": (3, 4)}
     )
+    for text in ("kept", "[1]", '{"up": {}}'):
+        with pytest.raises(
+            ValueError, match=r"Plan.from_json reads what Plan.to_json wrote, a JSON object with parameters"
+        ):
+            Plan.from_json(text)
 
 
 def test_plans_that_do_not_fit():

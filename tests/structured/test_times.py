@@ -123,6 +123,8 @@ def test_mistakes_are_named():
         times(select_channels(graph, params, 0.5))
     with pytest.raises(ValueError, match=r"times are of another function: this one has no 0/up\[1\]"):
         Times.from_json(times.to_json(), trace(layers, three(6, 4), x))
+    with pytest.raises(ValueError, match=r"Times.from_json reads what Times.to_json wrote, .* whole, .*; got '\{\}'"):
+        Times.from_json("{}", graph)
     with pytest.raises(ValueError, match="repeats is a whole number, at least 1, not 0"):
         measure_times(graph, params, x, repeats=0)
     assert "ms on" in repr(times)

@@ -16,6 +16,7 @@ from jaxprune.structured._blocks import Block
 from jaxprune.structured._count import count_macs
 from jaxprune.structured._graph import Graph
 from jaxprune.structured._groups import ChannelGroup
+from jaxprune.structured._json import read_json
 from jaxprune.structured._plan import Plan, dropped_branches, plan_of, solve
 
 if TYPE_CHECKING:
@@ -125,9 +126,9 @@ class Times(Printable):
         """Read what `to_json` wrote, of a graph of the same function.
 
         Raises:
-            ValueError: the graph has not the groups or the branches that were measured.
+            ValueError: it did not write that; or the graph has not the groups or the branches that were measured.
         """
-        parts = json.loads(text)
+        parts = read_json(text, ["device", "whole", "overlap", "widths", "blocks"], "Times")
         widths = {name: {int(n): seconds for n, seconds in table.items()} for name, table in parts["widths"].items()}
         sizes = {group.name: group.size for group in graph.groups}
         names = {block.name for block in graph.blocks}
