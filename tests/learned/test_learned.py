@@ -175,13 +175,18 @@ def test_half_precision_rounds_once_and_gates_are_float32():
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), PARAMS)
     gates = learned.weight_gates(params, KEY, **STACKED)
     assert {leaf.dtype for leaf in jax.tree.leaves(gates)} == {np.dtype("float32")}
-    soft = learned.soft_masks(gates, KEY, 0, steps=9)
-    found = learned.apply_soft_masks(params, soft)
-    for name in ("a", "layers"):
-        wide = params[name]["kernel"].astype(jnp.float32) * soft[name]["kernel"]
-        assert found[name]["kernel"].dtype == jnp.bfloat16
-        np.testing.assert_array_equal(found[name]["kernel"], wide.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(found["a"]["bias"], params["a"]["bias"])
+    patterns = learned.pattern_gates(params, 2, 4, KEY, **STACKED)
+    assert {leaf.dtype for leaf in jax.tree.leaves(patterns)} == {np.dtype("float32")}
+    for soft in (
+        learned.soft_masks(gates, KEY, 0, steps=9),
+        learned.soft_patterns(patterns, params, 2, KEY, 0, steps=9),
+    ):
+        found = learned.apply_soft_masks(params, soft)
+        for name in ("a", "layers"):
+            wide = params[name]["kernel"].astype(jnp.float32) * soft[name]["kernel"]
+            assert found[name]["kernel"].dtype == jnp.bfloat16
+            np.testing.assert_array_equal(found[name]["kernel"], wide.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(found["a"]["bias"], params["a"]["bias"])
 
 
 def problem(seed):
@@ -254,15 +259,21 @@ def test_the_best_patterns_are_found(seed):
     np.testing.assert_array_equal(learned.pattern_masks(gates, params, 2)["kernel"], best(params, loss, tried))
 
 
-def test_a_resumed_run_is_the_run():
-    params, _, total, soften = bernoulli(0, 8)
-    gates = learned.weight_gates(params, KEY)
+@pytest.mark.parametrize("kind", ["weights", "patterns"])
+def test_a_resumed_run_is_the_run(kind):
+    params, loss, total, soften = bernoulli(0, 8)
+    make = learned.weight_gates
+    if kind == "patterns":
+        make = lambda params, key: learned.pattern_gates(params, 2, 4, key)  # noqa: E731
+        soften = lambda gates, step: learned.soft_patterns(gates, params, 2, KEY, step, steps=8)  # noqa: E731
+        total = lambda soft: loss(params, learned.apply_soft_masks(params, soft))  # noqa: E731
+    gates = make(params, KEY)
     whole, _ = train(total, gates, soften, until=8, steps=8)
     half, state = train(total, gates, soften, until=4, steps=8)
     half, state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), (half, state))
     resumed, _ = train(total, half, soften, begin=4, until=8, steps=8, state=state)
     np.testing.assert_array_equal(resumed["kernel"], whole["kernel"])
-    other = learned.weight_gates(params | {"another": {"kernel": jnp.ones((2, 2))}}, KEY)
+    other = make(params | {"another": {"kernel": jnp.ones((4, 2))}}, KEY)
     np.testing.assert_array_equal(other["kernel"], gates["kernel"])
 
 
