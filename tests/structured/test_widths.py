@@ -76,6 +76,19 @@ def test_gradients_of_independent_outputs_are_read_from_those_of_weights():
     np.testing.assert_allclose(found[1], 0.49 / 2000 * sum(losses), rtol=1e-3)
 
 
+def test_prices_of_half_precision_are_those_of_the_weights_that_it_holds():
+    wide, x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), three(6, 5)), normal(40, 4)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
+    grams, squares = jaxprune.calibrate_grams(layers, wide, [x]), squared(wide)
+    found, expected = (
+        price_widths(trace(layers, params, x.astype(params[0]["up"].dtype)), params, grams=grams, squares=squares)
+        for params in (narrow, wide)
+    )
+    assert found.keys() == expected.keys()
+    for name, prices in expected.items():
+        assert found[name] == pytest.approx(prices, rel=1e-5)
+
+
 def test_layers_of_a_scan_add_up():
     params, x = three(6, 6), normal(40, 4)
     squares = squared(params)
