@@ -303,14 +303,15 @@ def table(name: str, rows: Sequence[Row]) -> Table:
 
 def figure(results: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw the error against compression, a curve for each method, a panel for each network; bars are standard errors."""
+    colors = dict(zip(METHODS, (INK, *LINES), strict=False))
     drawn = Figure(figsize=(5.2 * len(results), 4.2), layout="constrained", dpi=150)
     for axes, (name, rows) in zip(drawn.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        for number, method in enumerate(dict.fromkeys(row.method for row in rows if row.asked > 1)):
+        for method in dict.fromkeys(row.method for row in rows if row.asked > 1):
             every = sorted({row.asked for row in rows if row.method == method})
             errors = [[row.error for row in rows if (row.method, row.asked) == (method, times)] for times in every]
             means, bars = map(statistics.mean, errors), map(standard_error, errors)
             axes.errorbar(
-                every, list(means), list(bars), marker="o", markersize=4, color=LINES[number], capsize=2, label=method
+                every, list(means), list(bars), marker="o", markersize=4, color=colors[method], capsize=2, label=method
             )
         dense = statistics.mean(row.error for row in rows if row.method == "dense")
         axes.axhline(dense, color=INK, linewidth=1, linestyle=":", label="dense")
