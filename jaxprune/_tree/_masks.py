@@ -30,8 +30,11 @@ def kept(leaf: Any, mask: Any) -> jax.Array:
 
 def keeps_all(mask: Any) -> bool:
     """Whether a mask is known to keep everything; not of a traced one."""
-    # NumPy's own array: under jit jnp traces what it does with known ones, too.
-    return is_known(mask) and bool(np.asarray(mask).all())
+    if not is_known(mask):
+        return False
+    # A mask that a traced function closes over is known, but what is computed of it there is not.
+    with jax.ensure_compile_time_eval():
+        return bool(np.all(mask))
 
 
 def check_mask(mask: Any, what: str, leaf: Any) -> None:

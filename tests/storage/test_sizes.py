@@ -1,5 +1,6 @@
 """What a pruned model costs: counts by hand and against the files that are written."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,18 @@ def test_count_kept_of_prunable_leaves_alone():
     assert jaxprune.algebra.count_kept(MASKS) == 81 + 68 + 4
     assert jaxprune.algebra.count_kept(MASKS, prunable=lambda path, leaf: True) == 81 + 68 + 4 + 9
     assert isinstance(jaxprune.algebra.count_kept(MASKS), int)
+
+
+def test_known_masks_are_read_where_a_traced_function_closes_over_them():
+    kept = jaxprune.apply_masks(PARAMS, MASKS)
+
+    def scaled(x):
+        jaxprune.algebra.require_pruned(kept, MASKS)
+        return x * jaxprune.algebra.count_kept(MASKS)
+
+    assert jax.jit(scaled)(1.0) == 81 + 68 + 4
+    with pytest.raises(ValueError, match=r"count_kept reads the values of masks\['conv'\].*, which are traced"):
+        jax.jit(jaxprune.algebra.count_kept)(MASKS)
 
 
 def test_stored_bytes_are_those_of_the_file(tmp_path):
