@@ -77,12 +77,11 @@ def require_pruned(params: Any, masks: Any) -> None:
             continue
         if isinstance(leaf, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
             raise ValueError(f"require_pruned reads the values of {name}, which are traced; call it outside jit.")
-        with jax.ensure_compile_time_eval():  # of known arrays, also where a traced function closes over them
-            wrong, removed, largest = map(float, _unpruned(leaf, mask))
+        wrong, removed, largest = _unpruned(leaf, mask)
         if wrong:
             raise ValueError(
                 f"{name} has {int(wrong):,} pruned weight(s) of {int(removed):,} that are not zero; the largest is "
-                f"{largest:g}. Apply the masks with apply_masks(params, masks), and keep them with "
+                f"{float(largest):g}. Apply the masks with apply_masks(params, masks), and keep them with "
                 "keep_pruned(masks) last in the optimizer's chain."
             )
 
@@ -111,13 +110,10 @@ def count_kept(masks: Any, *, prunable: Prunable = None, stacked: Stacked = None
     1
     """
     tree = read_params(masks, what="masks", prunable=prunable, stacked=stacked, sites=sites, eligible=lambda leaf: True)
-    total = 0
-    for name, leaf, fits in zip(tree.names, tree.leaves, tree.prunable, strict=True):
-        if isinstance(leaf, jax.core.Tracer):
-            raise ValueError(
-                f"count_kept reads the values of {name}, which are traced; call it outside jit, or sparsity inside."
-            )
-        if fits:
-            with jax.ensure_compile_time_eval():
-                total += int(_counts.to_numpy(_counts.count_true(jnp.asarray(leaf), tuple(range(leaf.ndim)))))
-    return total
+    chosen = [leaf for leaf, fits in zip(tree.leaves, tree.prunable, strict=True) if fits]
+    traced = [name for name, leaf in zip(tree.names, tree.leaves, strict=True) if isinstance(leaf, jax.core.Tracer)]
+    if traced:
+        raise ValueError(
+            f"count_kept reads the values of {traced[0]}, which are traced; call it outside jit, or sparsity inside."
+        )
+    return sum(int(_counts.to_numpy(_counts.count_true(jnp.asarray(leaf), tuple(range(leaf.ndim))))) for leaf in chosen)
