@@ -149,8 +149,8 @@ def prune(way: Way) -> optax.GradientTransformation:
 def surgery(way: Way) -> optax.GradientTransformation:
     """The same, where pruned weights go on learning behind their mask, and come back when they have grown.
 
-    By SGD, and with a number of weights for each layer: Adam moves pruned weights as far as any, however small their gradients, so
-    that hundreds change places each time, and under one threshold the last layer is cut off.
+    By SGD, and with a number of weights for each layer: Adam moves pruned weights as far as any, however small their gradients, and
+    under one threshold most weights of the last layer went.
     """
     sgd = optax.sgd(way.rate(SGD_RATE), momentum=0.9)
     make = functools.partial(jaxprune.make_masks, rule=rules.erk_sparsity)

@@ -41,7 +41,7 @@ def prune_and_splice(
     many small ones.
 
     The paper trains by SGD, with a threshold for each layer, and both matter: Adam moves a pruned weight as far as any other, however
-    small its gradient, so that many change places each time, and one threshold for all layers may then cut off the last.
+    small its gradient, and one threshold for all layers may then leave hardly a weight of the last.
 
     Placement: last in the chain, as `prune`; the masks must be those of the same state that the update is given. Inside
     ``optax.MultiSteps`` it counts the updates that are emitted.
